@@ -1,0 +1,6 @@
+"""Grids, process groups, rank roles and lanes. No tensors."""
+
+from megatron_mimo.topology.layout import Layout, assign_images
+from megatron_mimo.topology.spec import AXES, EXPERT_AXES, GridCoordinates, ModuleGridSpec
+
+__all__ = ["AXES", "EXPERT_AXES", "GridCoordinates", "Layout", "ModuleGridSpec", "assign_images"]
