@@ -1,0 +1,147 @@
+"""Process groups of every module, built once from the layout."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_mimo.topology.layout import Layout
+from megatron_mimo.topology.spec import AXES, EXPERT_AXES, GridCoordinates, ModuleGridSpec
+
+# Each field of a ProcessGroupCollection, the view and the axes that it spans. The order is the order
+# of creation, which must be the same on every rank: creating a group is a collective of the world.
+_FIELDS: tuple[tuple[str, str | None, tuple[str, ...]], ...] = (
+    ("tp", None, ("tp",)),
+    ("cp", None, ("cp",)),
+    ("dp", None, ("dp",)),
+    ("pp", None, ("pp",)),
+    ("tp_cp", None, ("tp", "cp")),
+    ("mp", None, ("tp", "pp")),
+    ("dp_cp", None, ("cp", "dp")),
+    ("tp_dp_cp", None, ("tp", "cp", "dp")),
+    ("intra_dist_opt", None, ("tp", "cp", "dp", "pp")),
+    ("ep", "expert", ("ep",)),
+    ("expt_tp", "expert", ("expt_tp",)),
+    ("expt_dp", "expert", ("expt_dp",)),
+    ("tp_ep", "expert", ("expt_tp", "ep")),
+    ("tp_ep_pp", "expert", ("expt_tp", "ep", "pp")),
+)
+
+# megatron-core asks for these under other names; without weight rematerialisation and with one
+# optimizer instance they are the same groups.
+_SYNONYMS = {
+    "dp_cp_gtp_remat": "dp_cp",
+    "intra_dp_cp": "dp_cp",
+    "expt_dp_gtp_remat": "expt_dp",
+    "intra_expt_dp": "expt_dp",
+    "tp_ep_pp_with_egtp_remat": "tp_ep_pp",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleGroups:
+    """One module's groups, as seen by a rank of its grid.
+
+    Attributes:
+        spec: The module's grid.
+        place: This rank's coordinates in it.
+        pg_collection: Every group that megatron-core asks for; complete.
+    """
+
+    spec: ModuleGridSpec
+    place: GridCoordinates
+    pg_collection: ProcessGroupCollection
+
+    @property
+    def everyone(self) -> dist.ProcessGroup:
+        """The group of all the ranks of the module's grid."""
+        return self.pg_collection.intra_dist_opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """The layout and the groups of the modules that this rank holds.
+
+    Attributes:
+        layout: Both grids.
+        rank: This global rank.
+        encoder: Groups of the encoder; None on ranks outside its grid.
+        llm: Groups of the language model; None on ranks outside its grid.
+        control: gloo group of the world for small host tensors (counts, digests, agreements); it
+            never touches a device stream.
+        rows_group: World group that carries rows forward over the bridge.
+        grads_group: World group that carries their gradients back. Two groups, because NCCL runs
+            the operations of one group between two ranks in one order.
+    """
+
+    layout: Layout
+    rank: int
+    encoder: ModuleGroups | None
+    llm: ModuleGroups | None
+    control: dist.ProcessGroup
+    rows_group: dist.ProcessGroup
+    grads_group: dist.ProcessGroup
+
+    @property
+    def is_logging_rank(self) -> bool:
+        """Whether this rank reports: the last rank of lane 0's last stage with tp and cp rank 0."""
+        llm = self.layout.llm
+        return self.rank == llm.rank(pp=llm.pp - 1)
+
+    @property
+    def role(self) -> str:
+        """This rank's role in words."""
+        return self.layout.describe_rank(self.rank)
+
+
+def build_topology(layout: Layout) -> Topology:
+    """Create every group of every grid.
+
+    Collective: all ranks of the world call it with an equal layout.
+
+    Raises:
+        RuntimeError: The started world has another size than the layout.
+    """
+    if dist.get_world_size() != layout.world_size:
+        raise RuntimeError(
+            f"the layout is for {layout.world_size} ranks, but {dist.get_world_size()} are running"
+        )
+    rank = dist.get_rank()
+    groups = {grid.name: _build_module(grid, rank) for grid in layout.grids}
+    return Topology(
+        layout=layout,
+        rank=rank,
+        encoder=groups.get("encoder"),
+        llm=groups[layout.llm.name],
+        control=dist.new_group(backend="gloo", group_desc="control"),
+        rows_group=dist.new_group(group_desc="bridge rows"),
+        grads_group=dist.new_group(group_desc="bridge grads"),
+    )
+
+
+def _build_module(spec: ModuleGridSpec, rank: int) -> ModuleGroups | None:
+    grid = HyperCommGrid(list(spec.shape), list(AXES), rank_offset=spec.offset)
+    grid.register_view(
+        "expert", list(spec.expert_shape), list(EXPERT_AXES), shared_dims=["pp"]
+    )
+    groups: dict[str, dist.ProcessGroup | None] = {
+        name: grid.create_pg(list(axes), view=view) for name, view, axes in _FIELDS
+    }
+    groups |= _embedding_groups(spec)
+    if rank not in spec.ranks:
+        return None
+    groups |= {name: groups[source] for name, source in _SYNONYMS.items()}
+    return ModuleGroups(
+        spec=spec, place=spec.coordinates(rank), pg_collection=ProcessGroupCollection(**groups)
+    )
+
+
+def _embedding_groups(spec: ModuleGridSpec) -> dict[str, dist.ProcessGroup | None]:
+    """Groups that tie the first and the last stage's embeddings; None on the stages between."""
+    pipelines = list(spec.groups("pp"))
+    both_ends = [sorted({ranks[0], ranks[-1]}) for ranks in pipelines]
+    first = [[ranks[0]] for ranks in pipelines]
+    embd, _ = dist.new_subgroups_by_enumeration(both_ends, group_desc=f"{spec.name} embd")
+    pos_embd, _ = dist.new_subgroups_by_enumeration(first, group_desc=f"{spec.name} pos_embd")
+    return {"embd": embd, "pos_embd": pos_embd}
