@@ -1,0 +1,1 @@
+"""Vision encoders and the projector into the language model's width."""

@@ -1,0 +1,92 @@
+"""A plain vision transformer over packed images of any size."""
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor, nn
+
+from megatron_mimo.encoders.config import VitConfig
+from megatron_mimo.runtime.engine import transformer_config
+from megatron_mimo.runtime.specs import transformer_block_spec
+
+
+class PackedVit(nn.Module):
+    """Patches of many images in, rows for the projector out, in one thd sequence.
+
+    Position is the sum of a learned embedding of the patch's row and one of its column, so that an
+    image of any aspect ratio needs no interpolation. Attention stays inside an image.
+
+    Args:
+        config: The architecture.
+        pg_collection: Groups of the encoder's grid.
+        params_dtype: Dtype of the parameters and activations.
+    """
+
+    def __init__(
+        self,
+        config: VitConfig,
+        pg_collection: ProcessGroupCollection,
+        params_dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.vit_config = config
+        # Sequence parallelism stays off: packed lengths do not divide by the tp size.
+        self.config = transformer_config(
+            pg_collection,
+            params_dtype=params_dtype,
+            sequence_parallel=False,
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            ffn_hidden_size=config.ffn_hidden_size,
+            layernorm_epsilon=config.layernorm_epsilon,
+            init_method_std=config.init_method_std,
+        )
+        patch_size = 3 * config.patch_dim**2
+        self.patch_embedding = nn.Linear(patch_size, config.hidden_size, dtype=params_dtype)
+        self.row_embedding = nn.Embedding(config.max_grid, config.hidden_size, dtype=params_dtype)
+        self.column_embedding = nn.Embedding(
+            config.max_grid, config.hidden_size, dtype=params_dtype
+        )
+        # Pixels are dense inputs of unit variance: torch's fan-in default suits the projection.
+        for table in (self.row_embedding, self.column_embedding):
+            nn.init.normal_(table.weight, std=config.init_method_std)
+        self.decoder = TransformerBlock(
+            self.config,
+            transformer_block_spec(self.config, attn_mask_type=AttnMaskType.no_mask),
+            pg_collection=pg_collection,
+        )
+
+    def forward(
+        self,
+        patches: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        row_index: Tensor,
+    ) -> Tensor:
+        """Encode packed images.
+
+        Args:
+            patches: [T, 3*P*P], normalised pixels of every patch.
+            positions: int64 [T, 2], row and column of each patch in its image.
+            cu_seqlens: int32 [N+1], first patch of each image, and T.
+            max_seqlen: Patches of the largest image.
+            row_index: int64 [R*k], the patches that rows concatenate; k = 4 with pixel shuffle.
+
+        Returns:
+            [R, k*H].
+        """
+        x = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
+        x = x + self.row_embedding(positions[:, 0]) + self.column_embedding(positions[:, 1])
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_kv=max_seqlen,
+        )
+        x = self.decoder(x.unsqueeze(1), attention_mask=None, packed_seq_params=packed).squeeze(1)
+        return x[row_index].view(-1, self.vit_config.row_size)

@@ -1,0 +1,1 @@
+"""Language models: configs and builders over megatron-core."""

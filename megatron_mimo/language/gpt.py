@@ -1,0 +1,65 @@
+"""A dense GPT over megatron-core."""
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_mimo.language.config import GptConfig
+from megatron_mimo.runtime.engine import transformer_config
+from megatron_mimo.runtime.specs import transformer_block_spec
+
+
+def build_gpt(
+    config: GptConfig,
+    *,
+    vocab_size: int,
+    seq_length: int,
+    pg_collection: ProcessGroupCollection,
+    params_dtype: torch.dtype,
+    sequence_parallel: bool,
+) -> GPTModel:
+    """Build this rank's shard.
+
+    Embeddings are not scattered over the sequence inside the model: rows are merged into the whole
+    sequence first (`model.merge`).
+
+    Raises:
+        ValueError: The vocabulary or the sequence does not divide by the tensor-parallel size.
+    """
+    tp = pg_collection.tp.size()
+    if vocab_size % tp:
+        raise ValueError(
+            f"vocabulary of {vocab_size} does not divide by --llm-tp {tp}: "
+            f"choose a tensor-parallel size that divides it"
+        )
+    if sequence_parallel and seq_length % tp:
+        raise ValueError(
+            f"--seq-length {seq_length} does not divide by --llm-tp {tp}: sequence parallelism "
+            f"cuts the sequence evenly; change one, or pass --no-sequence-parallel"
+        )
+    engine_config = transformer_config(
+        pg_collection,
+        params_dtype=params_dtype,
+        sequence_parallel=sequence_parallel,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        ffn_hidden_size=config.ffn_hidden_size,
+        layernorm_epsilon=config.layernorm_epsilon,
+        init_method_std=config.init_method_std,
+    )
+    return GPTModel(
+        config=engine_config,
+        transformer_layer_spec=transformer_block_spec(
+            engine_config, attn_mask_type=AttnMaskType.causal
+        ),
+        vocab_size=vocab_size,
+        max_sequence_length=seq_length,
+        position_embedding_type="rope",
+        rotary_base=config.rotary_base,
+        share_embeddings_and_output_weights=False,
+        scatter_embedding_sequence_parallel=False,
+        pg_collection=pg_collection,
+    )

@@ -1,0 +1,66 @@
+"""Initial weights that do not depend on the layout."""
+
+import hashlib
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# Projections back into the residual stream start smaller by sqrt(2 * layers), as in megatron-core's
+# `scaled_init_method_normal` (GPT-2, Radford et al. 2019).
+_RESIDUAL_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+
+
+@torch.no_grad()
+def initialize_topology_invariant(
+    module: nn.Module, *, name: str, seed: int, std: float, num_layers: int, tp_group: dist.ProcessGroup
+) -> None:
+    """Draw every weight matrix from (seed, its name) alone, and keep this rank's shard.
+
+    Vectors (biases, norm weights) keep the constants that they were built with. The full matrix is
+    drawn on the host, so a rank needs memory for one full matrix at a time.
+
+    Args:
+        module: Built module, with this rank's shards.
+        name: Prefix of the parameters' names, unique among modules.
+        seed: Run seed.
+        std: Standard deviation of the weights.
+        num_layers: Transformer layers, for the scale of residual projections.
+        tp_group: Tensor-parallel group of the module.
+    """
+    for parameter_name, parameter in module.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        residual = parameter_name.endswith(_RESIDUAL_PROJECTIONS)
+        scale = std / math.sqrt(2 * num_layers) if residual else std
+        shape, axis = _full_shape(parameter, tp_group.size())
+        full = torch.empty(shape, dtype=torch.float32)
+        full.normal_(0.0, scale, generator=_generator(seed, f"{name}.{parameter_name}"))
+        parameter.copy_(_shard(full, axis, parameter, tp_group))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _full_shape(parameter: nn.Parameter, tp_size: int) -> tuple[list[int], int | None]:
+    shape = list(parameter.shape)
+    # megatron-core marks sharded parameters; the marks are absent on plain torch modules.
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return shape, None
+    axis: int = parameter.partition_dim  # type: ignore[attr-defined]
+    shape[axis] *= tp_size
+    return shape, axis
+
+
+def _shard(
+    full: Tensor, axis: int | None, parameter: nn.Parameter, tp_group: dist.ProcessGroup
+) -> Tensor:
+    if axis is None:
+        return full
+    # With stride s (gated linear units) a rank holds s separate pieces of the full matrix.
+    stride: int = parameter.partition_stride  # type: ignore[attr-defined]
+    pieces = full.chunk(tp_group.size() * stride, dim=axis)
+    return torch.cat(pieces[tp_group.rank() :: tp_group.size()], dim=axis)

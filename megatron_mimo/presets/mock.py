@@ -1,0 +1,22 @@
+"""A small dense ViT and a small dense GPT, for learning, tests and demos on a laptop."""
+
+from megatron_mimo.encoders.config import ProjectorConfig, VitConfig
+from megatron_mimo.language.config import GptConfig
+from megatron_mimo.model.config import ModelConfig
+
+
+def mock() -> ModelConfig:
+    """Two layers of width 128 on each side of a 512-wide projector."""
+    return ModelConfig(
+        vision=VitConfig(
+            num_layers=2, hidden_size=128, num_attention_heads=4, ffn_hidden_size=512, patch_dim=8
+        ),
+        projector=ProjectorConfig(ffn_hidden_size=512),
+        language=GptConfig(
+            num_layers=2,
+            hidden_size=128,
+            num_attention_heads=4,
+            num_query_groups=2,
+            ffn_hidden_size=512,
+        ),
+    )
