@@ -70,6 +70,10 @@ class Send:
 
     pending: list[tuple[dist.Work, Tensor]]
 
+    def is_completed(self) -> bool:
+        """Whether every row has left; never blocks."""
+        return all(work.is_completed() for work, _ in self.pending)
+
     def wait(self) -> None:
         """Block until the rows may be reused."""
         for work, _ in self.pending:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 
 import torch
 import torch.distributed as dist
@@ -9,12 +10,20 @@ from torch import Tensor, nn
 
 # Projections back into the residual stream start smaller by sqrt(2 * layers), as in megatron-core's
 # `scaled_init_method_normal` (GPT-2, Radford et al. 2019).
-_RESIDUAL_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+_RESIDUAL_PROJECTION = re.compile(
+    r"decoder\.layers\.\d+\.(self_attention\.linear_proj|mlp\.linear_fc2)\.weight$"
+)
 
 
 @torch.no_grad()
 def initialize_topology_invariant(
-    module: nn.Module, *, name: str, seed: int, std: float, num_layers: int, tp_group: dist.ProcessGroup
+    module: nn.Module,
+    *,
+    name: str,
+    seed: int,
+    std: float,
+    num_layers: int,
+    tp_group: dist.ProcessGroup,
 ) -> None:
     """Draw every weight matrix from (seed, its name) alone, and keep this rank's shard.
 
@@ -32,7 +41,7 @@ def initialize_topology_invariant(
     for parameter_name, parameter in module.named_parameters():
         if parameter.ndim < 2:
             continue
-        residual = parameter_name.endswith(_RESIDUAL_PROJECTIONS)
+        residual = _RESIDUAL_PROJECTION.search(parameter_name)
         scale = std / math.sqrt(2 * num_layers) if residual else std
         shape, axis = _full_shape(parameter, tp_group.size())
         full = torch.empty(shape, dtype=torch.float32)

@@ -1,0 +1,43 @@
+"""What the optimizer is told."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamConfig:
+    """AdamW and gradient clipping, one setting for every module.
+
+    Attributes:
+        lr: Peak learning rate.
+        min_lr: Floor of the schedule.
+        weight_decay: Decoupled weight decay of matrices; vectors have none.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        clip_grad: Largest global gradient norm; 0 turns clipping off.
+        log_num_zeros: Count the zeros in the gradients.
+    """
+
+    lr: float
+    min_lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    clip_grad: float
+    log_num_zeros: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """Learning rate over samples, as megatron-core's OptimizerParamScheduler has it.
+
+    Attributes:
+        style: "constant", "linear" or "cosine".
+        warmup_samples: Linear warm-up from 0.
+        decay_samples: Samples after which the floor is reached.
+    """
+
+    style: str
+    warmup_samples: int
+    decay_samples: int

@@ -1,0 +1,165 @@
+"""One distributed optimizer per module, stepped as one."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_mimo.model.mimo import MimoModel, ModuleReplica
+from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
+from megatron_mimo.runtime.engine import world_is
+
+# Position of each module in the vector that the world agrees on.
+_MODULES = ("encoder", "llm")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """What an optimizer step did, the same on every rank.
+
+    Attributes:
+        applied: False when the gradients were not finite and nothing was changed.
+        grad_norm: Global gradient norm over all modules, before clipping.
+        module_norms: Gradient norm of each module; 0 for one that does not train.
+        num_zeros: Zeros in the gradients of all modules; None when they are not counted.
+    """
+
+    applied: bool
+    grad_norm: float
+    module_norms: Mapping[str, float]
+    num_zeros: int | None
+
+
+class MimoOptimizer:
+    """Chains one megatron-core distributed optimizer per module that trains on this rank.
+
+    A module that is frozen has no optimizer and takes part in the agreement all the same.
+
+    Args:
+        model: The modules of this rank.
+        config: AdamW and clipping.
+        control: gloo group of the world.
+    """
+
+    def __init__(self, model: MimoModel, config: AdamConfig, control: dist.ProcessGroup) -> None:
+        self._config = config
+        self._control = control
+        self._optimizers: dict[str, MegatronOptimizer] = {
+            replica.groups.spec.name: _build(replica, config)
+            for replica in model.replicas
+            if replica.ddp is not None
+        }
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of every optimizer of this rank, for the scheduler."""
+        return [group for o in self._optimizers.values() for group in o.param_groups]
+
+    @torch.no_grad()
+    def step(self) -> Update:
+        """Clip by the one global norm and update every module.
+
+        The gradients must be finalised. Collectives: one norm reduction per module over its own
+        grid, then one reduction of five numbers over the world, on the host.
+        """
+        for optimizer in self._optimizers.values():
+            # Without loss scaling this only moves gradients to the fp32 main parameters.
+            optimizer.prepare_grads()
+        norms, zeros = self._agree()
+        total = math.sqrt(sum(norm * norm for norm in norms.values()))
+        applied = math.isfinite(total)
+        if applied:
+            for optimizer in self._optimizers.values():
+                if self._config.clip_grad > 0:
+                    clip_grad_by_total_norm_fp32(
+                        optimizer.get_parameters(), self._config.clip_grad, total
+                    )
+                optimizer.step_with_ready_grads()
+        return Update(
+            applied=applied,
+            grad_norm=total,
+            module_norms=norms,
+            num_zeros=sum(zeros) if self._config.log_num_zeros else None,
+        )
+
+    def _agree(self) -> tuple[dict[str, float], list[int]]:
+        """Norm and zero count of every module, on every rank.
+
+        Each rank of a module knows its numbers; the others hold 0, so a maximum spreads them. NaN
+        does not survive a maximum everywhere, so it travels as infinity.
+        """
+        numbers = torch.zeros(2, len(_MODULES), dtype=torch.float64)
+        for name, optimizer in self._optimizers.items():
+            column = _MODULES.index(name)
+            norm = float(optimizer.get_grad_norm())
+            numbers[0, column] = norm if math.isfinite(norm) else math.inf
+            if self._config.log_num_zeros:
+                numbers[1, column] = float(optimizer.count_zeros())
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._control)
+        norms, zeros = numbers.tolist()
+        return dict(zip(_MODULES, norms, strict=True)), [int(count) for count in zeros]
+
+
+def finalize_gradients(model: MimoModel, num_target_tokens: int) -> None:
+    """Sum each module's gradients over its own groups, then divide once.
+
+    Args:
+        model: The modules of this rank, after the backward of every microbatch.
+        num_target_tokens: Of the global batch, over all lanes; at least 1.
+    """
+    for replica in model.replicas:
+        if replica.ddp is not None:
+            finalize_model_grads([replica.ddp], pg_collection=replica.groups.pg_collection)
+            replica.ddp.scale_gradients(1.0 / num_target_tokens)
+
+
+def build_scheduler(
+    optimizer: MimoOptimizer, config: AdamConfig, schedule: ScheduleConfig
+) -> OptimizerParamScheduler:
+    """The learning-rate schedule over every module's parameter groups; steps are samples."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=schedule.warmup_samples,
+        lr_decay_steps=schedule.decay_samples,
+        lr_decay_style=schedule.style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=schedule.decay_samples,
+        wd_incr_style="constant",
+    )
+
+
+def _build(replica: ModuleReplica, config: AdamConfig) -> MegatronOptimizer:
+    dtype = replica.module.config.params_dtype
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        log_num_zeros_in_grad=config.log_num_zeros,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+    with world_is(replica.groups.everyone):
+        return get_megatron_optimizer(
+            optimizer_config,
+            [replica.ddp],
+            use_gloo_process_groups=False,
+            pg_collection=replica.groups.pg_collection,
+        )

@@ -1,0 +1,1 @@
+"""A training step as a list of actions, and the executor that runs it."""
