@@ -1,0 +1,149 @@
+"""One optimizer step, and one evaluation pass."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from megatron_mimo.data.batch import StepData, StepLoader
+from megatron_mimo.model.mimo import MimoModel
+from megatron_mimo.model.program import MimoStep
+from megatron_mimo.optim.mimo_optimizer import MimoOptimizer, Update, finalize_gradients
+from megatron_mimo.schedule.executor import Executor
+from megatron_mimo.topology.groups import Topology
+from megatron_mimo.training.agreement import agree_on_step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """Everything that runs steps on this rank.
+
+    Attributes:
+        topology: Grids and groups.
+        model: The modules of this rank.
+        executor: Runs a step's actions.
+        optimizer: Over the modules.
+        scheduler: Learning rate.
+        image_token_id: Token that rows replace.
+        validate_data: Check each step that both grids read the same samples.
+    """
+
+    topology: Topology
+    model: MimoModel
+    executor: Executor
+    optimizer: MimoOptimizer
+    scheduler: OptimizerParamScheduler
+    image_token_id: int
+    validate_data: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMetrics:
+    """What a step reports.
+
+    Attributes:
+        loss: float64 scalar on the device, mean cross entropy per target token; meaningful on the
+            language model's ranks.
+        learning_rate: That the update used.
+        update: What the optimizer did.
+    """
+
+    loss: Tensor
+    learning_rate: float
+    update: Update
+
+
+def train_step(
+    engine: Engine, loader: StepLoader, iteration: int, global_batch_size: int
+) -> StepMetrics:
+    """Draw a global batch, run it forward and backward on both grids, and update every module.
+
+    Args:
+        engine: This rank's parts.
+        loader: Training samples.
+        iteration: Counts from 1; for errors.
+        global_batch_size: Samples per step, by which the learning-rate schedule advances.
+
+    Raises:
+        RuntimeError: The grids read other samples, or no gradient reaches a trainable encoder.
+    """
+    data = loader.next_step()
+    num_tokens = agree_on_step(
+        data,
+        iteration,
+        engine.topology.layout,
+        engine.topology.control,
+        validate=engine.validate_data,
+    )
+    for replica in engine.model.replicas:
+        replica.zero_grad()
+    loss_sum = _run(engine, data, gradients=True)
+    finalize_gradients(engine.model, num_tokens)
+    learning_rate = _learning_rate(engine.optimizer)
+    update = engine.optimizer.step()
+    _require_encoder_gradient(engine, data, update, iteration)
+    if update.applied:
+        engine.scheduler.step(increment=global_batch_size)
+    return StepMetrics(
+        loss=_mean_loss(engine.topology, loss_sum, num_tokens),
+        learning_rate=learning_rate,
+        update=update,
+    )
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, loader: StepLoader, num_steps: int) -> Tensor:
+    """Mean cross entropy per target token over `num_steps` global batches; float64 scalar.
+
+    Args:
+        engine: This rank's parts.
+        loader: Evaluation samples, from their start.
+        num_steps: Global batches to run.
+    """
+    engine.model.train(False)
+    loss_sum, tokens = None, 0
+    for index in range(num_steps):
+        data = loader.next_step()
+        tokens += agree_on_step(
+            data, index + 1, engine.topology.layout, engine.topology.control, validate=True
+        )
+        step_sum = _run(engine, data, gradients=False)
+        loss_sum = step_sum if loss_sum is None else loss_sum + step_sum
+    engine.model.train()
+    assert loss_sum is not None
+    return _mean_loss(engine.topology, loss_sum, tokens)
+
+
+def _run(engine: Engine, data: StepData, *, gradients: bool) -> Tensor:
+    program = MimoStep(engine.model, data.microbatches, engine.image_token_id)
+    manifests = [microbatch.manifest for microbatch in data.microbatches]
+    engine.executor.run(program, manifests, gradients=gradients)
+    return program.loss_sum
+
+
+def _mean_loss(topology: Topology, loss_sum: Tensor, num_tokens: int) -> Tensor:
+    """Sum over the lanes; the tp ranks of a lane already hold the same sum."""
+    if topology.llm is not None:
+        dist.all_reduce(loss_sum, group=topology.llm.pg_collection.dp)
+    return loss_sum / num_tokens
+
+
+def _learning_rate(optimizer: MimoOptimizer) -> float:
+    groups = optimizer.param_groups
+    return float(groups[0]["lr"]) if groups else 0.0
+
+
+def _require_encoder_gradient(
+    engine: Engine, data: StepData, update: Update, iteration: int
+) -> None:
+    if not engine.model.encoder_trains or update.module_norms["encoder"] > 0:
+        return
+    rows = sum(entry.rows for m in data.microbatches for entry in m.manifest)
+    if rows:
+        raise RuntimeError(
+            f"iteration {iteration}: {rows} rows of images went into the language model, but the "
+            f"gradient of the trainable encoder is zero: vision does not train. Is the "
+            f"projector's output used, and does the loss depend on it?"
+        )
