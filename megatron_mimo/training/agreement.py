@@ -11,7 +11,7 @@ _ABSENT = torch.iinfo(torch.int64).min
 
 def agree_on_step(
     step: StepData,
-    iteration: int,
+    where: str,
     layout: Layout,
     control: dist.ProcessGroup,
     *,
@@ -25,7 +25,7 @@ def agree_on_step(
 
     Args:
         step: This rank's data.
-        iteration: For the error.
+        where: Which step this is, for errors: "iteration 7".
         layout: Both grids.
         control: gloo group of the world.
         validate: Compare the digests.
@@ -47,14 +47,14 @@ def agree_on_step(
     parted = torch.nonzero(largest != -negated_smallest).flatten().tolist()
     if validate and parted:
         raise RuntimeError(
-            f"iteration {iteration}: the encoder and the language model read other samples for "
+            f"{where}: the encoder and the language model read other samples for "
             f"lanes {', '.join(map(str, parted))}: expected the same keys in the same order; "
             f"write both sides' keys with --sample-trace-dir and compare them"
         )
     total = int(tokens.sum())
     if total <= 0:
         raise RuntimeError(
-            f"iteration {iteration}: no target token in the global batch, so its loss has no "
+            f"{where}: no target token in the global batch, so its loss has no "
             f"mean: check the answers of the dataset, or raise --global-batch-size"
         )
     return total

@@ -72,7 +72,7 @@ def train_step(
     data = loader.next_step()
     num_tokens = agree_on_step(
         data,
-        iteration,
+        f"iteration {iteration}",
         engine.topology.layout,
         engine.topology.control,
         validate=engine.validate_data,
@@ -81,7 +81,7 @@ def train_step(
         replica.zero_grad()
     loss_sum = _run(engine, data, gradients=True)
     finalize_gradients(engine.model, num_tokens)
-    learning_rate = _learning_rate(engine.optimizer)
+    learning_rate = float(engine.scheduler.get_lr({}))
     update = engine.optimizer.step()
     _require_encoder_gradient(engine, data, update, iteration)
     if update.applied:
@@ -107,7 +107,11 @@ def evaluate(engine: Engine, loader: StepLoader, num_steps: int) -> Tensor:
     for index in range(num_steps):
         data = loader.next_step()
         tokens += agree_on_step(
-            data, index + 1, engine.topology.layout, engine.topology.control, validate=True
+            data,
+            f"evaluation step {index + 1}",
+            engine.topology.layout,
+            engine.topology.control,
+            validate=engine.validate_data,
         )
         step_sum = _run(engine, data, gradients=False)
         loss_sum = step_sum if loss_sum is None else loss_sum + step_sum
@@ -128,11 +132,6 @@ def _mean_loss(topology: Topology, loss_sum: Tensor, num_tokens: int) -> Tensor:
     if topology.llm is not None:
         dist.all_reduce(loss_sum, group=topology.llm.pg_collection.dp)
     return loss_sum / num_tokens
-
-
-def _learning_rate(optimizer: MimoOptimizer) -> float:
-    groups = optimizer.param_groups
-    return float(groups[0]["lr"]) if groups else 0.0
 
 
 def _require_encoder_gradient(
