@@ -36,7 +36,8 @@ class Projector(nn.Module):
             sequence_parallel=False,
             num_layers=1,
             hidden_size=output_size,
-            num_attention_heads=1,
+            # An MLP has no heads; the engine wants a number that its tp size divides.
+            num_attention_heads=pg_collection.tp.size(),
             ffn_hidden_size=config.ffn_hidden_size,
             layernorm_epsilon=config.layernorm_epsilon,
             init_method_std=config.init_method_std,

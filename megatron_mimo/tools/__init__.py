@@ -1,0 +1,1 @@
+"""Programs around training: the demo and its report."""
