@@ -46,7 +46,7 @@ class StepMetrics:
     Attributes:
         loss: float64 scalar on the device, mean cross entropy per target token; meaningful on the
             language model's ranks.
-        learning_rate: That the update used.
+        learning_rate: Of the next update.
         update: What the optimizer did.
     """
 
@@ -81,14 +81,14 @@ def train_step(
         replica.zero_grad()
     loss_sum = _run(engine, data, gradients=True)
     finalize_gradients(engine.model, num_tokens)
-    learning_rate = float(engine.scheduler.get_lr({}))
     update = engine.optimizer.step()
     _require_encoder_gradient(engine, data, update, iteration)
     if update.applied:
         engine.scheduler.step(increment=global_batch_size)
     return StepMetrics(
         loss=_mean_loss(engine.topology, loss_sum, num_tokens),
-        learning_rate=learning_rate,
+        # After the schedule has moved, as Megatron logs it.
+        learning_rate=float(engine.scheduler.get_lr({})),
         update=update,
     )
 

@@ -1,0 +1,142 @@
+"""The training loop: steps, evaluation, logging, the end."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_mimo.data.batch import StepLoader
+from megatron_mimo.training.metrics import IterationMetrics, MetricsLogger
+from megatron_mimo.training.step import Engine, StepMetrics, evaluate, train_step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopConfig:
+    """How long to train and when to look.
+
+    Attributes:
+        train_iters: Optimizer steps.
+        global_batch_size: Samples per step.
+        exit_interval: Stop after an iteration that this divides; None trains to the end.
+        log_interval: Iterations per log line.
+        eval_interval: Iterations between evaluations; 0 evaluates never.
+        eval_iters: Global batches per evaluation.
+    """
+
+    train_iters: int
+    global_batch_size: int
+    exit_interval: int | None
+    log_interval: int
+    eval_interval: int
+    eval_iters: int
+
+    def is_last(self, iteration: int) -> bool:
+        """Whether training ends after this iteration."""
+        exits = self.exit_interval is not None and iteration % self.exit_interval == 0
+        return exits or iteration == self.train_iters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """How training ended.
+
+    Attributes:
+        iteration: Last finished iteration.
+        consumed_samples: Samples trained on.
+        lm_loss: Mean loss over the last log interval; None on ranks without the language model.
+        train_seconds: Wall time of the loop.
+    """
+
+    iteration: int
+    consumed_samples: int
+    lm_loss: float | None
+    train_seconds: float
+
+
+class _Interval:
+    """Sums over the iterations of one log interval; read back to the host once, when it ends."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.steps: list[StepMetrics] = []
+        self.skipped = 0
+
+    def add(self, step: StepMetrics) -> None:
+        self.steps.append(step)
+        self.skipped += not step.update.applied
+
+    def mean_loss(self) -> float:
+        """Mean over the iterations whose gradients were finite, as Megatron reports it."""
+        losses = [float(step.loss) for step in self.steps if step.update.applied]
+        return sum(losses) / len(losses) if losses else float("nan")
+
+    def milliseconds_per_step(self) -> float:
+        return (time.perf_counter() - self.start) * 1000 / len(self.steps)
+
+
+def train(
+    engine: Engine,
+    loader: StepLoader,
+    eval_loader: Callable[[], StepLoader],
+    config: LoopConfig,
+    metrics: MetricsLogger,
+) -> TrainResult:
+    """Train until the last iteration or an exit interval.
+
+    Args:
+        engine: This rank's parts.
+        loader: Training samples.
+        eval_loader: Gives the evaluation samples from their start.
+        config: How long, and when to look.
+        metrics: Writes the log line, TensorBoard and metrics.jsonl on the logging rank.
+    """
+    engine.model.train()
+    is_llm = engine.topology.llm is not None
+    start = time.perf_counter()
+    interval = _Interval()
+    iteration, loss, finished = 0, None, False
+    while not finished:
+        iteration += 1
+        finished = config.is_last(iteration)
+        interval.add(train_step(engine, loader, iteration, config.global_batch_size))
+        if iteration % config.log_interval == 0 or finished:
+            loss = interval.mean_loss() if is_llm else None
+            if engine.topology.is_logging_rank:
+                metrics.log_iteration(_report(interval, iteration, config))
+            interval = _Interval()
+        if config.eval_interval and (iteration % config.eval_interval == 0 or finished):
+            held_out = evaluate(engine, eval_loader(), config.eval_iters)
+            if engine.topology.is_logging_rank:
+                consumed = iteration * config.global_batch_size
+                metrics.log_evaluation(iteration, consumed, float(held_out))
+            # Evaluation is not part of an iteration's time.
+            interval.start = time.perf_counter()
+    seconds = time.perf_counter() - start
+    dist.barrier(group=engine.topology.control)
+    return TrainResult(
+        iteration=iteration,
+        consumed_samples=iteration * config.global_batch_size,
+        lm_loss=loss,
+        train_seconds=seconds,
+    )
+
+
+def _report(interval: _Interval, iteration: int, config: LoopConfig) -> IterationMetrics:
+    last = interval.steps[-1]
+    return IterationMetrics(
+        iteration=iteration,
+        consumed_samples=iteration * config.global_batch_size,
+        lm_loss=interval.mean_loss(),
+        grad_norm=last.update.grad_norm,
+        learning_rate=last.learning_rate,
+        loss_scale=1.0,
+        num_zeros=last.update.num_zeros,
+        iteration_time_ms=interval.milliseconds_per_step(),
+        global_batch_size=config.global_batch_size,
+        skipped_iterations=interval.skipped,
+        nan_iterations=interval.skipped,
+    )
