@@ -1,0 +1,91 @@
+"""What a loader hands to a training step.
+
+Letters: B samples, S tokens of a sequence, N images, T patches, P the patch side in pixels, R rows,
+k the patches that make a row (4 with pixel shuffle, else 1).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_mimo.bridge.manifest import Manifest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextBatch:
+    """Tokens of one lane's microbatch.
+
+    Attributes:
+        sample_keys: Keys of the B samples.
+        input_ids: int64 [B, S]; image tokens stand where rows go.
+        labels: int64 [B, S], already shifted: `labels[:, i]` is the target of position `i`.
+        loss_mask: float32 [B, S], 1 where the target is part of an answer.
+        position_ids: int64 [B, S].
+    """
+
+    sample_keys: tuple[str, ...]
+    input_ids: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedImages:
+    """The images that one encoder rank runs in a microbatch, end to end (thd).
+
+    Attributes:
+        patches: float32 [T, 3*P*P], normalised; in a patch channel-major: (channel, y, x).
+        positions: int64 [T, 2], (row, column) of each patch in its image's grid.
+        cu_seqlens: int32 [N+1], first patch of each image, and T.
+        max_seqlen: Patches of the largest image.
+        row_index: int64 [R*k], the patches that rows concatenate. Rows of an image come in raster
+            order; the four patches of a row in the order (0,0), (0,1), (1,0), (1,1).
+    """
+
+    patches: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    row_index: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Microbatch:
+    """One microbatch, as far as this rank takes part in it.
+
+    Attributes:
+        index: Position within the step.
+        manifest: Images of the lanes that this rank reads, in canonical order.
+        text: Tokens, on ranks of the language model.
+        images: Patches, on ranks of the encoder; None when no image is assigned to this one.
+    """
+
+    index: int
+    manifest: Manifest
+    text: TextBatch | None
+    images: PackedImages | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepData:
+    """Everything that this rank needs for one step.
+
+    Attributes:
+        microbatches: In order.
+        lane_digest: Lane -> 63-bit hash of the step's sample keys, in order.
+        lane_target_tokens: Lane -> target tokens of the step.
+    """
+
+    microbatches: tuple[Microbatch, ...]
+    lane_digest: dict[int, int]
+    lane_target_tokens: dict[int, int]
+
+
+class StepLoader(Protocol):
+    """An endless source of steps."""
+
+    def next_step(self) -> StepData:
+        """Draw the next global batch's share of this rank."""
+        ...

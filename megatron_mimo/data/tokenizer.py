@@ -1,0 +1,112 @@
+"""Text to tokens: a byte tokenizer that needs no file, or a Hugging Face one."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+_VOCAB_MULTIPLE = 128
+
+
+class Tokenizer(Protocol):
+    """What the data and the model need from a tokenizer.
+
+    Attributes:
+        vocab_size: Size of the embedding table, padded for tensor parallelism.
+        image_token_id: Token that rows replace.
+        pad_id: Fills sequences up.
+        eos_id: Ends an answer.
+    """
+
+    vocab_size: int
+    image_token_id: int
+    pad_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without special tokens around it."""
+        ...
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of tokens, without special tokens."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes and three special tokens."""
+
+    pad_id = 256
+    eos_id = 257
+    image_token_id = 258
+    vocab_size = 384
+
+    def encode(self, text: str) -> list[int]:
+        """The text's UTF-8 bytes."""
+        return list(text.encode())
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of the bytes; special tokens are dropped, broken UTF-8 is marked."""
+        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer from a folder that `transformers` wrote.
+
+    Args:
+        path: The folder.
+        image_token: Token that rows replace; must be in the vocabulary.
+
+    Raises:
+        ValueError: The folder holds no tokenizer, or the image or end-of-sequence token is missing.
+    """
+
+    def __init__(self, path: str, image_token: str) -> None:
+        # transformers takes seconds to import; only runs that use it pay.
+        from transformers import AutoTokenizer
+
+        if not Path(path).is_dir():
+            raise ValueError(
+                f"--tokenizer-model {path} is not a folder: expected one with tokenizer.json, as "
+                f"save_pretrained writes it; leave the flag out for the built-in byte tokenizer"
+            )
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--tokenizer-model {path} holds no tokenizer: {error}") from error
+        vocabulary = self._tokenizer.get_vocab()
+        if image_token not in vocabulary:
+            close = sorted(token for token in vocabulary if "image" in token.lower())[:5]
+            known = f"; it has {', '.join(close)}" if close else ""
+            raise ValueError(
+                f"--image-token {image_token!r} is not in the vocabulary of --tokenizer-model "
+                f"{path}{known}: name a token of it, or add one to the tokenizer"
+            )
+        eos_id = self._tokenizer.eos_token_id
+        if eos_id is None:
+            raise ValueError(
+                f"--tokenizer-model {path} has no end-of-sequence token, which answers need: set "
+                f"eos_token in its tokenizer_config.json"
+            )
+        pad_id = self._tokenizer.pad_token_id
+        self.image_token_id: int = vocabulary[image_token]
+        self.eos_id: int = eos_id
+        self.pad_id: int = eos_id if pad_id is None else pad_id
+        self.vocab_size = -(-len(self._tokenizer) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of the text, without special tokens around it."""
+        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of the tokens, without special tokens."""
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+
+def build_tokenizer(path: str | None, image_token: str) -> Tokenizer:
+    """The byte tokenizer, or the one in a folder.
+
+    Args:
+        path: Folder of a Hugging Face tokenizer, or None.
+        image_token: Placeholder of images in texts.
+    """
+    return ByteTokenizer() if path is None else HuggingFaceTokenizer(path, image_token)
