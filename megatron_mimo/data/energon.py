@@ -1,0 +1,296 @@
+"""Samples from a dataset on disk, read with megatron-energon, one stream per lane.
+
+A lane is one *rank* in energon's words: `WorkerConfig(rank=lane, world_size=num_lanes)`. Whoever
+reads a lane, on whichever process, builds the same config and so gets the same samples in the same
+order; no process group takes part.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.energon import (
+    Cooker,
+    Sample,
+    TaskEncoder,
+    WorkerConfig,
+    edataclass,
+    get_loader,
+    get_train_dataset,
+    get_val_dataset,
+    stateless,
+)
+from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
+from megatron.energon.flavors.webdataset.metadata import EnergonDatasetType, get_dataset_type
+
+from megatron_mimo.data.config import DataConfig
+from megatron_mimo.data.sample import (
+    Outcome,
+    RawSample,
+    RejectedSample,
+    SkippedSample,
+    try_encode,
+)
+from megatron_mimo.data.tokenizer import Tokenizer
+
+_logger = logging.getLogger(__name__)
+_IMAGE_PARTS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "ppm")
+
+
+def train_stream(
+    config: DataConfig, lane: int, num_lanes: int, tokenizer: Tokenizer, *, with_patches: bool
+) -> Iterator[Outcome]:
+    """Endless, shuffled outcomes of a lane's share of the train split.
+
+    Args:
+        config: Dataset, seed, shuffling and reader processes.
+        lane: Whose samples.
+        num_lanes: Among how many lanes the split is shared.
+        tokenizer: Of the texts.
+        with_patches: Keep the pixels.
+
+    Raises:
+        ValueError: The dataset is missing, not prepared, or has no train split.
+    """
+    worker_config = _worker_config(config, lane, num_lanes, config.num_workers)
+    path = _checked_path(config)
+    try:
+        dataset: Any = get_train_dataset(
+            path,
+            worker_config=worker_config,
+            batch_size=None,
+            shuffle_buffer_size=config.shuffle_buffer_size or None,
+            max_samples_per_sequence=config.max_samples_per_sequence,
+            task_encoder=_Encoder(config, tokenizer, with_patches=with_patches),
+        )
+    except _BUILD_ERRORS as error:
+        raise _unreadable(path, "train", error) from error
+    return _iterate(dataset, config)
+
+
+def eval_stream(
+    config: DataConfig, lane: int, num_lanes: int, tokenizer: Tokenizer, *, with_patches: bool
+) -> Iterator[Outcome]:
+    """Outcomes of a lane's share of the val split, in stored order, from its start; endless.
+
+    Read in this process whatever `num_workers` says: evaluations are short, and their samples then
+    do not depend on the number of workers.
+
+    Args:
+        config: Dataset.
+        lane: Whose samples.
+        num_lanes: Among how many lanes the split is shared.
+        tokenizer: Of the texts.
+        with_patches: Keep the pixels.
+
+    Raises:
+        ValueError: The dataset is missing, not prepared, or has no val split.
+    """
+    path = _checked_path(config)
+    try:
+        dataset: Any = get_val_dataset(
+            path,
+            worker_config=_worker_config(config, lane, num_lanes, num_workers=0),
+            # Single samples, although energon's own hint asks for a size.
+            batch_size=None,
+            task_encoder=_Encoder(config, tokenizer, with_patches=with_patches),
+        )
+    except _BUILD_ERRORS as error:
+        raise _unreadable(path, "val", error) from error
+    return _iterate(dataset, config)
+
+
+def _worker_config(config: DataConfig, lane: int, num_lanes: int, num_workers: int) -> WorkerConfig:
+    return WorkerConfig(
+        rank=lane,
+        world_size=num_lanes,
+        num_workers=num_workers,
+        seed_offset=config.seed,
+        global_error_handler=_log_read_error,
+    )
+
+
+def _iterate(dataset: Any, config: DataConfig) -> Iterator[Outcome]:
+    """Start the readers now, and pass over the dataset again and again."""
+    loader: Any = get_loader(dataset, prefetch_factor=max(2, 2 * config.micro_batch_size))
+    # Outcomes hold no tensors, so there is nothing to pin.
+    loader.pin_memory = False
+    return _passes(loader, iter(loader))
+
+
+def _passes(loader: Any, first: Iterator[Outcome]) -> Iterator[Outcome]:
+    current, was_empty = first, False
+    while not was_empty:
+        was_empty = True
+        for outcome in current:
+            was_empty = False
+            yield outcome
+        current = iter(loader)
+
+
+# -- the dataset's own errors ----------------------------------------------------------------------
+
+# What energon raises when it cannot make sense of a folder.
+_BUILD_ERRORS = (AssertionError, EmptyDatasetError, OSError, ValueError, KeyError, TypeError)
+
+
+def _checked_path(config: DataConfig) -> str:
+    """The dataset's path, after the mistakes that users make first."""
+    assert config.path is not None
+    path = Path(config.path)
+    if not path.exists():
+        raise ValueError(
+            f"--data-path {path} does not exist: expected an Energon dataset; "
+            f"`megatron-mimo data digits --out {path}` writes one to try"
+        )
+    kind = get_dataset_type(EPath(path))
+    if path.is_dir() and kind is not EnergonDatasetType.WEBDATASET:
+        raise ValueError(
+            f"--data-path {path} is not prepared for Energon: {path / '.nv-meta' / '.info.json'} "
+            f"is missing; run `energon prepare {path}` on a folder of tar files"
+        )
+    if path.is_file() and kind is not EnergonDatasetType.METADATASET:
+        raise ValueError(
+            f"--data-path {path} is a file that Energon cannot train from here: expected a "
+            f"dataset folder, or a metadataset ending in .yaml"
+        )
+    return str(path)
+
+
+def _unreadable(path: str, split: str, error: Exception) -> ValueError:
+    reason = str(error) or type(error).__name__
+    return ValueError(
+        f"--data-path {path}: the {split} split cannot be opened ({reason}): expected .nv-meta with "
+        f"split.yaml and dataset.yaml, and shards for {split}; run `energon prepare {path}` again"
+    )
+
+
+def _log_read_error(error: Exception, sample: Any, sources: Any) -> None:
+    """Called by energon when its own reading fails, before a sample gets here."""
+    where = ", ".join(f"{s.dataset_path}/{s.shard_name}" for s in sources or ())
+    _logger.warning("energon cannot read a sample of %s: %s", where or "unknown source", error)
+
+
+# -- samples ---------------------------------------------------------------------------------------
+
+
+@edataclass
+class _Stored(Sample):  # type: ignore[misc]
+    """The files of a webdataset sample, not yet looked into.
+
+    Attributes:
+        parts: Ending -> contents.
+    """
+
+    parts: dict[str, bytes]
+
+
+@stateless  # type: ignore[untyped-decorator]
+def _cook(sample: dict[str, Any]) -> _Stored:
+    return _Stored(
+        __key__=sample["__key__"],
+        __restore_key__=sample["__restore_key__"],
+        __subflavors__=sample.get("__subflavors__"),
+        __sources__=sample.get("__sources__"),
+        parts={name: part for name, part in sample.items() if not name.startswith("__")},
+    )
+
+
+class _Encoder(TaskEncoder):  # type: ignore[misc]
+    """Turns stored samples into outcomes. Nothing raises in here: see `sample.Outcome`."""
+
+    # Bytes come through untouched; images are decoded by `sample.encode_sample`.
+    decoder = None
+    cookers = (Cooker(_cook),)
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, with_patches: bool) -> None:
+        super().__init__()
+        self._config = config
+        self._tokenizer = tokenizer
+        self._with_patches = with_patches
+
+    @stateless  # type: ignore[untyped-decorator]
+    def encode_sample(self, sample: Any) -> Outcome:
+        """Parse, check and encode a sample."""
+        source = _source(sample)
+        if not isinstance(sample, _Stored):
+            return RejectedSample(
+                message=f"sample {sample.__key__!r} of {source} is a {type(sample).__name__}: "
+                f"expected a crude dataset; write `__module__: megatron.energon` and "
+                f"`__class__: CrudeWebdataset` into its .nv-meta/dataset.yaml"
+            )
+        parsed = parse_parts(sample.__key__, source, sample.parts)
+        if not isinstance(parsed, RawSample):
+            return parsed
+        return try_encode(parsed, self._config, self._tokenizer, with_patches=self._with_patches)
+
+
+def _source(sample: Any) -> str:
+    sources = sample.__sources__
+    if not sources:
+        return "an unknown dataset"
+    return f"dataset {sources[0].dataset_path}, shard {sources[0].shard_name}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    question: str
+    answer: str
+
+
+def parse_parts(
+    key: str, source: str, parts: dict[str, bytes]
+) -> RawSample | SkippedSample | RejectedSample:
+    """Make sense of a stored sample: `json` with question and answer, and any number of images.
+
+    Args:
+        key: Of the sample.
+        source: Dataset and shard, for errors.
+        parts: File ending -> contents. Images are ordered by their endings, numbers by value:
+            "2.png" before "10.png".
+    """
+    where = f"sample {key!r} of {source}"
+    unknown = [
+        name for name in parts if name != "json" and name.split(".")[-1].lower() not in _IMAGE_PARTS
+    ]
+    if unknown or "json" not in parts:
+        return RejectedSample(
+            message=f"{where} has the files {', '.join(sorted(parts))}: expected json and images "
+            f"({', '.join(_IMAGE_PARTS)})"
+        )
+    text = _parse_text(parts["json"])
+    if isinstance(text, UnicodeDecodeError | json.JSONDecodeError):
+        return SkippedSample(key=key, source=source, reason=f"its json is malformed: {text}")
+    if isinstance(text, str):
+        return RejectedSample(message=f"{where} {text}")
+    names = sorted((name for name in parts if name != "json"), key=_natural_order)
+    return RawSample(
+        key=key,
+        question=text.question,
+        answer=text.answer,
+        images=tuple(parts[name] for name in names),
+        source=source,
+    )
+
+
+def _parse_text(data: bytes) -> _Text | str | UnicodeDecodeError | json.JSONDecodeError:
+    """Question and answer; or what is wrong with the contents; or why they are no JSON."""
+    try:
+        content = json.loads(data.decode())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return error
+    fields = content if isinstance(content, dict) else {}
+    question, answer = fields.get("question"), fields.get("answer")
+    if isinstance(question, str) and isinstance(answer, str):
+        return _Text(question, answer)
+    found = ", ".join(fields) if isinstance(content, dict) else type(content).__name__
+    return f"has a json with {found or 'no fields'}: expected the texts question and answer"
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    return [(int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", name) if t]
