@@ -17,6 +17,8 @@ class VitConfig:
         pixel_shuffle: Merge each 2 x 2 square of patches into one row.
         layernorm_epsilon: Of every LayerNorm.
         init_method_std: Standard deviation of the initial weights.
+        position_init_std: Of the position tables; near the spread of an embedded patch, so that
+            position counts from the start.
     """
 
     num_layers: int = 2
@@ -28,6 +30,7 @@ class VitConfig:
     pixel_shuffle: bool = True
     layernorm_epsilon: float = 1e-6
     init_method_std: float = 0.02
+    position_init_std: float = 0.3
 
     @property
     def row_size(self) -> int:

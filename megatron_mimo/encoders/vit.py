@@ -50,9 +50,8 @@ class PackedVit(nn.Module):
         self.column_embedding = nn.Embedding(
             config.max_grid, config.hidden_size, dtype=params_dtype
         )
-        # Pixels are dense inputs of unit variance: torch's fan-in default suits the projection.
         for table in (self.row_embedding, self.column_embedding):
-            nn.init.normal_(table.weight, std=config.init_method_std)
+            nn.init.normal_(table.weight, std=config.position_init_std)
         self.decoder = TransformerBlock(
             self.config,
             transformer_block_spec(self.config, attn_mask_type=AttnMaskType.no_mask),

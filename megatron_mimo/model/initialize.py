@@ -3,16 +3,24 @@
 import hashlib
 import math
 import re
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# Projections back into the residual stream start smaller by sqrt(2 * layers), as in megatron-core's
-# `scaled_init_method_normal` (GPT-2, Radford et al. 2019).
 _RESIDUAL_PROJECTION = re.compile(
     r"decoder\.layers\.\d+\.(self_attention\.linear_proj|mlp\.linear_fc2)\.weight$"
 )
+
+
+def transformer_std(name: str, std: float, num_layers: int) -> float:
+    """Standard deviation of a transformer's initial weight, by the parameter's name.
+
+    Projections back into the residual stream start smaller by sqrt(2 * layers), as in
+    megatron-core's `scaled_init_method_normal` (GPT-2, Radford et al. 2019).
+    """
+    return std / math.sqrt(2 * num_layers) if _RESIDUAL_PROJECTION.search(name) else std
 
 
 @torch.no_grad()
@@ -21,8 +29,7 @@ def initialize_topology_invariant(
     *,
     name: str,
     seed: int,
-    std: float,
-    num_layers: int,
+    initial_std: Callable[[str], float],
     tp_group: dist.ProcessGroup,
 ) -> None:
     """Draw every weight matrix from (seed, its name) alone, and keep this rank's shard.
@@ -34,18 +41,16 @@ def initialize_topology_invariant(
         module: Built module, with this rank's shards.
         name: Prefix of the parameters' names, unique among modules.
         seed: Run seed.
-        std: Standard deviation of the weights.
-        num_layers: Transformer layers, for the scale of residual projections.
+        initial_std: Standard deviation of a weight, by the parameter's name within the module.
         tp_group: Tensor-parallel group of the module.
     """
     for parameter_name, parameter in module.named_parameters():
         if parameter.ndim < 2:
             continue
-        residual = _RESIDUAL_PROJECTION.search(parameter_name)
-        scale = std / math.sqrt(2 * num_layers) if residual else std
         shape, axis = _full_shape(parameter, tp_group.size())
         full = torch.empty(shape, dtype=torch.float32)
-        full.normal_(0.0, scale, generator=_generator(seed, f"{name}.{parameter_name}"))
+        generator = _generator(seed, f"{name}.{parameter_name}")
+        full.normal_(0.0, initial_std(parameter_name), generator=generator)
         parameter.copy_(_shard(full, axis, parameter, tp_group))
 
 

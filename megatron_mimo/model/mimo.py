@@ -123,7 +123,7 @@ def build_model(
         encoder_module = EncoderModule(
             config, freeze, topology.encoder.pg_collection, build.params_dtype
         )
-        _initialize(encoder_module, "encoder", config.vision, build, topology.encoder)
+        _initialize(encoder_module, "encoder", build, topology.encoder)
         encoder = ModuleReplica(topology.encoder, encoder_module.to(device.torch))
     if topology.llm is not None:
         _seed(topology.llm, build.seed)
@@ -136,7 +136,7 @@ def build_model(
             seq_length=build.seq_length,
             sequence_parallel=build.sequence_parallel,
         )
-        _initialize(language_module, "llm", config.language, build, topology.llm)
+        _initialize(language_module, "llm", build, topology.llm)
         language = ModuleReplica(topology.llm, language_module.to(device.torch))
     return MimoModel(
         encoder=encoder,
@@ -163,7 +163,6 @@ def _seed(groups: ModuleGroups, seed: int) -> None:
 def _initialize(
     module: EncoderModule | LanguageModule,
     name: str,
-    architecture: object,
     build: BuildConfig,
     groups: ModuleGroups,
 ) -> None:
@@ -172,8 +171,7 @@ def _initialize(
             module,
             name=name,
             seed=build.seed,
-            std=architecture.init_method_std,  # type: ignore[attr-defined]
-            num_layers=architecture.num_layers,  # type: ignore[attr-defined]
+            initial_std=module.initial_std,
             tp_group=groups.pg_collection.tp,
         )
 

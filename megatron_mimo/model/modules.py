@@ -10,6 +10,7 @@ from megatron_mimo.encoders.projector import Projector
 from megatron_mimo.encoders.vit import PackedVit
 from megatron_mimo.language.gpt import build_gpt
 from megatron_mimo.model.config import FreezeConfig, ModelConfig
+from megatron_mimo.model.initialize import transformer_std
 from megatron_mimo.model.merge import merge_rows
 
 
@@ -25,6 +26,7 @@ class EncoderModule(MegatronModule):
     ) -> None:
         vision = PackedVit(config.vision, pg_collection, params_dtype)
         super().__init__(config=vision.config)
+        self.architecture = config
         self.vision = vision
         self.projector = Projector(
             config.projector,
@@ -35,6 +37,15 @@ class EncoderModule(MegatronModule):
         )
         self.vision.requires_grad_(not freeze.vision)
         self.projector.requires_grad_(not freeze.projector)
+
+    def initial_std(self, name: str) -> float:
+        """Standard deviation of an initial weight, for `initialize_topology_invariant`."""
+        if name.startswith("projector."):
+            return self.architecture.projector.init_method_std
+        vision = self.architecture.vision
+        if name.startswith(("vision.row_embedding.", "vision.column_embedding.")):
+            return vision.position_init_std
+        return transformer_std(name, vision.init_method_std, vision.num_layers)
 
     def forward(
         self,
@@ -74,9 +85,16 @@ class LanguageModule(MegatronModule):
             sequence_parallel=sequence_parallel,
         )
         super().__init__(config=model.config)
+        self.architecture = config.language
         self.model = model
         self.tp_group = pg_collection.tp
         self.requires_grad_(not freeze.language)
+
+    def initial_std(self, name: str) -> float:
+        """Standard deviation of an initial weight, for `initialize_topology_invariant`."""
+        return transformer_std(
+            name, self.architecture.init_method_std, self.architecture.num_layers
+        )
 
     def forward(
         self,
