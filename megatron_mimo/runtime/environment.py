@@ -1,0 +1,126 @@
+"""Where a rank stands among its peers, read from the launcher's environment variables."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+
+# Ports for Slurm jobs that name none, below the range that systems hand out to clients.
+_FIRST_PORT = 15000
+_NUM_PORTS = 10000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankEnvironment:
+    """A rank's place in its job.
+
+    Attributes:
+        rank: Global rank.
+        world_size: Number of ranks.
+        local_rank: Rank within its machine.
+        init_method: How ranks meet, a URL for `init_process_group`; None for a single process,
+            which meets nobody.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    init_method: str | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"rank {self.rank} is outside [0, {self.world_size}): "
+                f"check the launcher's rank and world size variables"
+            )
+        if self.local_rank < 0:
+            raise ValueError(f"local rank {self.local_rank} is negative: check LOCAL_RANK")
+
+
+def read_environment(env: Mapping[str, str]) -> RankEnvironment:
+    """Read torchrun's variables; without RANK, Slurm's; without either, a single process.
+
+    `SLURM_PROCID` decides whether Slurm started this process as one of several: inside an
+    allocation but outside `srun` it is a single process.
+
+    Raises:
+        ValueError: Variables are missing or no numbers; names them.
+    """
+    if "RANK" in env or "WORLD_SIZE" in env:
+        return _torchrun(env)
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS") or 1) > 1:
+        return _slurm(env)
+    return RankEnvironment(rank=0, world_size=1, local_rank=0, init_method=None)
+
+
+def _torchrun(env: Mapping[str, str]) -> RankEnvironment:
+    _require(env, _TORCHRUN, "start with torchrun or `megatron-mimo train --nproc N`")
+    return RankEnvironment(
+        rank=_integer(env, "RANK"),
+        world_size=_integer(env, "WORLD_SIZE"),
+        local_rank=_integer(env, "LOCAL_RANK") if "LOCAL_RANK" in env else 0,
+        init_method="env://",
+    )
+
+
+def _slurm(env: Mapping[str, str]) -> RankEnvironment:
+    _require(env, _SLURM, "start with srun")
+    return RankEnvironment(
+        rank=_integer(env, "SLURM_PROCID"),
+        world_size=_integer(env, "SLURM_NTASKS"),
+        local_rank=_integer(env, "SLURM_LOCALID"),
+        init_method=f"tcp://{_slurm_master(env)}:{_slurm_port(env)}",
+    )
+
+
+def _slurm_master(env: Mapping[str, str]) -> str:
+    """The machine of rank 0: the first of the step's list.
+
+    The address from which the step was launched is the last resort, since that may be a login node.
+    """
+    if env.get("MASTER_ADDR"):
+        return env["MASTER_ADDR"]
+    for name in ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST"):
+        if env.get(name):
+            return first_node(env[name])
+    if env.get("SLURM_LAUNCH_NODE_IPADDR"):
+        return env["SLURM_LAUNCH_NODE_IPADDR"]
+    raise ValueError(
+        "cannot tell where rank 0 runs: SLURM_NODELIST and SLURM_LAUNCH_NODE_IPADDR are unset; "
+        "set MASTER_ADDR"
+    )
+
+
+def _slurm_port(env: Mapping[str, str]) -> int:
+    if env.get("MASTER_PORT"):
+        return _integer(env, "MASTER_PORT")
+    # The same on every rank, and different for two jobs that share a machine.
+    job = _integer(env, "SLURM_JOB_ID") if env.get("SLURM_JOB_ID") else 0
+    return _FIRST_PORT + job % _NUM_PORTS
+
+
+def first_node(nodelist: str) -> str:
+    """First machine of a Slurm list: `gpu[007-010,12],cpu3` gives `gpu007`."""
+    name = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
+    if name is None:
+        raise ValueError(f"no machine in the Slurm node list {nodelist!r}: set MASTER_ADDR")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", name.group())
+
+
+def _require(env: Mapping[str, str], names: tuple[str, ...], remedy: str) -> None:
+    missing = [name for name in names if not env.get(name)]
+    if missing:
+        present = [name for name in names if env.get(name)]
+        raise ValueError(
+            f"{', '.join(present) or names[0]} set, but not {', '.join(missing)}: "
+            f"{remedy}, or set all of {', '.join(names)}"
+        )
+
+
+def _integer(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise ValueError(f"{name}={env[name]!r} is not a whole number") from None
