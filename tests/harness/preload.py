@@ -1,0 +1,44 @@
+"""Imported once by the parent of all workers, which are then forked from it.
+
+Importing torch and megatron-core takes seconds; a fork takes milliseconds. Nothing here may
+start a thread, since threads do not survive a fork.
+"""
+
+import os
+import traceback
+import warnings
+
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_variable] = "1"
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+
+problem: str | None = None
+"""Why the workers cannot start: a traceback, or None."""
+
+
+def _rewrite_asserts() -> None:
+    """Let `assert a == b` in a test module show its values in a rank's traceback too."""
+    from _pytest.assertion import install_importhook
+    from _pytest.config import get_config
+
+    install_importhook(get_config())
+
+
+def _warm_up() -> None:
+    import torch
+    import torch.distributed
+
+    torch.set_num_threads(1)
+    from megatron_mimo.runtime import install_host_adaptation
+
+    install_host_adaptation()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import megatron.core  # noqa: F401
+
+
+try:
+    _rewrite_asserts()
+    _warm_up()
+except Exception:
+    problem = traceback.format_exc()
