@@ -1,0 +1,242 @@
+"""Core attention over torch's scaled dot product, for hosts and for GPUs without Transformer Engine.
+
+Takes the place of megatron-core's `DotProductAttention`, which refuses packed sequences. Shapes: S
+sequence, B batch, T packed tokens, A query heads and G key-value heads of this tp rank, D head dim.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_mimo.runtime.segments import SegmentPlan, Span, plan_segments, spans
+
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+_MASKED = (AttnMaskType.padding, AttnMaskType.padding_causal, AttnMaskType.arbitrary)
+
+
+class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
+    """Softmax attention without parameters, for sbhd and thd layouts, with grouped queries.
+
+    Masks mean what they mean to Transformer Engine: `causal` and `no_mask` ignore `attention_mask`.
+
+    Args:
+        config: The module's configuration.
+        layer_number: From 1; takes no part here.
+        attn_mask_type: Mask of calls that name none.
+        attention_type: "self" or "cross"; takes no part here.
+        attention_dropout: Overrides the configuration's.
+        softmax_scale: Overrides 1 / sqrt(D).
+        cp_comm_type: Takes no part here.
+        pg_collection: Takes no part here: heads are sharded by the caller.
+
+    Raises:
+        ValueError: The configuration asks for what this attention does not have.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        _require_supported(config)
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [S, B, A, D], or packed [T, A, D].
+            key: [S, B, G, D], or packed [T, G, D]; G divides A.
+            value: As `key`.
+            attention_mask: bool, broadcast to [B, A, S, S]; True hides. Not for packed sequences.
+            attn_mask_type: Overrides the mask type given when built.
+            attention_bias: Must be None.
+            packed_seq_params: Boundaries of a packed sequence; every segment attends to itself.
+
+        Returns:
+            [S, B, A*D], or [T, A*D] with zeros in the rows of tokens outside every segment.
+
+        Raises:
+            ValueError: An attention bias, boundaries that do not fit the tokens, or a packed
+                sequence with a mask type that needs a mask.
+        """
+        if attention_bias is not None:
+            raise ValueError("attention bias is not supported without Transformer Engine")
+        mask_type = attn_mask_type or self.attn_mask_type
+        dropout = self.dropout if self.training else 0.0
+        # Heads differ between tp ranks, so does their dropout, unless activations are sharded
+        # over the sequence: then ranks are already in streams of their own.
+        fork = dropout > 0.0 and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if fork else nullcontext():
+            if query.dim() == 3:
+                if packed_seq_params is None:
+                    raise ValueError(
+                        f"packed attention over {tuple(query.shape)} without packed_seq_params: "
+                        f"pass the boundaries of its segments"
+                    )
+                return self._packed(query, key, value, mask_type, dropout, packed_seq_params)
+            return self._batched(query, key, value, attention_mask, mask_type, dropout)
+
+    def _batched(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        mask_type: AttnMaskType,
+        dropout: float,
+    ) -> Tensor:
+        causal = mask_type in _CAUSAL
+        visible = None
+        if attention_mask is not None and mask_type in _MASKED:
+            visible = ~attention_mask
+            if causal:
+                visible = visible & _lower_triangle(query.size(0), key.size(0), query.device)
+        elif mask_type == AttnMaskType.arbitrary:
+            raise ValueError("mask type `arbitrary` needs an attention_mask")
+        elif mask_type == AttnMaskType.causal_bottom_right:
+            visible = _lower_triangle(query.size(0), key.size(0), query.device, at_end=True)
+        output = self._attend(
+            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+            visible=visible,
+            causal=causal,
+            dropout=dropout,
+        )
+        return output.permute(2, 0, 1, 3).flatten(2)
+
+    def _packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask_type: AttnMaskType,
+        dropout: float,
+        packed: PackedSeqParams,
+    ) -> Tensor:
+        if mask_type in (AttnMaskType.arbitrary, AttnMaskType.causal_bottom_right):
+            raise ValueError(
+                f"mask type `{mask_type.name}` with a packed sequence: "
+                f"expected causal, padding_causal, no_mask or padding"
+            )
+        plan = _plan(packed, query.size(0), key.size(0))
+        if not plan.groups:
+            return torch.zeros_like(query).flatten(1)
+        query = _take(query, plan.q_order)
+        key, value = _take(key, plan.kv_order), _take(value, plan.kv_order)
+        q_sizes = [group.count * group.q_length for group in plan.groups]
+        kv_sizes = [group.count * group.kv_length for group in plan.groups]
+        # Tokens after the last segment, where order needs no change, are left over by the split.
+        pieces = zip(
+            plan.groups,
+            torch.split(query[: sum(q_sizes)], q_sizes),
+            torch.split(key[: sum(kv_sizes)], kv_sizes),
+            torch.split(value[: sum(kv_sizes)], kv_sizes),
+            strict=True,
+        )
+        outputs = []
+        for group, *parts in pieces:
+            batch = (x.unflatten(0, (group.count, -1)).transpose(1, 2) for x in parts)
+            output = self._attend(
+                *batch, visible=None, causal=mask_type in _CAUSAL, dropout=dropout
+            )
+            outputs.append(output.transpose(1, 2).flatten(0, 1).flatten(1))
+        if plan.out_order is None:
+            return torch.cat(outputs)
+        outputs.append(outputs[0].new_zeros(1, outputs[0].size(1)))
+        return torch.cat(outputs)[plan.out_order.to(query.device)]
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        visible: Tensor | None,
+        causal: bool,
+        dropout: float,
+    ) -> Tensor:
+        """Attend over [B, heads, S, D]; rows that see nothing come out as zeros."""
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=visible,
+            dropout_p=dropout,
+            is_causal=causal and visible is None,
+            scale=self.softmax_scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+
+
+def _require_supported(config: TransformerConfig) -> None:
+    wants: dict[str, Any] = {
+        "context_parallel_size": (config.context_parallel_size, 1),
+        "window_size": (config.window_size, None),
+        "softmax_type": (config.softmax_type, "vanilla"),
+    }
+    for name, (value, supported) in wants.items():
+        if value != supported:
+            raise ValueError(
+                f"{name}={value!r} needs Transformer Engine on a GPU: "
+                f"attention here supports {name}={supported!r}"
+            )
+
+
+def _lower_triangle(
+    num_queries: int, num_keys: int, device: torch.device, at_end: bool = False
+) -> Tensor:
+    """bool [Sq, Sk], True where a query may look; `at_end` aligns the last query and key."""
+    shift = num_keys - num_queries if at_end else 0
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(shift)
+
+
+def _take(tokens: Tensor, order: Tensor | None) -> Tensor:
+    return tokens if order is None else tokens[order.to(tokens.device)]
+
+
+def _plan(packed: PackedSeqParams, num_q: int, num_kv: int) -> SegmentPlan:
+    q_spans = _spans(packed.cu_seqlens_q, packed.cu_seqlens_q_padded, num_q, "cu_seqlens_q")
+    kv_spans = _spans(packed.cu_seqlens_kv, packed.cu_seqlens_kv_padded, num_kv, "cu_seqlens_kv")
+    return plan_segments(q_spans, kv_spans, num_q)
+
+
+def _spans(
+    boundaries: Tensor | None, padded: Tensor | None, num_tokens: int, name: str
+) -> tuple[Span, ...]:
+    if boundaries is None:
+        boundaries, padded = padded, None
+    if boundaries is None:
+        raise ValueError(f"packed_seq_params without {name}: pass the boundaries of its segments")
+    return spans(
+        tuple(boundaries.tolist()),
+        None if padded is None else tuple(padded.tolist()),
+        num_tokens,
+        name,
+    )
