@@ -1,0 +1,281 @@
+import itertools
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mimo.data.batch import StepData
+from megatron_mimo.data.config import DataConfig, DataRole, ImageConfig
+from megatron_mimo.data.images import pack_images
+from megatron_mimo.data.loader import (
+    StreamLoader,
+    build_eval_loader,
+    build_list_loader,
+    build_train_loader,
+    collate_text,
+    lane_indices,
+)
+from megatron_mimo.data.mock import Split, mock_sample
+from megatron_mimo.data.sample import EncodedSample, Outcome, RejectedSample, SkippedSample
+from megatron_mimo.data.tokenizer import ByteTokenizer
+from megatron_mimo.data.trace import SampleTrace
+from megatron_mimo.topology import Layout, ModuleGridSpec
+
+TOKENIZER = ByteTokenizer()
+
+
+def roles(encoder_dp: int, llm_dp: int) -> tuple[list[DataRole], list[DataRole]]:
+    """Roles of the encoder's and of the language model's dp ranks."""
+    layout = Layout(
+        encoder=ModuleGridSpec(name="encoder", dp=encoder_dp),
+        llm=ModuleGridSpec(name="llm", dp=llm_dp, offset=encoder_dp),
+        world_size=encoder_dp + llm_dp,
+    )
+    serving = {lane: layout.serving(lane) for lane in range(llm_dp)}
+    encoder = [
+        DataRole(
+            lanes=layout.served(rank),
+            num_lanes=llm_dp,
+            text_lane=None,
+            encoder_rank=rank,
+            serving=serving,
+        )
+        for rank in range(encoder_dp)
+    ]
+    llm = [
+        DataRole(
+            lanes=(lane,), num_lanes=llm_dp, text_lane=lane, encoder_rank=None, serving=serving
+        )
+        for lane in range(llm_dp)
+    ]
+    return encoder, llm
+
+
+def steps(config: DataConfig, role: DataRole, number: int = 1) -> list[StepData]:
+    loader = build_train_loader(config, role, TOKENIZER)
+    return [loader.next_step() for _ in range(number)]
+
+
+@given(st.sampled_from([(1, 1), (1, 3), (2, 3), (2, 2), (2, 1), (3, 2)]), st.integers(1, 3))
+@settings(max_examples=20, deadline=None)
+def test_both_ends_describe_the_same_images(sizes: tuple[int, int], batch: int) -> None:
+    config = DataConfig(
+        micro_batch_size=batch, global_batch_size=2 * batch * sizes[1], text_only_fraction=0.3
+    )
+    encoder, llm = roles(*sizes)
+    encoder_data = [steps(config, role)[0] for role in encoder]
+    llm_data = [steps(config, role)[0] for role in llm]
+    for lane, tokens in enumerate(llm_data):
+        for rank, pixels in enumerate(encoder_data):
+            if lane not in encoder[rank].lanes:
+                continue
+            assert pixels.lane_digest[lane] == tokens.lane_digest[lane]
+            assert pixels.lane_target_tokens[lane] == tokens.lane_target_tokens[lane]
+            for here, there in zip(pixels.microbatches, tokens.microbatches, strict=True):
+                assert [e for e in here.manifest if e.lane == lane] == list(there.manifest)
+                assert here.text is None
+                assert there.images is None
+    for tokens in llm_data:
+        for microbatch in tokens.microbatches:
+            rows = sum(entry.rows for entry in microbatch.manifest)
+            assert (microbatch.text.input_ids == TOKENIZER.image_token_id).sum() == rows
+    for rank, pixels in enumerate(encoder_data):
+        for microbatch in pixels.microbatches:
+            mine = [entry for entry in microbatch.manifest if entry.encoder_rank == rank]
+            if microbatch.images is None:
+                assert not mine
+                continue
+            lengths = microbatch.images.cu_seqlens.diff() // 4
+            assert lengths.tolist() == [entry.rows for entry in mine]
+
+
+def test_packed_images_are_the_assigned_ones_in_manifest_order() -> None:
+    config = DataConfig(micro_batch_size=3, global_batch_size=3)
+    encoder, llm = roles(2, 1)
+    whole = DataRole(lanes=(0,), num_lanes=1, text_lane=0, encoder_rank=0, serving={0: (0,)})
+    everything = steps(config, whole)[0].microbatches[0].images
+    shares = [steps(config, role)[0].microbatches[0].images for role in encoder]
+    assert everything is not None
+    assert all(share is not None for share in shares)
+    patches = torch.cat([share.patches for share in shares])
+    torch.testing.assert_close(patches, everything.patches, rtol=0, atol=0)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+def test_lanes_share_every_global_batch_alike(lanes: int, batch: int, rounds: int) -> None:
+    config = DataConfig(micro_batch_size=batch, global_batch_size=batch * lanes * rounds)
+    size = config.global_batch_size
+    drawn = [lane_indices(lane, lanes, config) for lane in range(lanes)]
+    for step in range(3):
+        samples = [i for it in drawn for i in itertools.islice(it, size // lanes)]
+        assert sorted(samples) == list(range(step * size, (step + 1) * size))
+
+
+def test_sample_lands_where_its_index_says() -> None:
+    config = DataConfig(micro_batch_size=2, global_batch_size=12)
+    _, llm = roles(1, 3)
+    second = steps(config, llm[1], 2)[1]
+    for m, microbatch in enumerate(second.microbatches):
+        expected = [f"mock-train-{12 + m * 6 + 1 * 2 + j}" for j in range(2)]
+        assert list(microbatch.text.sample_keys) == expected
+        assert microbatch.index == m
+
+
+def test_language_model_alone_has_no_manifest() -> None:
+    role = DataRole(lanes=(0,), num_lanes=1, text_lane=0, encoder_rank=None, serving={})
+    (microbatch,) = steps(DataConfig(), role)[0].microbatches
+    assert microbatch.manifest == ()
+    assert microbatch.images is None
+
+
+def test_evaluation_starts_over_at_each_call() -> None:
+    config = DataConfig(global_batch_size=2)
+    role = roles(1, 1)[1][0]
+    first, again = (build_eval_loader(config, role, TOKENIZER).next_step() for _ in range(2))
+    assert first.lane_digest == again.lane_digest
+    assert first.lane_digest != steps(config, role)[0].lane_digest
+
+
+def test_list_loader_wraps_around() -> None:
+    config = DataConfig(global_batch_size=2, micro_batch_size=2)
+    samples = [mock_sample(i, Split.VAL, config) for i in range(3)]
+    loader = build_list_loader(samples, config, roles(1, 1)[1][0], TOKENIZER)
+    keys = [k for _ in range(3) for k in loader.next_step().microbatches[0].text.sample_keys]
+    assert keys == [f"mock-val-{i}" for i in (0, 1, 2, 0, 1, 2)]
+
+
+def test_no_samples_to_list_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        build_list_loader([], DataConfig(), roles(1, 1)[1][0], TOKENIZER)
+
+
+def plain(key: str, tokens: list[int], prompt: int) -> EncodedSample:
+    return EncodedSample(
+        key=key, tokens=np.array(tokens, dtype=np.int64), prompt_length=prompt, images=()
+    )
+
+
+def test_labels_are_shifted_and_only_answers_count() -> None:
+    batch = collate_text([plain("a", [5, 6, 7, 8], 2), plain("b", [1, 9], 1)], 5, 0)
+    assert batch.sample_keys == ("a", "b")
+    assert batch.input_ids.tolist() == [[5, 6, 7, 0, 0], [1, 0, 0, 0, 0]]
+    assert batch.labels.tolist() == [[6, 7, 8, 0, 0], [9, 0, 0, 0, 0]]
+    assert batch.loss_mask.tolist() == [[0, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert batch.loss_mask.dtype == torch.float32
+
+
+@given(st.lists(st.text(max_size=3), min_size=4, max_size=4), st.permutations(range(4)))
+def test_digest_tells_keys_and_their_order_apart(keys: list[str], order: list[int]) -> None:
+    def digest(names: list[str]) -> int:
+        stream = iter([plain(name, [1, 2], 1) for name in names])
+        config = DataConfig(global_batch_size=4)
+        role = DataRole(lanes=(0,), num_lanes=1, text_lane=0, encoder_rank=None, serving={})
+        return StreamLoader({0: stream}, config, role, TOKENIZER).next_step().lane_digest[0]
+
+    reordered = [keys[i] for i in order]
+    assert 0 <= digest(keys) < 2**63
+    assert (digest(keys) == digest(reordered)) == (keys == reordered)
+    joined = ["".join(keys), "", "", ""]
+    assert (digest(keys) == digest(joined)) == (keys == joined)
+
+
+def skipped(key: str) -> SkippedSample:
+    return SkippedSample(key=key, source="dataset d, shard 0.tar", reason="it is torn")
+
+
+def stream_loader(outcomes: Iterator[Outcome], **fields: int) -> StreamLoader:
+    role = DataRole(lanes=(0,), num_lanes=1, text_lane=0, encoder_rank=None, serving={})
+    return StreamLoader({0: outcomes}, DataConfig(**fields), role, TOKENIZER)
+
+
+def test_skips_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    outcomes = iter([skipped("bad-1"), skipped("bad-2"), plain("good", [1, 2], 1)])
+    loader = stream_loader(outcomes, max_skips_in_row=3)
+    with caplog.at_level(logging.WARNING):
+        step = loader.next_step()
+    assert step.microbatches[0].text.sample_keys == ("good",)
+    assert loader.num_skipped == 2
+    assert "lane 0 skips sample 'bad-2' of dataset d, shard 0.tar: it is torn" in caplog.text
+
+
+def test_too_many_skips_in_a_row_stop() -> None:
+    loader = stream_loader(map(skipped, map(str, itertools.count())), max_skips_in_row=7)
+    with pytest.raises(
+        ValueError, match=r"lane 0: 7 unreadable samples in a row, the last one '6' of dataset d"
+    ):
+        loader.next_step()
+
+
+def test_rejected_sample_stops_with_its_message() -> None:
+    with pytest.raises(ValueError, match="^two and two are five$"):
+        stream_loader(iter([RejectedSample(message="two and two are five")])).next_step()
+
+
+def test_dry_lane_names_itself() -> None:
+    with pytest.raises(ValueError, match="lane 0 of 1 ran out of samples"):
+        stream_loader(iter([])).next_step()
+
+
+def test_indivisible_batch_names_the_flags() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"--global-batch-size 10 .* --micro-batch-size 2 x --llm-dp 2: "
+        r"set --global-batch-size 8",
+    ):
+        DataConfig(global_batch_size=10, micro_batch_size=2).num_microbatches(2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"provider": "web"}, "--dataset-provider web: expected 'mock' or 'energon'"),
+        ({"provider": "energon"}, "needs --data-path"),
+        ({"seq_length": 1}, "--seq-length is 1: expected at least 2"),
+        ({"num_workers": -1}, "--num-workers is -1"),
+        ({"text_only_fraction": 1.5}, "--text-only-fraction is 1.5: expected 0 to 1"),
+        ({"image_token": ""}, "--image-token is empty"),
+    ],
+)
+def test_bad_settings_name_the_flag(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_trace_has_a_line_per_step(tmp_path: Path) -> None:
+    trace = SampleTrace(str(tmp_path / "trace"), 3, "encoder dp 0", first_step=5)
+    config = DataConfig(global_batch_size=2)
+    role = roles(1, 2)[0][0]
+    loader = build_train_loader(config, role, TOKENIZER, trace=trace)
+    loader.next_step()
+    loader.next_step()
+    lines = (tmp_path / "trace" / "rank-00003.jsonl").read_text().splitlines()
+    assert json.loads(lines[1]) == {
+        "step": 6,
+        "role": "encoder dp 0",
+        "lanes": [0, 1],
+        "sample_keys": {"0": ["mock-train-2"], "1": ["mock-train-3"]},
+    }
+    assert len(lines) == 2
+
+
+def test_trace_folder_that_cannot_be_written_names_the_flag(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--sample-trace-dir .*file cannot be written to"):
+        SampleTrace(str(tmp_path / "file"), 0, "llm dp 0")
+
+
+def test_pixels_do_not_depend_on_who_packs_them() -> None:
+    config = DataConfig(micro_batch_size=1, global_batch_size=2)
+    encoder, _ = roles(1, 2)
+    together = steps(config, encoder[0])[0].microbatches[0].images
+    alone = [steps(config, role)[0].microbatches[0].images for role in roles(2, 2)[0]]
+    assert torch.equal(together.patches, torch.cat([share.patches for share in alone]))
+    assert together.max_seqlen == max(share.max_seqlen for share in alone)
+    assert pack_images([], ImageConfig()) is None

@@ -1,0 +1,79 @@
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_mimo.data.config import DataConfig, ImageConfig
+from megatron_mimo.data.mock import Split, mock_sample
+from megatron_mimo.data.sample import RawSample, encode_sample
+from megatron_mimo.data.tokenizer import ByteTokenizer
+
+indices = st.integers(0, 10**6)
+
+
+def same(a: RawSample, b: RawSample) -> bool:
+    return (a.key, a.question, a.answer) == (b.key, b.question, b.answer) and all(
+        np.array_equal(x, y) for x, y in zip(a.images, b.images, strict=True)
+    )
+
+
+@given(st.lists(indices, min_size=1, max_size=6), st.integers(0, 2**31))
+def test_sample_depends_on_seed_and_index_alone(drawn: list[int], seed: int) -> None:
+    config = DataConfig(seed=seed, text_only_fraction=0.3)
+    forwards = [mock_sample(i, Split.TRAIN, config) for i in drawn]
+    backwards = [mock_sample(i, Split.TRAIN, config) for i in reversed(drawn)]
+    assert all(same(a, b) for a, b in zip(forwards, reversed(backwards), strict=True))
+
+
+def test_other_seeds_splits_and_indices_differ() -> None:
+    config, other = DataConfig(seed=1), DataConfig(seed=2)
+    pictures = [
+        mock_sample(0, Split.TRAIN, config).images[0].tobytes(),
+        mock_sample(0, Split.TRAIN, other).images[0].tobytes(),
+        mock_sample(0, Split.VAL, config).images[0].tobytes(),
+        mock_sample(1, Split.TRAIN, config).images[0].tobytes(),
+    ]
+    assert len(set(pictures)) == 4
+
+
+def test_samples_repeat_after_the_dataset_size() -> None:
+    config = DataConfig(mock_dataset_size=5)
+    assert same(mock_sample(2, Split.TRAIN, config), mock_sample(7, Split.TRAIN, config))
+
+
+def test_text_only_fraction_is_kept() -> None:
+    for fraction in (0.0, 0.5, 1.0):
+        config = DataConfig(text_only_fraction=fraction)
+        without = sum(not mock_sample(i, Split.TRAIN, config).images for i in range(400))
+        assert abs(without / 400 - fraction) < 0.08, (fraction, without)
+        if fraction in (0.0, 1.0):
+            assert without == 400 * fraction
+
+
+def test_colour_of_the_picture_decides_the_answer() -> None:
+    config = DataConfig()
+    means: dict[str, list[np.ndarray]] = {}
+    for i in range(200):
+        sample = mock_sample(i, Split.TRAIN, config)
+        for name, image in zip(sample.answer.split(), sample.images, strict=True):
+            means.setdefault(name, []).append(image.mean(axis=(0, 1)))
+    centres = {name: np.mean(values, axis=0) for name, values in means.items()}
+    assert len(centres) == 8
+    for name, values in means.items():
+        for value in values:
+            nearest = min(centres, key=lambda other: np.linalg.norm(centres[other] - value))
+            assert nearest == name
+
+
+@given(indices, st.integers(40, 200), st.booleans(), st.sampled_from([8, 16]))
+def test_samples_fit_their_sequence(index: int, length: int, shuffle: bool, patch: int) -> None:
+    image = ImageConfig(pixel_shuffle=shuffle, patch_dim=patch, min_patches=1)
+    config = DataConfig(seq_length=length, image=image)
+    encode_sample(
+        mock_sample(index, Split.TRAIN, config), config, ByteTokenizer(), with_patches=False
+    )
+
+
+def test_sizes_and_numbers_of_images_vary() -> None:
+    drawn = [mock_sample(i, Split.TRAIN, DataConfig()) for i in range(50)]
+    assert {len(sample.images) for sample in drawn} == {1, 2}
+    assert len({image.shape for sample in drawn for image in sample.images}) > 30
