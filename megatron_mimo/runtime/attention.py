@@ -162,7 +162,7 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
         )
         outputs = []
         for group, *parts in pieces:
-            batch = (x.unflatten(0, (group.count, -1)).transpose(1, 2) for x in parts)
+            batch = (x.reshape(group.count, -1, *x.shape[1:]).transpose(1, 2) for x in parts)
             output = self._attend(
                 *batch, visible=None, causal=mask_type in _CAUSAL, dropout=dropout
             )

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_mimo.runtime.device import Device, DeviceChoice, resolve_device
 from megatron_mimo.runtime.environment import RankEnvironment, read_environment
 from megatron_mimo.runtime.host import install_host_adaptation
+from megatron_mimo.runtime.memory import ensure_global_memory_buffer
 from megatron_mimo.runtime.quiet import quiet_upstream
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def prepare_engine(device: Device) -> None:
     install_host_adaptation(device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index)
-    _ensure_global_memory_buffer()
+    ensure_global_memory_buffer()
 
 
 def shutdown() -> None:
@@ -105,14 +106,3 @@ def _init_process_group(environment: RankEnvironment, device: Device, timeout: t
         world_size=environment.world_size,
         timeout=timeout,
     )
-
-
-def _ensure_global_memory_buffer() -> None:
-    """Create the scratch buffer of sequence parallelism.
-
-    It has no public constructor outside `initialize_model_parallel`, which would also build groups.
-    """
-    from megatron.core import parallel_state
-
-    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
-        parallel_state._set_global_memory_buffer()

@@ -5,6 +5,7 @@ import sys
 
 from megatron_mimo.runtime.device import Device, resolve_device
 from megatron_mimo.runtime.host import cuda_namespace, engine, tensors
+from megatron_mimo.runtime.memory import ensure_global_memory_buffer
 from megatron_mimo.runtime.quiet import quiet_upstream
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ def host_adaptation_installed() -> bool:
 def install_host_adaptation(device: Device | None = None) -> None:
     """Make megatron-core run on a host. Does nothing for a GPU, or when called again.
 
-    Imports megatron-core, which takes seconds.
+    Imports megatron-core, which takes seconds, and creates its scratch buffer.
 
     Args:
         device: This rank's device; None takes a GPU where there is one. Name a host to run on one
@@ -42,5 +43,6 @@ def install_host_adaptation(device: Device | None = None) -> None:
     cuda_namespace.install()
     tensors.install()
     engine.import_engine()
+    ensure_global_memory_buffer()
     _installed.append(Device("cpu"))
     logger.debug("host adaptation installed")
