@@ -1,0 +1,101 @@
+"""Assemble a rank's engine: groups, model, executor, optimizer, schedule."""
+
+from megatron_mimo.data import DataRole
+from megatron_mimo.model.config import FreezeConfig, ModelConfig
+from megatron_mimo.model.mimo import BuildConfig, build_model
+from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
+from megatron_mimo.optim.mimo_optimizer import MimoOptimizer, build_scheduler
+from megatron_mimo.runtime import Device
+from megatron_mimo.schedule.executor import BoundaryConfig, Executor
+from megatron_mimo.topology import Layout
+from megatron_mimo.topology.groups import build_topology
+from megatron_mimo.training.step import Engine
+
+
+def build_engine(
+    layout: Layout,
+    architecture: ModelConfig,
+    freeze: FreezeConfig,
+    build: BuildConfig,
+    adam: AdamConfig,
+    schedule: ScheduleConfig,
+    *,
+    image_token_id: int,
+    validate_data: bool,
+    device: Device,
+) -> Engine:
+    """Build every part of a rank. Collective over the world.
+
+    Args:
+        layout: Both grids.
+        architecture: Of every module.
+        freeze: What does not train.
+        build: How to build.
+        adam: Optimizer.
+        schedule: Learning rate.
+        image_token_id: Token that rows replace.
+        validate_data: Check each step that both grids read the same samples.
+        device: Of this rank.
+
+    Raises:
+        ValueError: The layout or the model asks for what is not supported, or sizes do not divide.
+    """
+    refuse_unsupported(layout)
+    topology = build_topology(layout)
+    model = build_model(architecture, freeze, build, topology, device)
+    optimizer = MimoOptimizer(model, adam, topology.control)
+    boundary = BoundaryConfig(
+        width=model.row_width,
+        dtype=model.row_dtype,
+        device=model.device,
+        encoder_trains=model.encoder_trains,
+    )
+    return Engine(
+        topology=topology,
+        model=model,
+        executor=Executor(topology, boundary),
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, adam, schedule),
+        image_token_id=image_token_id,
+        validate_data=validate_data,
+    )
+
+
+def refuse_unsupported(layout: Layout) -> None:
+    """Name the parallel sizes that training cannot use yet.
+
+    Raises:
+        ValueError: A grid has pipeline stages or context parallelism, or experts although the
+            models are dense.
+    """
+    for grid in layout.grids:
+        for axis, what in (
+            ("pp", "pipeline stages"),
+            ("cp", "context parallelism"),
+            ("ep", "expert parallelism"),
+            ("expt_tp", "expert tensor parallelism"),
+        ):
+            size = getattr(grid, axis)
+            if size > 1:
+                raise ValueError(
+                    f"{grid.flag(axis)} {size}: {what} is not supported for this model; set it to 1"
+                )
+
+
+def data_role(layout: Layout, rank: int) -> DataRole:
+    """Which part of a step's data a rank needs."""
+    lanes: set[int] = set()
+    text_lane = encoder_rank = None
+    if layout.encoder is not None and rank in layout.encoder.ranks:
+        encoder_rank = layout.encoder.coordinates(rank).dp
+        lanes.update(layout.served(encoder_rank))
+    if rank in layout.llm.ranks:
+        text_lane = layout.llm.coordinates(rank).dp
+        lanes.add(text_lane)
+    return DataRole(
+        lanes=tuple(sorted(lanes)),
+        num_lanes=layout.num_lanes,
+        text_lane=text_lane,
+        encoder_rank=encoder_rank,
+        serving={lane: layout.serving(lane) for lane in lanes},
+    )

@@ -1,0 +1,61 @@
+"""Weights must depend on seed and name alone; tensor-parallel shards are slices of the whole."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def draw(seed: int, name: str) -> dict[str, torch.Tensor]:
+    """Initialise a small tensor-parallel module; its shards on this rank."""
+    import torch.distributed as dist
+    from torch import nn
+
+    from megatron_mimo.model.initialize import initialize_topology_invariant
+
+    size = dist.get_world_size()
+    module = nn.Module()
+    for key, shape, axis, stride in (
+        ("columns", (8, 4), 0, 1),
+        ("gated", (8, 4), 0, 2),
+        ("rows", (4, 8), 1, 1),
+        ("whole", (3, 5), None, 1),
+    ):
+        local = list(shape)
+        if axis is not None:
+            local[axis] //= size
+        parameter = nn.Parameter(torch.zeros(local))
+        if axis is not None:
+            parameter.tensor_model_parallel = True
+            parameter.partition_dim, parameter.partition_stride = axis, stride
+        module.register_parameter(key, parameter)
+    module.register_parameter("norm", nn.Parameter(torch.ones(6)))
+    initialize_topology_invariant(
+        module, name=name, seed=seed, initial_std=lambda _: 0.5, tp_group=dist.group.WORLD
+    )
+    return {key: value.detach().clone() for key, value in module.named_parameters()}
+
+
+def test_shards_are_slices_of_the_whole(run_ranks: Callable[..., list]) -> None:
+    (whole,) = run_ranks(1, draw, 1, "llm")
+    first, second = run_ranks(2, draw, 1, "llm")
+    assert torch.equal(torch.cat([first["columns"], second["columns"]]), whole["columns"])
+    assert torch.equal(torch.cat([first["rows"], second["rows"]], dim=1), whole["rows"])
+    assert torch.equal(first["whole"], whole["whole"])
+    # A rank holds its half of the gate and its half of the up projection.
+    gate, up = whole["gated"].chunk(2)
+    assert torch.equal(first["gated"], torch.cat([gate[:2], up[:2]]))
+    assert torch.equal(second["gated"], torch.cat([gate[2:], up[2:]]))
+
+
+def test_vectors_keep_their_constants(run_ranks: Callable[..., list]) -> None:
+    (whole,) = run_ranks(1, draw, 1, "llm")
+    assert torch.equal(whole["norm"], torch.ones(6))
+    assert 0.3 < float(whole["columns"].std()) < 0.8
+
+
+def test_seed_and_module_name_change_the_draw(run_ranks: Callable[..., list]) -> None:
+    (whole,), (seed,), (name,) = (
+        run_ranks(1, draw, *arguments) for arguments in ((1, "llm"), (2, "llm"), (1, "encoder"))
+    )
+    assert not torch.equal(whole["whole"], seed["whole"])
+    assert not torch.equal(whole["whole"], name["whole"])
