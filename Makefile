@@ -1,0 +1,65 @@
+# Each target stands alone: it sets .venv up first when that is missing or out of date.
+#   PYTHON=/path/to/python3.12 make install    another interpreter (3.12 or newer)
+#   UV_TORCH_BACKEND=cpu make install          with uv: torch without its CUDA libraries
+
+PYTHON ?= $(shell command -v python3.12 || command -v python3)
+UV ?= $(shell command -v uv)
+DEMO_FLAGS ?=
+PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PACKAGE := -e '.[demo,dev]' -c constraints.txt
+
+.PHONY: install demo demo-short test lint bench clean help
+.DEFAULT_GOAL := help
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## Create .venv and install the package with its demo and dev extras
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@if ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+	  echo "error: need Python 3.12 or newer, found '$(PYTHON)'" \
+	    "($$("$(PYTHON)" --version 2>&1)): install it, or set PYTHON=/path/to/python3.12" >&2; \
+	  exit 2; \
+	fi
+	@if ! $(BIN)/python -c '' 2>/dev/null; then \
+	  echo "creating .venv with $$("$(PYTHON)" --version)"; \
+	  if [ -n "$(UV)" ]; then "$(UV)" venv --quiet --clear --python "$(PYTHON)" .venv; \
+	  else "$(PYTHON)" -m venv --clear .venv || { \
+	    echo "error: '$(PYTHON) -m venv' failed; Debian and Ubuntu keep it in python3-venv" >&2; \
+	    exit 2; }; \
+	  fi; \
+	fi
+	@echo "installing (a few minutes the first time)"
+	@if [ -n "$(UV)" ]; then "$(UV)" pip install --quiet --python $(BIN)/python $(PACKAGE); \
+	else $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PACKAGE); fi
+	@touch $@
+
+demo: $(INSTALLED)  ## Train a small vision-language model on two grids, 4 ranks (about 5 minutes)
+	@$(BIN)/megatron-mimo demo $(DEMO_FLAGS)
+
+demo-short: $(INSTALLED)  ## The demo for a few iterations: that it runs, not what it learns
+	@$(BIN)/megatron-mimo demo --train-iters 20 --out runs/demo-short $(DEMO_FLAGS)
+
+test: $(INSTALLED)  ## Run the test suite
+	@$(BIN)/pytest $(PYTEST_FLAGS)
+
+lint: $(INSTALLED)  ## Check style, types and which package imports which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
+
+bench: $(INSTALLED)  ## Run every benchmark against its peer
+	@found=; for file in benchmarks/bench_*.py; do [ -e "$$file" ] || continue; found=1; \
+	  $(BIN)/python "$$file" $(BENCH_FLAGS) || exit 1; done; \
+	  [ -n "$$found" ] || echo "benchmarks/ holds no bench_*.py yet"
+
+clean:  ## Remove .venv and every cache; runs/ stays
+	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache \
+	  .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
