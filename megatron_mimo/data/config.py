@@ -102,7 +102,7 @@ class DataConfig:
     micro_batch_size: int = 1
     global_batch_size: int = 1
     num_workers: int = 0
-    shuffle_buffer_size: int = 1000
+    shuffle_buffer_size: int = 100
     max_samples_per_sequence: int = 100
     max_skips_in_row: int = 100
     image: ImageConfig = field(default_factory=ImageConfig)

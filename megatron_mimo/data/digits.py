@@ -5,12 +5,10 @@ The digits are scikit-learn's copy of the UCI test set "Optical Recognition of H
 is in both splits.
 """
 
-import contextlib
 import io
 import json
 import os
 import shutil
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from megatron_mimo.data.sample import RawSample
+from megatron_mimo.data.webdataset import prepare, read_shard, write_shard
 
 Split = Literal["train", "val"]
 Kind = Literal["single", "list", "count", "leftmost", "rightmost"]
@@ -145,9 +144,9 @@ def draw(glyphs: Sequence[NDArray[np.float64]], rng: np.random.Generator) -> Ima
         rng: Source of sizes, gaps, margins and brightness.
 
     Returns:
-        Mode L, 16 to 40 pixels high (to 32 with three digits or more), up to two more on each side.
+        Mode L, 24 to 40 pixels high (to 36 with three digits or more), up to two more on each side.
     """
-    height = int(rng.integers(16, 41 if len(glyphs) < 3 else 33))
+    height = int(rng.integers(24, 41 if len(glyphs) < 3 else 37))
     brightness = rng.uniform(0.7, 1.0)
     left, top, right, bottom = (int(m) for m in rng.integers(0, 3, size=4))
     pictures = []
@@ -193,7 +192,7 @@ def write_digits_dataset(
     building.mkdir()
     try:
         shards = _write_shards(building, config)
-        _prepare(building, shards)
+        prepare(building, shards)
         _replace(target, building)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
@@ -220,31 +219,19 @@ def read_digits_split(path: str | Path, split: Split, kind: Kind | None = None) 
         )
     samples = []
     for shard in shards:
-        source = f"dataset {path}, shard {split}/{shard.name}"
-        with tarfile.open(shard) as tar:
-            files = {member.name: _contents(tar, member) for member in tar}
-        for name, data in files.items():
-            key, ending = name.split(".", 1)
-            if ending != "json":
-                continue
-            text = json.loads(data)
+        for key, parts in read_shard(shard).items():
+            text = json.loads(parts["json"])
             if kind is None or text["kind"] == kind:
                 samples.append(
                     RawSample(
                         key=key,
                         question=text["question"],
                         answer=text["answer"],
-                        images=(files[f"{key}.png"],),
-                        source=source,
+                        images=(parts["png"],),
+                        source=f"dataset {path}, shard {split}/{shard.name}",
                     )
                 )
     return samples
-
-
-def _contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None, member.name
-    return file.read()
 
 
 def _refuse_to_clobber(target: Path, *, overwrite: bool) -> None:
@@ -280,33 +267,20 @@ def _write_shards(folder: Path, config: DigitsConfig) -> list[str]:
         plan = list(plan_samples(split, sources, labels, config))
         for start in range(0, len(plan), _SHARD_SIZE):
             shards.append(f"{split}/{start // _SHARD_SIZE:06d}.tar")
-            with tarfile.open(folder / shards[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
-                for i, sample in enumerate(plan[start : start + _SHARD_SIZE], start):
-                    picture = io.BytesIO()
-                    draw([glyphs[source] for source in sample.sources], rng).save(picture, "PNG")
-                    _add(tar, f"{split}-{i:06d}.png", picture.getvalue())
-                    _add(tar, f"{split}-{i:06d}.json", json.dumps(asdict(sample)).encode())
+            chunk = plan[start : start + _SHARD_SIZE]
+            write_shard(
+                folder / shards[-1],
+                (
+                    (f"{split}-{i:06d}", _files(sample, glyphs, rng))
+                    for i, sample in enumerate(chunk, start)
+                ),
+            )
     return shards
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-
-
-def _prepare(folder: Path, shards: list[str]) -> None:
-    """Index the shards and write .nv-meta, as `energon prepare` does after its questions."""
-    from megatron.energon.flavors import BaseWebdatasetFactory
-
-    # It reports on standard output, which belongs to the command line.
-    with contextlib.redirect_stdout(io.StringIO()):
-        BaseWebdatasetFactory.prepare_dataset(
-            folder,
-            shards,
-            split_parts_patterns=[("train", "train/.*"), ("val", "val/.*")],
-            workers=1,
-        )
-    (folder / ".nv-meta" / "dataset.yaml").write_text(
-        "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
-    )
+def _files(
+    sample: DigitsSample, glyphs: NDArray[np.float64], rng: np.random.Generator
+) -> dict[str, bytes]:
+    picture = io.BytesIO()
+    draw([glyphs[source] for source in sample.sources], rng).save(picture, "PNG")
+    return {"png": picture.getvalue(), "json": json.dumps(asdict(sample)).encode()}

@@ -19,7 +19,6 @@ from megatron.energon import (
     TaskEncoder,
     WorkerConfig,
     edataclass,
-    get_loader,
     get_train_dataset,
     get_val_dataset,
     stateless,
@@ -27,6 +26,7 @@ from megatron.energon import (
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
 from megatron.energon.flavors.webdataset.metadata import EnergonDatasetType, get_dataset_type
+from megatron.energon.savable_loader import BasicDataLoader
 
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.data.sample import (
@@ -117,7 +117,15 @@ def _worker_config(config: DataConfig, lane: int, num_lanes: int, num_workers: i
 
 def _iterate(dataset: Any, config: DataConfig) -> Iterator[Outcome]:
     """Start the readers now, and pass over the dataset again and again."""
-    loader: Any = get_loader(dataset, prefetch_factor=max(2, 2 * config.micro_batch_size))
+    in_process = dataset.worker_config.num_workers == 0
+    loader: Any = BasicDataLoader(
+        dataset,
+        prefetch_factor=max(2, 2 * config.micro_batch_size),
+        # energon collects garbage every few samples, and freezes what lives: right for a reader
+        # process, but not for the training process.
+        gc_collect_every_n_steps=0 if in_process else 100,
+        watchdog_timeout_seconds=None if in_process else 60,
+    )
     # Outcomes hold no tensors, so there is nothing to pin.
     loader.pin_memory = False
     return _passes(loader, iter(loader))
@@ -165,8 +173,9 @@ def _checked_path(config: DataConfig) -> str:
 def _unreadable(path: str, split: str, error: Exception) -> ValueError:
     reason = str(error) or type(error).__name__
     return ValueError(
-        f"--data-path {path}: the {split} split cannot be opened ({reason}): expected .nv-meta with "
-        f"split.yaml and dataset.yaml, and shards for {split}; run `energon prepare {path}` again"
+        f"--data-path {path}: the {split} split cannot be opened ({reason}): expected .nv-meta "
+        f"with split.yaml and dataset.yaml, and shards for {split}; run `energon prepare {path}` "
+        f"again"
     )
 
 
@@ -180,7 +189,7 @@ def _log_read_error(error: Exception, sample: Any, sources: Any) -> None:
 
 
 @edataclass
-class _Stored(Sample):  # type: ignore[misc]
+class _Stored(Sample):
     """The files of a webdataset sample, not yet looked into.
 
     Attributes:
@@ -201,7 +210,7 @@ def _cook(sample: dict[str, Any]) -> _Stored:
     )
 
 
-class _Encoder(TaskEncoder):  # type: ignore[misc]
+class _Encoder(TaskEncoder):
     """Turns stored samples into outcomes. Nothing raises in here: see `sample.Outcome`."""
 
     # Bytes come through untouched; images are decoded by `sample.encode_sample`.

@@ -1,6 +1,6 @@
 """From pictures to packed patches: grids, resizing, and the indices that rows need.
 
-A *grid* is (patch rows, patch columns) of an image after resizing. With pixel shuffle both are even.
+A *grid* is (patch rows, patch columns) of a resized image; with pixel shuffle both are even.
 """
 
 import math

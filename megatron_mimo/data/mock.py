@@ -34,9 +34,9 @@ class Split(IntEnum):
 def mock_sample(index: int, split: Split, config: DataConfig) -> RawSample:
     """Sample `index` of a split, a function of (seed, split, index) and the settings alone.
 
-    One or two noisy pictures of one colour each and of any size, and the question which colours they
-    are; or, for `text_only_fraction` of the samples, a word to repeat. Both are quick to learn, and
-    the first only by looking.
+    One or two noisy pictures of one colour each and of any size, and the question which colours
+    they are; or, for `text_only_fraction` of the samples, a word to repeat. Both are quick to
+    learn, and the first only by looking.
 
     Args:
         index: Wraps at the dataset's size.

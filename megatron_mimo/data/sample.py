@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.data.images import EncodedImage, encode_image, rows_of
@@ -197,7 +197,10 @@ def decode_image(image: bytes | NDArray[np.uint8]) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(image)) as opened:
                 return opened.convert("RGB")
+    except UnidentifiedImageError:
+        # Its own message names an object in memory.
+        reason = "no known image format"
     # PIL's decoders raise nearly anything on broken bytes.
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise BrokenImageError(f"image of {len(image)} bytes does not decode: {reason}") from error
+    raise BrokenImageError(f"image of {len(image)} bytes does not decode: {reason}")

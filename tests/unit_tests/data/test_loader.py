@@ -97,7 +97,7 @@ def test_both_ends_describe_the_same_images(sizes: tuple[int, int], batch: int) 
 
 def test_packed_images_are_the_assigned_ones_in_manifest_order() -> None:
     config = DataConfig(micro_batch_size=3, global_batch_size=3)
-    encoder, llm = roles(2, 1)
+    encoder, _ = roles(2, 1)
     whole = DataRole(lanes=(0,), num_lanes=1, text_lane=0, encoder_rank=0, serving={0: (0,)})
     everything = steps(config, whole)[0].microbatches[0].images
     shares = [steps(config, role)[0].microbatches[0].images for role in encoder]
