@@ -104,10 +104,10 @@ def language_plan(layout: Layout, rank: int, manifest: Manifest) -> ModulePlan:
 
 
 def _receivers(grid: ModuleGridSpec, dp: int, sender_tp: int, sender_tp_size: int) -> list[int]:
-    """Ranks of `grid`'s dp rank that one of the `sender_tp_size` tp ranks on the other side serves.
+    """Ranks of `grid`'s dp rank that one of the tp ranks on the other side serves.
 
-    tp ranks hold the same rows, so each receiver `t` is served by sender `t % sender_tp_size`: every
-    row reaches every receiver once, and the senders share the work.
+    tp ranks hold the same rows, so receiver `t` is served by sender `t % sender_tp_size`: every row
+    reaches every receiver once, and the senders share the work.
     """
     return [grid.rank(dp=dp, tp=t) for t in range(grid.tp) if t % sender_tp_size == sender_tp]
 

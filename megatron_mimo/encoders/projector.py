@@ -59,5 +59,6 @@ class Projector(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Project [R, input_size] to [R, output_size], the same on every tp rank."""
+        output: Tensor
         output, bias = self.mlp(self.norm(rows))
         return output if bias is None else output + bias

@@ -88,4 +88,5 @@ class PackedVit(nn.Module):
             max_seqlen_kv=max_seqlen,
         )
         x = self.decoder(x.unsqueeze(1), attention_mask=None, packed_seq_params=packed).squeeze(1)
-        return x[row_index].view(-1, self.vit_config.row_size)
+        rows: Tensor = x[row_index].view(-1, self.vit_config.row_size)
+        return rows

@@ -21,8 +21,8 @@ class BuildConfig:
     Attributes:
         params_dtype: Dtype of parameters, activations and rows.
         seed: Run seed.
-        init: "megatron" draws weights from the rank's random stream; "topology-invariant" draws each
-            from (seed, name), whatever the layout.
+        init: "megatron" draws weights from the rank's random stream; "topology-invariant" draws
+            each from (seed, name), whatever the layout.
         vocab_size: V.
         seq_length: S.
         sequence_parallel: In the language model, when its tp size is above one.

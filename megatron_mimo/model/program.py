@@ -10,7 +10,6 @@ from megatron_mimo.model.merge import row_positions
 from megatron_mimo.model.mimo import MimoModel
 
 
-
 class MimoStep:
     """Implements `schedule.executor.StepProgram`.
 

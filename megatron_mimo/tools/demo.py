@@ -176,7 +176,7 @@ def most_frequent_answer(train: Sequence[RawSample], val: Sequence[RawSample]) -
     right = 0
     for sample in val:
         seen = counts.get(sample.question)
-        right += bool(seen) and seen.most_common(1)[0][0] == sample.answer
+        right += seen is not None and seen.most_common(1)[0][0] == sample.answer
     return right / len(val)
 
 

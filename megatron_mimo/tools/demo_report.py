@@ -55,7 +55,8 @@ _PAGE = Template("""<!doctype html>
   td, th { padding: .3rem 1rem .3rem 0; text-align: left; border-bottom: 1px solid #e0e3e6; }
   td.number { text-align: right; font-variant-numeric: tabular-nums; }
   svg { max-width: 100%; height: auto; }
-  .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .75rem; }
+  .grid { display: grid; gap: .75rem;
+          grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); }
   figure { margin: 0; padding: .6rem; border: 1px solid #d9dce0; border-left: .3rem solid #2a7d4f;
            border-radius: .3rem; background: #fff; }
   figure.wrong { border-left-color: #c0392b; }
@@ -135,12 +136,13 @@ def _curve(training: Sequence[LossPoint], validation: Sequence[LossPoint]) -> st
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     axes = figure.subplots()
-    for points, label, style in (
-        (training, "training", {"color": "#3b6fb6", "linewidth": 1}),
-        (validation, "held out", {"color": "#d9822b", "linewidth": 2, "marker": "o"}),
+    for points, label, color, marker in (
+        (training, "training", "#3b6fb6", ""),
+        (validation, "held out", "#d9822b", "o"),
     ):
         if points:
-            axes.plot([p.iteration for p in points], [p.loss for p in points], label=label, **style)
+            iterations, losses = [p.iteration for p in points], [p.loss for p in points]
+            axes.plot(iterations, losses, label=label, color=color, marker=marker)
     axes.set_xlabel("iteration")
     axes.set_ylabel("lm loss")
     axes.set_yscale("log")

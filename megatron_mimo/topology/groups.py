@@ -9,8 +9,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_mimo.topology.layout import Layout
 from megatron_mimo.topology.spec import AXES, EXPERT_AXES, GridCoordinates, ModuleGridSpec
 
-# Each field of a ProcessGroupCollection, the view and the axes that it spans. The order is the order
-# of creation, which must be the same on every rank: creating a group is a collective of the world.
+# Each field of a ProcessGroupCollection, the view and the axes that it spans, in the order of
+# creation. It must be the same on every rank: creating a group is a collective of the world.
 _FIELDS: tuple[tuple[str, str | None, tuple[str, ...]], ...] = (
     ("tp", None, ("tp",)),
     ("cp", None, ("cp",)),
@@ -56,7 +56,8 @@ class ModuleGroups:
     @property
     def everyone(self) -> dist.ProcessGroup:
         """The group of all the ranks of the module's grid."""
-        return self.pg_collection.intra_dist_opt
+        group: dist.ProcessGroup = self.pg_collection.intra_dist_opt
+        return group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +123,7 @@ def build_topology(layout: Layout) -> Topology:
 
 def _build_module(spec: ModuleGridSpec, rank: int) -> ModuleGroups | None:
     grid = HyperCommGrid(list(spec.shape), list(AXES), rank_offset=spec.offset)
-    grid.register_view(
-        "expert", list(spec.expert_shape), list(EXPERT_AXES), shared_dims=["pp"]
-    )
+    grid.register_view("expert", list(spec.expert_shape), list(EXPERT_AXES), shared_dims=["pp"])
     groups: dict[str, dist.ProcessGroup | None] = {
         name: grid.create_pg(list(axes), view=view) for name, view, axes in _FIELDS
     }

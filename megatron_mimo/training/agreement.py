@@ -1,4 +1,4 @@
-"""What every rank must agree on before a step runs: the samples, and how many tokens they target."""
+"""What every rank must agree on before a step runs: the samples and the number of targets."""
 
 import torch
 import torch.distributed as dist

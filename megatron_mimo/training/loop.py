@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from megatron_mimo.training.metrics import IterationMetrics, MetricsLogger
 
 from megatron_mimo.data.batch import StepLoader
-from megatron_mimo.training.metrics import IterationMetrics, MetricsLogger
 from megatron_mimo.training.step import Engine, StepMetrics, evaluate, train_step
 
 logger = logging.getLogger(__name__)

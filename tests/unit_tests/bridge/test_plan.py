@@ -12,9 +12,7 @@ from megatron_mimo.topology import Layout, ModuleGridSpec, assign_images
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
-    encoder = ModuleGridSpec(
-        name="encoder", dp=draw(st.integers(1, 5)), tp=draw(st.integers(1, 3))
-    )
+    encoder = ModuleGridSpec(name="encoder", dp=draw(st.integers(1, 5)), tp=draw(st.integers(1, 3)))
     if encoder.size % 2 == 0 and draw(st.booleans()):
         llm = ModuleGridSpec(name="llm", tp=2, dp=encoder.size // 2)
         return Layout(encoder=encoder, llm=llm, world_size=encoder.size)

@@ -10,9 +10,7 @@ WAITS = {Kind.WAIT_ROWS: "rows", Kind.WAIT_GRADS: "grads"}
 
 def actions(*, encoder: bool, language: bool, num: int = 5, **kwargs: object) -> list[Action]:
     settings = {"run_ahead": 1, "gradients": True, "encoder_trains": True} | kwargs
-    return list(
-        step_actions(encoder=encoder, language=language, num_microbatches=num, **settings)
-    )
+    return list(step_actions(encoder=encoder, language=language, num_microbatches=num, **settings))
 
 
 def run_together(*ranks: list[Action]) -> None:

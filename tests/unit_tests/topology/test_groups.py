@@ -22,9 +22,7 @@ LAYOUTS = {
         llm=ModuleGridSpec(name="llm", tp=2, dp=2, ep=4),
         world_size=4,
     ),
-    "language only": Layout(
-        encoder=None, llm=ModuleGridSpec(name="llm", tp=2, pp=2), world_size=4
-    ),
+    "language only": Layout(encoder=None, llm=ModuleGridSpec(name="llm", tp=2, pp=2), world_size=4),
 }
 
 # Field -> axes of the dense view that its group spans.
