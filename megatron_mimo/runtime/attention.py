@@ -147,7 +147,9 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
             )
         plan = _plan(packed, query.size(0), key.size(0))
         if not plan.groups:
-            return torch.zeros_like(query).flatten(1)
+            # Zeros, still a part of the graph: gradients of the inputs are zeros too.
+            nothing = query[:0].sum() + key[:0].sum() + value[:0].sum()
+            return nothing.expand(query.size(0), query.size(1) * value.size(2))
         query = _take(query, plan.q_order)
         key, value = _take(key, plan.kv_order), _take(value, plan.kv_order)
         q_sizes = [group.count * group.q_length for group in plan.groups]

@@ -42,15 +42,15 @@ class RankEnvironment:
 def read_environment(env: Mapping[str, str]) -> RankEnvironment:
     """Read torchrun's variables; without RANK, Slurm's; without either, a single process.
 
-    `SLURM_PROCID` decides whether Slurm started this process as one of several: inside an
-    allocation but outside `srun` it is a single process.
+    `SLURM_PROCID` says that Slurm started this process as one of its tasks; a shell inside an
+    allocation lacks it and starts a single process.
 
     Raises:
         ValueError: Variables are missing or no numbers; names them.
     """
     if "RANK" in env or "WORLD_SIZE" in env:
         return _torchrun(env)
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS") or 1) > 1:
+    if "SLURM_PROCID" in env and env.get("SLURM_NTASKS") != "1":
         return _slurm(env)
     return RankEnvironment(rank=0, world_size=1, local_rank=0, init_method=None)
 
