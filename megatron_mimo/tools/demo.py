@@ -93,7 +93,6 @@ def _training_flags(config: DemoConfig, dataset: Path, out: Path) -> list[str]:
         "encoder-dp": config.encoder_dp,
         "llm-dp": config.llm_dp,
         "model-provider": "mock",
-        "override": "language.num_layers=3",
         "dataset-provider": "energon",
         "data-path": dataset,
         "seq-length": 64,
