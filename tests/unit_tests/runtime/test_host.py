@@ -78,9 +78,7 @@ def reached_during_backward() -> tuple[str, str]:
             return grad
 
     Probe.apply(torch.ones(1, requires_grad=True)).sum().backward()
-    thread = threading.Thread(
-        target=lambda: seen.append(torch.zeros(1, device="cuda").device.type)
-    )
+    thread = threading.Thread(target=lambda: seen.append(torch.zeros(1, device="cuda").device.type))
     thread.start()
     thread.join()
     return seen[0], seen[1]
