@@ -1,14 +1,10 @@
 """Fixtures that every test may ask for."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from tests.harness import RankPool, RunRanks  # noqa: E402  # needs the line above
+from tests.harness import RankPool, RunRanks
 
 
 @pytest.fixture(scope="session")

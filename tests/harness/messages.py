@@ -17,7 +17,7 @@ class Call:
         store: path of the rendezvous file, new for each call.
         port: a free TCP port for `MASTER_PORT`.
         sys_path: import path of the pytest process.
-        timeout: limit of the call in seconds, after which the pool kills the rank.
+        timeout: limit of the function in seconds, after which the pool kills the rank.
     """
 
     module: str
@@ -42,6 +42,11 @@ class Ready:
     """The worker waits for its next call. `problem` is a traceback when it could not start."""
 
     problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The rank has joined the process group; the call's limit counts from the last of these."""
 
 
 @dataclass(frozen=True, slots=True)

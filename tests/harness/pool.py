@@ -17,12 +17,12 @@ from typing import Any, Protocol
 
 import pytest
 
-from tests.harness.messages import Call, Close, Raised, Ready, Returned
+from tests.harness.messages import Call, Close, Raised, Ready, Returned, Started
 from tests.harness.report import Cut, Died, Outcome, failure_report
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-START_LIMIT_S = 300.0
-"""For the first worker: the imports of torch and megatron-core, on a busy machine."""
+START_LIMIT_S = 240.0
+"""For imports (torch, megatron-core, the test's module) and for meeting, on a busy machine."""
 FAILURE_GRACE_S = 0.5
 """After the first failing rank, the others may report their own error for this long."""
 STACKS_LIMIT_S = 2.0
@@ -114,7 +114,7 @@ class RankPool:
             world_size: number of ranks, all on this machine.
             fn: function on the top level of a module (or a static method of a class there).
             *args: sent to every rank by pickle, as are the results.
-            timeout: seconds; a call that takes longer is killed, and shows every rank's stack.
+            timeout: seconds; a function that takes longer is killed, and shows every rank's stack.
 
         Raises:
             RanksFailed: a rank raised, died or hung. The workers concerned are replaced.
@@ -198,7 +198,8 @@ class RankPool:
                 worker.connection.send(Call(rank=rank, **template))
             except BrokenPipeError:
                 answers[rank] = worker.death()
-        deadline = time.monotonic() + timeout
+        absent = set(range(len(workers)))
+        deadline = time.monotonic() + START_LIMIT_S
         cut_at: float | None = None
         while len(answers) < len(workers):
             if cut_at is None and any(not isinstance(o, Returned) for o in answers.values()):
@@ -211,7 +212,12 @@ class RankPool:
             for connection in ready:
                 assert isinstance(connection, Connection)
                 rank = waiting[connection]
-                answers[rank] = _receive(workers[rank])
+                answer = _receive(workers[rank])
+                if not isinstance(answer, Started):
+                    answers[rank] = answer
+                elif absent:
+                    absent.discard(rank)
+                    deadline = deadline if absent else time.monotonic() + timeout
         in_time = len(answers) == len(workers) or cut_at is not None
         for rank, worker in enumerate(workers):
             if rank not in answers:
@@ -219,12 +225,12 @@ class RankPool:
         return [answers[rank] for rank in range(len(workers))], in_time
 
 
-def _receive(worker: _Worker) -> Outcome:
+def _receive(worker: _Worker) -> Outcome | Started:
     try:
         answer = worker.connection.recv()
     except (EOFError, ConnectionResetError):
         return worker.death()
-    assert isinstance(answer, Returned | Raised)
+    assert isinstance(answer, Started | Returned | Raised)
     return answer
 
 

@@ -6,10 +6,9 @@ start a thread, since threads do not survive a fork.
 
 import os
 import traceback
-import warnings
 
-for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_variable] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
 problem: str | None = None
@@ -29,12 +28,10 @@ def _warm_up() -> None:
     import torch.distributed
 
     torch.set_num_threads(1)
-    from megatron_mimo.runtime import install_host_adaptation
+    from megatron_mimo.runtime import prepare_engine, resolve_device
 
-    install_host_adaptation()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import megatron.core  # noqa: F401
+    prepare_engine(resolve_device("cpu"))
+    import megatron.core  # noqa: F401
 
 
 try:

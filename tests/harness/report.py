@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from tests.harness.messages import Raised, Returned
 
 CONNECTION_LOST = re.compile(
-    r"connection closed|connection reset|broken pipe|connection refused|socket closed", re.I
+    r"connection closed|connection reset|broken pipe|connection refused|socket closed",
+    re.IGNORECASE,
 )
 """Errors by which gloo and the store say that another rank is gone."""
 
@@ -48,16 +49,16 @@ def failure_report(function: str, outcomes: list[Outcome], limit_s: float | None
         outcomes: one for each rank.
         limit_s: the time limit that was passed, or None when a rank failed in time.
     """
-    failures = [r for r, o in enumerate(outcomes) if isinstance(o, Raised | Died)]
-    failures.sort(key=lambda rank: _first_cause_first(outcomes[rank]))
+    failures = {r: o for r, o in enumerate(outcomes) if isinstance(o, Raised | Died)}
+    in_order = sorted(failures, key=lambda rank: _first_cause_first(failures[rank]))
     lines = [f"{function} failed on {len(outcomes)} ranks"]
     if limit_s is not None:
         lines[0] = f"{function} did not end within its limit of {limit_s:g} s"
-    for place, rank in enumerate(failures):
-        outcome = outcomes[rank]
+    for place, rank in enumerate(in_order):
+        failure = failures[rank]
         mark = " (first)" if place == 0 and len(outcomes) > 1 else ""
         text = (
-            outcome.traceback if isinstance(outcome, Raised) else f"rank {rank} {outcome.summary}"
+            failure.traceback if isinstance(failure, Raised) else f"rank {rank} {failure.summary}"
         )
         lines += ["", f"---- rank {rank} failed{mark} ----", text.rstrip()]
     for rank, outcome in enumerate(outcomes):
@@ -82,7 +83,7 @@ def python_stacks(dump: str) -> str:
     return "\n\n".join(blocks) or "(no Python stack: the process was stopped, or has no frame)"
 
 
-def _first_cause_first(outcome: Outcome) -> tuple[bool, float]:
+def _first_cause_first(outcome: Raised | Died) -> tuple[bool, float]:
     if isinstance(outcome, Raised):
         return bool(CONNECTION_LOST.search(outcome.summary)), outcome.moment
     return False, 0.0

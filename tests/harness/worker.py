@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.harness import preload
-from tests.harness.messages import Call, Close, Raised, Ready, Returned
+from tests.harness.messages import Call, Close, Raised, Ready, Returned, Started
 
 GLOO_GRACE_S = 60
 """Gloo's own limit lies this much above the call's, so that a hang is cut by the pool."""
@@ -36,7 +36,7 @@ def serve(connection: Connection, stack_path: str) -> None:
         stack_path: file that receives all Python stacks of this process upon SIGUSR1.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stacks = open(stack_path, "w")  # noqa: SIM115  # stays open as long as the process lives
+    stacks = open(stack_path, "w")  # stays open as long as the process lives
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     connection.send(Ready(preload.problem))
@@ -46,7 +46,7 @@ def serve(connection: Connection, stack_path: str) -> None:
         except EOFError:
             return
         with _process_environment(call):
-            connection.send(_answer(call))
+            connection.send(_answer(call, connection))
             close = connection.recv()
             assert isinstance(close, Close)
             _leave_process_group()
@@ -60,12 +60,13 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _answer(call: Call) -> Returned | Raised:
+def _answer(call: Call, connection: Connection) -> Returned | Raised:
     try:
         function = _find_function(call)
         arguments = pickle.loads(call.arguments)
         _reset_random_numbers()
         _join_process_group(call)
+        connection.send(Started())
         value = function(*arguments)
         try:
             return Returned(pickle.dumps(value))
@@ -157,7 +158,8 @@ def _reset_random_numbers() -> None:
     torch.manual_seed(SEED)
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():  # the setter imports a lot
+        torch.use_deterministic_algorithms(False)
     tracker = sys.modules.get("megatron.core.tensor_parallel.random")
     if tracker is not None:
         tracker.get_cuda_rng_tracker().reset()
