@@ -6,8 +6,8 @@ order; no process group takes part.
 """
 
 import json
-import logging
 import re
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from megatron.energon import (
     stateless,
 )
 from megatron.energon.epathlib import EPath
+from megatron.energon.errors import reraise_exception
 from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
 from megatron.energon.flavors.webdataset.metadata import EnergonDatasetType, get_dataset_type
 from megatron.energon.savable_loader import BasicDataLoader
@@ -38,7 +39,6 @@ from megatron_mimo.data.sample import (
 )
 from megatron_mimo.data.tokenizer import Tokenizer
 
-_logger = logging.getLogger(__name__)
 _IMAGE_PARTS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "ppm")
 
 
@@ -111,7 +111,8 @@ def _worker_config(config: DataConfig, lane: int, num_lanes: int, num_workers: i
         world_size=num_lanes,
         num_workers=num_workers,
         seed_offset=config.seed,
-        global_error_handler=_log_read_error,
+        # Errors of a sample travel as outcomes; any other would leave samples out unseen.
+        global_error_handler=reraise_exception,
     )
 
 
@@ -128,21 +129,32 @@ def _iterate(dataset: Any, config: DataConfig) -> Iterator[Outcome]:
     )
     # Outcomes hold no tensors, so there is nothing to pin.
     loader.pin_memory = False
-    return _passes(loader, iter(loader))
+    return _passes(loader, iter(loader), f"--data-path {config.path}")
 
 
-def _passes(loader: Any, first: Iterator[Outcome]) -> Iterator[Outcome]:
+def _passes(loader: Any, first: Iterator[Outcome], dataset: str) -> Iterator[Outcome]:
+    """Outcomes of the loader, again and again; none if a pass is empty."""
     current, was_empty = first, False
     while not was_empty:
         was_empty = True
-        for outcome in current:
-            was_empty = False
-            yield outcome
+        try:
+            for outcome in current:
+                was_empty = False
+                yield outcome
+        except _READ_ERRORS as error:
+            # From a reader process comes its traceback, whose last line says what happened.
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise ValueError(
+                f"{dataset}: a shard cannot be read ({reason[0]}): check that every tar file of "
+                f"the dataset is there and whole, and run `energon prepare` after changing one"
+            ) from error
         current = iter(loader)
 
 
 # -- the dataset's own errors ----------------------------------------------------------------------
 
+# What reading a missing, empty or cut shard raises.
+_READ_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError)
 # What energon raises when it cannot make sense of a folder.
 _BUILD_ERRORS = (AssertionError, EmptyDatasetError, OSError, ValueError, KeyError, TypeError)
 
@@ -177,12 +189,6 @@ def _unreadable(path: str, split: str, error: Exception) -> ValueError:
         f"with split.yaml and dataset.yaml, and shards for {split}; run `energon prepare {path}` "
         f"again"
     )
-
-
-def _log_read_error(error: Exception, sample: Any, sources: Any) -> None:
-    """Called by energon when its own reading fails, before a sample gets here."""
-    where = ", ".join(f"{s.dataset_path}/{s.shard_name}" for s in sources or ())
-    _logger.warning("energon cannot read a sample of %s: %s", where or "unknown source", error)
 
 
 # -- samples ---------------------------------------------------------------------------------------

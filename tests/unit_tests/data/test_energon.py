@@ -191,6 +191,22 @@ def test_missing_split_names_it(digits_path: Path, tmp_path: Path) -> None:
         build_eval_loader(config(tmp_path), llm(0), TOKENIZER)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("kept", "reason"), [(None, "No such file"), (0, "empty file"), (4000, "end of tar file")]
+)
+def test_damaged_shard_stops(write: Write, kept: int | None, reason: str, num_workers: int) -> None:
+    path = write({f"{i}": {"json": text("q")} for i in range(9)})
+    shard = path / "train/000000.tar"
+    whole = shard.read_bytes()
+    shard.unlink()
+    if kept is not None:
+        shard.write_bytes(whole[:kept])
+    loader = build_train_loader(config(path, num_workers=num_workers), llm(0), TOKENIZER)
+    with pytest.raises(ValueError, match=rf"--data-path {path}: a shard cannot be read .*{reason}"):
+        keys(loader, 9)
+
+
 # -- parsing ---------------------------------------------------------------------------------------
 
 
