@@ -86,9 +86,8 @@ class Topology:
 
     @property
     def is_logging_rank(self) -> bool:
-        """Whether this rank reports: the last rank of lane 0's last stage with tp and cp rank 0."""
-        llm = self.layout.llm
-        return self.rank == llm.rank(pp=llm.pp - 1)
+        """Whether this is `Layout.logging_rank`."""
+        return self.rank == self.layout.logging_rank
 
     @property
     def role(self) -> str:

@@ -61,6 +61,11 @@ class Layout:
         """Number of data-parallel replicas of the language model."""
         return self.llm.dp
 
+    @property
+    def logging_rank(self) -> int:
+        """The rank that reports: tp and cp rank 0 of lane 0's last pipeline stage."""
+        return self.llm.rank(pp=self.llm.pp - 1)
+
     def serving(self, lane: int) -> tuple[int, ...]:
         """Encoder dp ranks that serve a lane, ascending; empty without an encoder.
 

@@ -1,0 +1,86 @@
+"""A rank's whole life, from the command line to the exit code."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_mimo.runtime import RuntimeContext, initialize, shutdown
+from megatron_mimo.runtime.environment import read_environment
+from megatron_mimo.runtime.failfast import guard_rank
+from megatron_mimo.training.console import configure_logging
+from megatron_mimo.training.flags import CommandLine, parse, to_yaml
+from megatron_mimo.training.resolve import Resolved, resolve
+
+if TYPE_CHECKING:
+    from megatron_mimo.training.loop import TrainResult
+    from megatron_mimo.training.setup import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def main(
+    argv: Sequence[str], after: "Callable[[Trainer, TrainResult], None] | None" = None
+) -> int:
+    """Train as the flags say, as one rank of a launched job or as a single process.
+
+    Args:
+        argv: Arguments after the program's name.
+        after: Called on every rank when training has ended, before groups are torn down.
+
+    Returns:
+        0; failures end the process inside `guard_rank`, with 1, or 2 for wrong usage.
+    """
+    environment = read_environment(os.environ)
+    resolved: Resolved | None = None
+    wrong: ValueError | None = None
+    role = f"rank {environment.rank}"
+    try:
+        line = parse(argv, CommandLine, prog="megatron-mimo train")
+        resolved = resolve(line.train, environment.world_size)
+        role = resolved.layout.describe_rank(environment.rank)
+        if line.print_config:
+            if environment.rank == 0:
+                os.write(1, to_yaml(resolved.config).encode())
+            return 0
+    except ValueError as error:
+        wrong = error
+    with guard_rank(role) as guard:
+        if wrong is not None:
+            # Every rank found the same; inside the guard one of them says so.
+            raise wrong
+        assert resolved is not None
+        runtime = resolved.config.runtime
+        context = initialize(
+            runtime.device, timeout_minutes=runtime.distributed_timeout_minutes
+        )
+        _train(resolved, context, guard.training_starts, after)
+        shutdown()
+    return 0
+
+
+def _train(
+    resolved: Resolved,
+    context: RuntimeContext,
+    training_starts: Callable[[], None],
+    after: "Callable[[Trainer, TrainResult], None] | None",
+) -> None:
+    # These import megatron-core, which `initialize` has prepared.
+    from megatron_mimo.runtime.specs import describe
+    from megatron_mimo.training.loop import train
+    from megatron_mimo.training.setup import build_trainer
+
+    configure_logging(
+        resolved.layout.describe_rank(context.rank),
+        context.rank,
+        is_logging_rank=context.rank == resolved.layout.logging_rank,
+    )
+    logger.info("%s", resolved.layout.table())
+    logger.info("%s", describe())
+    trainer = build_trainer(resolved, context)
+    training_starts()
+    result = train(
+        trainer.engine, trainer.loader, trainer.eval_loader, trainer.loop, trainer.metrics
+    )
+    if after is not None:
+        after(trainer, result)
