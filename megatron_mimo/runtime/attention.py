@@ -1,4 +1,4 @@
-"""Core attention over torch's scaled dot product, for hosts and for GPUs without Transformer Engine.
+"""Core attention over torch's scaled dot product: for hosts, and GPUs without Transformer Engine.
 
 Takes the place of megatron-core's `DotProductAttention`, which refuses packed sequences. Shapes: S
 sequence, B batch, T packed tokens, A query heads and G key-value heads of this tp rank, D head dim.
@@ -23,7 +23,7 @@ _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 _MASKED = (AttnMaskType.padding, AttnMaskType.padding_causal, AttnMaskType.arbitrary)
 
 
-class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
+class SdpaCoreAttention(MegatronModule):
     """Softmax attention without parameters, for sbhd and thd layouts, with grouped queries.
 
     Masks mean what they mean to Transformer Engine: `causal` and `no_mask` ignore `attention_mask`.
@@ -214,7 +214,7 @@ def _require_supported(config: TransformerConfig) -> None:
 def _lower_triangle(
     num_queries: int, num_keys: int, device: torch.device, at_end: bool = False
 ) -> Tensor:
-    """bool [Sq, Sk], True where a query may look; `at_end` aligns the last query and key."""
+    """Where a query may look, bool [Sq, Sk]; `at_end` aligns the last query and key."""
     shift = num_keys - num_queries if at_end else 0
     return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(shift)
 

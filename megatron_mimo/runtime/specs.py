@@ -31,7 +31,7 @@ from megatron_mimo.runtime.norms import TorchNorm
 logger = logging.getLogger(__name__)
 
 
-class HostSpecProvider(LocalSpecProvider):  # type: ignore[misc]
+class HostSpecProvider(LocalSpecProvider):
     """megatron-core's own layers, with norms and attention that a host and packing need."""
 
     def layer_norm(
@@ -70,7 +70,11 @@ def transformer_layer_spec(
     Args:
         config: Says whether queries and keys are normalised, and how many experts there are.
         attn_mask_type: Mask of the attention, such as `causal` or `no_mask`.
+
+    Raises:
+        ValueError: The configuration recomputes MLPs that have biases.
     """
+    _require_recomputable(config)
     provider = spec_provider()
     fused = provider.fuse_layernorm_and_linear()
     norm = provider.layer_norm(has_residual=True)
@@ -126,6 +130,9 @@ def transformer_block_spec(
         attn_mask_type: Mask of the attention.
         post_layer_norm: Whether the block ends in a norm.
         pp_rank: The stage; matters where there are several.
+
+    Raises:
+        ValueError: As `transformer_layer_spec`.
     """
     layer = transformer_layer_spec(config, attn_mask_type=attn_mask_type)
     return TransformerBlockSubmodules(
@@ -148,6 +155,16 @@ def describe() -> str:
         f"device {device} | backend {backend} | {engine} kernels: attention "
         f"{provider.core_attention().__name__}, norm {_name(provider.layer_norm())}"
     )
+
+
+def _require_recomputable(config: TransformerConfig) -> None:
+    """Refuse what never ends: a recomputed MLP returns its bias, which then depends on itself."""
+    modules = config.recompute_modules or ()
+    if config.recompute_granularity == "selective" and "mlp" in modules and config.add_bias_linear:
+        raise ValueError(
+            "--recompute-modules mlp with biases in linear layers: backward would recompute "
+            "without end in megatron-core; leave mlp out, or use --recompute-granularity full"
+        )
 
 
 def _name(builder: LayerNormBuilder) -> str:

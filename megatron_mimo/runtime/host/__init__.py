@@ -1,8 +1,8 @@
 """megatron-core on a machine without a GPU.
 
 megatron-core assumes CUDA in many small ways: `torch.cuda.current_device()` as a device, literal
-`device="cuda"`, parameter types compared with "torch.cuda.FloatTensor", streams and events, the GPU's
-random generator. This package answers each of them with the host, once per process, before
+`device="cuda"`, parameter types compared with "torch.cuda.FloatTensor", streams and events, the
+GPU's random generator. This package answers each of them with the host, once per process, before
 megatron-core is imported (it binds names at import).
 
 - `cuda_namespace`: stand-ins in `torch.cuda`: devices, streams, events, random state.

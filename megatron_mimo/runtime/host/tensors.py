@@ -110,7 +110,7 @@ def install() -> None:
         factory = getattr(torch, name)
         wrapped = _with_host_device(factory)
         # TorchScript knows builtins by identity; scripted code goes on calling the original.
-        builtin = script_builtins._find_builtin(factory)  # type: ignore[no-untyped-call]
+        builtin = script_builtins._find_builtin(factory)
         if builtin is not None:
             script_builtins._register_builtin(wrapped, builtin)
         setattr(torch, name, wrapped)

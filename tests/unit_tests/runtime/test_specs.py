@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from megatron_mimo.topology import Layout, ModuleGridSpec
+from megatron_mimo.topology import Layout
 from tests.harness import RunRanks
+from tests.unit_tests.runtime.small_gpt import build_gpt, llm_layout, losses_of, named
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-VOCAB, LENGTH, BATCH, EXPERTS = 32, 8, 4, 4
+EXPERTS = 4
 
 DENSE: dict[str, Any] = {"num_query_groups": 2, "qk_layernorm": True}
 MOE: dict[str, Any] = {
@@ -25,66 +26,23 @@ MOE: dict[str, Any] = {
 }
 
 
-def llm_layout(**sizes: int) -> Layout:
-    """A language model alone."""
-    grid = ModuleGridSpec(name="llm", **sizes)
-    return Layout(encoder=None, llm=grid, world_size=len(grid.ranks))
-
-
 def train_once(layout: Layout, architecture: dict[str, Any]) -> "tuple[float, dict[str, Tensor]]":
     """Loss and gradients, unsharded, of one forward and backward over one global batch.
 
     Every rank holds the whole result. Experts of all ep ranks appear under their global number.
     """
-    import torch
     import torch.distributed as dist
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_mimo.runtime import seed_everything
-    from megatron_mimo.runtime.specs import transformer_block_spec
     from megatron_mimo.topology.groups import build_topology
 
     module = build_topology(layout).llm
     assert module is not None
     groups, place = module.pg_collection, module.place
-    tp = groups.tp.size()
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        ffn_hidden_size=48,
-        tensor_model_parallel_size=tp,
-        expert_model_parallel_size=groups.ep.size(),
-        expert_tensor_parallel_size=groups.expt_tp.size(),
-        sequence_parallel=tp > 1,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        **architecture,
-    )
-    seed_everything(1, tp_rank=place.tp, pp_rank=0, dp_rank=place.dp, ep_rank=place.ep)
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=transformer_block_spec(config, attn_mask_type=AttnMaskType.causal),
-        vocab_size=VOCAB,
-        max_sequence_length=LENGTH,
-        position_embedding_type="rope",
-        pg_collection=groups,
-    )
+    model = build_gpt(module, architecture)
     names = {name: global_name(name, place.ep, groups.ep.size()) for name, _ in named(model)}
-    if config.num_moe_experts:
+    if model.config.num_moe_experts:
         fill_by_name(model, names)
-    tokens = torch.randint(
-        0, VOCAB, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(2)
-    )
-    share = tokens.chunk(groups.dp.size())[place.dp]
-    positions = torch.arange(LENGTH).expand(share.size(0), -1)
-    losses = model(share[:, :-1], positions, attention_mask=None, labels=share[:, 1:])
+    losses = losses_of(model, module)
     losses.sum().backward()
 
     total = losses.detach().sum()
@@ -100,10 +58,6 @@ def train_once(layout: Layout, architecture: dict[str, Any]) -> "tuple[float, di
     gathered: list[dict[str, Tensor]] = [{}] * groups.ep.size()
     dist.all_gather_object(gathered, gradients, group=groups.ep)
     return float(total), {name: grad for part in gathered for name, grad in part.items()}
-
-
-def named(model: "nn.Module") -> "list[tuple[str, nn.Parameter]]":
-    return list(model.named_parameters())
 
 
 def is_expert(name: str) -> bool:
