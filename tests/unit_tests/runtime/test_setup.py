@@ -49,7 +49,7 @@ def test_slurm_tasks_meet() -> None:
         for rank in range(2)
     ]
     try:
-        outputs = [rank.communicate(timeout=120)[0].splitlines()[-1] for rank in ranks]
+        outputs = [rank.communicate(timeout=240)[0].splitlines()[-1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
