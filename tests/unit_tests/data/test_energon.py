@@ -217,6 +217,12 @@ def test_images_follow_the_numbers_in_their_names() -> None:
     assert sample.images == (b"a", b"b", b"c")
 
 
+def test_images_without_numbers_follow_the_alphabet() -> None:
+    sample = parse_parts("k", "d", {"right.png": b"b", "left.png": b"a", "json": text("q")})
+    assert isinstance(sample, RawSample)
+    assert sample.images == (b"a", b"b")
+
+
 def test_text_alone_is_a_sample() -> None:
     sample = parse_parts("k", "d", {"json": text("Say hello.", "hello")})
     assert sample == RawSample(key="k", question="Say hello.", answer="hello", source="d")

@@ -27,13 +27,17 @@ def test_no_path_is_the_byte_tokenizer() -> None:
 @pytest.fixture(scope="module")
 def saved_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A word tokenizer, as `save_pretrained` writes it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     words = ["[UNK]", "<image>", "</s>", "which", "digit", "seven"]
     model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Like many, it would add an end of sequence to each text.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
     path = tmp_path_factory.mktemp("tokenizer")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
