@@ -1,0 +1,1 @@
+"""Config and flags, set-up, the loop, metrics."""

@@ -1,0 +1,138 @@
+"""What can be said of flags by themselves: ranges, and flags that would do nothing together."""
+
+from megatron_mimo.training.config import (
+    DataSection,
+    GridSection,
+    ModelSection,
+    RuntimeSection,
+    TrainConfig,
+    TrainingSection,
+    WatchingSection,
+)
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse values out of range, and flags that contradict each other.
+
+    What a part checks in its own settings is left to it.
+
+    Args:
+        config: Flags as given.
+
+    Raises:
+        ValueError: Names the flags.
+    """
+    _check_numbers(config.training, config.watching, config.runtime)
+    _check_schedule(config.training)
+    _check_images(config.model)
+    _check_data_source(config.data)
+    _check_sequence_parallel(config.grids)
+
+
+def _check_images(model: ModelSection) -> None:
+    """Flags of the other way to size images would do nothing."""
+    sides = {"--img-h": model.img_h, "--img-w": model.img_w}
+    bounds = {
+        "--dynamic-resolution-min-patches": model.dynamic_resolution_min_patches,
+        "--dynamic-resolution-max-patches": model.dynamic_resolution_max_patches,
+    }
+    if model.dynamic_resolution:
+        given = [flag for flag, value in sides.items() if value is not None]
+        if given:
+            raise ValueError(
+                f"{' and '.join(given)} size images only without dynamic resolution: add "
+                f"--no-dynamic-resolution, or leave them out"
+            )
+        return
+    missing = [flag for flag, value in sides.items() if value is None]
+    if missing:
+        raise ValueError(f"--no-dynamic-resolution needs {' and '.join(missing)}, in pixels")
+    given = [flag for flag, value in bounds.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} bound images only with dynamic resolution: leave out either "
+            f"them or --no-dynamic-resolution"
+        )
+
+
+def _check_data_source(data: DataSection) -> None:
+    """Flags of the other provider would do nothing."""
+    for provider, flags in (
+        (
+            "mock",
+            {
+                "--mock-dataset-size": data.mock_dataset_size is not None,
+                "--text-only-fraction": data.text_only_fraction != 0,
+            },
+        ),
+        (
+            "energon",
+            {
+                "--data-path": data.data_path is not None,
+                "--num-workers": data.num_workers != 0,
+                "--shuffle-buffer-size": data.shuffle_buffer_size is not None,
+            },
+        ),
+    ):
+        given = [flag for flag, is_given in flags.items() if is_given]
+        if given and data.dataset_provider != provider:
+            raise ValueError(
+                f"{' and '.join(given)} belongs to --dataset-provider {provider}, not to "
+                f"{data.dataset_provider}: leave it out, or change the provider"
+            )
+
+
+def _check_sequence_parallel(grid: GridSection) -> None:
+    if grid.sequence_parallel and grid.llm_tp == 1:
+        raise ValueError(
+            "--sequence-parallel shards along --llm-tp, which is 1: raise --llm-tp, or leave it out"
+        )
+
+
+def _check_numbers(
+    training: TrainingSection, watching: WatchingSection, runtime: RuntimeSection
+) -> None:
+    least: dict[str, tuple[float | None, float]] = {
+        "--train-iters": (training.train_iters, 1),
+        "--exit-interval": (training.exit_interval, 1),
+        "--lr": (training.lr, 0),
+        "--min-lr": (training.min_lr, 0),
+        "--lr-warmup-iters": (training.lr_warmup_iters, 0),
+        "--lr-decay-iters": (training.lr_decay_iters, 1),
+        "--weight-decay": (training.weight_decay, 0),
+        "--clip-grad": (training.clip_grad, 0),
+        "--eval-interval": (training.eval_interval, 0),
+        "--eval-iters": (training.eval_iters, 1),
+        "--log-interval": (watching.log_interval, 1),
+    }
+    for flag, (value, lowest) in least.items():
+        # Not below: nan is refused too.
+        if value is not None and not value >= lowest:
+            raise ValueError(f"{flag} is {value}: expected at least {lowest}")
+    for flag, beta in (
+        ("--adam-beta1", training.adam_beta1),
+        ("--adam-beta2", training.adam_beta2),
+    ):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{flag} is {beta}: expected 0 or more, and below 1")
+    for flag, value in (
+        ("--adam-eps", training.adam_eps),
+        ("--distributed-timeout-minutes", runtime.distributed_timeout_minutes),
+    ):
+        if not value > 0:
+            raise ValueError(f"{flag} is {value}: expected more than 0")
+
+
+def _check_schedule(training: TrainingSection) -> None:
+    if training.min_lr > training.lr:
+        raise ValueError(
+            f"--min-lr {training.min_lr} is above --lr {training.lr}: expected at most the peak"
+        )
+    flag, iterations = "--lr-decay-iters", training.lr_decay_iters
+    if iterations is None:
+        flag, iterations = "--train-iters", training.train_iters
+    if training.lr_warmup_iters >= iterations:
+        raise ValueError(
+            f"--lr-warmup-iters {training.lr_warmup_iters} is not below {flag} {iterations}: "
+            f"expected fewer, as the warm-up is part of it"
+        )

@@ -1,0 +1,232 @@
+"""Everything that a training run is told: one field per flag.
+
+A field's name is its flag and its YAML key, its type the check, its documentation the help text.
+Relations between fields are checked in `resolve.resolve`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from tyro.conf import DisallowNone, FlagCreatePairsOff, UseAppendAction, arg
+
+# A switch that is off unless named; without a --no- twin.
+Switch = FlagCreatePairsOff[bool]
+# These may be left out; their documentation says what then holds.
+Choice = Annotated[DisallowNone[bool | None], arg(help_behavior_hint="")]
+Number = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
+Folder = Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")]
+File = Annotated[str | None, arg(metavar="PATH", help_behavior_hint="")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GridSection:
+    """Ranks of each module. The grids are disjoint and cover every rank, or span the same ranks.
+
+    Attributes:
+        encoder_offset: First rank of the encoder grid; left out: 0.
+        encoder_tp: Tensor-parallel size of the encoder, ranks.
+        encoder_cp: Context-parallel size of the encoder, ranks.
+        encoder_pp: Pipeline stages of the encoder.
+        encoder_dp: Data-parallel replicas of the encoder.
+        encoder_ep: Expert-parallel size of the encoder, ranks.
+        encoder_expt_tp: Tensor-parallel size inside an expert of the encoder, ranks.
+        llm_offset: First rank of the language-model grid; left out: behind the encoder grid, or 0
+            in a run of one rank.
+        llm_tp: Tensor-parallel size of the language model, ranks.
+        llm_cp: Context-parallel size of the language model, ranks.
+        llm_pp: Pipeline stages of the language model.
+        llm_dp: Data-parallel replicas of the language model; each is a lane.
+        llm_ep: Expert-parallel size of the language model, ranks.
+        llm_expt_tp: Tensor-parallel size inside an expert of the language model, ranks.
+        llm_only: Train the language model alone; image tokens are tokens like others.
+        sequence_parallel: Shard the language model's activations along the sequence between
+            tensor-parallel regions; left out: on when --llm-tp is above 1.
+    """
+
+    encoder_offset: Number = None
+    encoder_tp: int = 1
+    encoder_cp: int = 1
+    encoder_pp: int = 1
+    encoder_dp: int = 1
+    encoder_ep: int = 1
+    encoder_expt_tp: int = 1
+    llm_offset: Number = None
+    llm_tp: int = 1
+    llm_cp: int = 1
+    llm_pp: int = 1
+    llm_dp: int = 1
+    llm_ep: int = 1
+    llm_expt_tp: int = 1
+    llm_only: Switch = False
+    sequence_parallel: Choice = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    """What is trained, how images become patches, and in which precision.
+
+    Attributes:
+        model_provider: Preset that fixes the architecture.
+        override: Change one field of the preset, as in language.num_layers=4.
+        training_stage: stage1 trains the projector only, stage2 all but the vision encoder, stage3
+            everything.
+        freeze_vit: Freeze the vision encoder, whatever the stage.
+        freeze_lm: Freeze the language model, whatever the stage.
+        freeze_projection: Freeze the projector, whatever the stage.
+        tokenizer_model: Folder of a Hugging Face tokenizer; left out: the built-in byte tokenizer.
+        image_token: Placeholder of an image in texts, and the token at which its rows go.
+        seq_length: Tokens of a sequence.
+        dynamic_resolution: Keep images near their native size and aspect ratio; off, every image is
+            resized to --img-h x --img-w.
+        dynamic_resolution_min_patches: An image with fewer patches is enlarged; left out: 4.
+        dynamic_resolution_max_patches: An image with more patches is shrunk, 0 is uncapped; left
+            out: 256.
+        img_h: Image height without dynamic resolution, pixels.
+        img_w: Image width without dynamic resolution, pixels.
+        patch_dim: Side of a square patch, pixels; left out: the preset's.
+        pixel_shuffle: Merge each 2 x 2 square of patches into one row; left out: as in the preset.
+        bf16: Parameters, activations and rows in bfloat16.
+        fp32: Parameters, activations and rows in float32; the default.
+        init: Initial weights: "megatron" draws from each rank's random stream,
+            "topology-invariant" draws each parameter from (seed, name), whatever the layout.
+    """
+
+    model_provider: Literal["mock"] = "mock"
+    override: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SECTION.FIELD=VALUE")] = ()
+    training_stage: Literal["stage1", "stage2", "stage3"] = "stage3"
+    freeze_vit: Switch = False
+    freeze_lm: Switch = False
+    freeze_projection: Switch = False
+    tokenizer_model: Folder = None
+    image_token: str = "<image>"
+    seq_length: int = 64
+    dynamic_resolution: bool = True
+    dynamic_resolution_min_patches: Number = None
+    dynamic_resolution_max_patches: Number = None
+    img_h: Number = None
+    img_w: Number = None
+    patch_dim: Number = None
+    pixel_shuffle: Choice = None
+    bf16: Switch = False
+    fp32: Switch = False
+    init: Literal["megatron", "topology-invariant"] = "megatron"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSection:
+    """Where samples come from.
+
+    Attributes:
+        dataset_provider: "mock" makes samples up, "energon" reads a dataset from --data-path.
+        data_path: Energon dataset folder, or metadataset YAML.
+        num_workers: Energon's reader processes per lane; 0 reads in the training process.
+        shuffle_buffer_size: Energon: samples among which the next training sample is drawn; left
+            out: 1000.
+        validate_data_alignment: Check each step that both grids read the same samples.
+        sample_trace_dir: Write the sample keys of every step there, one file per rank.
+        mock_dataset_size: Distinct mock samples, then they repeat; left out: 1000000.
+        text_only_fraction: Part of the mock samples that has no image, 0 to 1.
+    """
+
+    dataset_provider: Literal["mock", "energon"] = "mock"
+    data_path: File = None
+    num_workers: int = 0
+    shuffle_buffer_size: Number = None
+    validate_data_alignment: bool = True
+    sample_trace_dir: Folder = None
+    mock_dataset_size: Number = None
+    text_only_fraction: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSection:
+    """How long and how fast to train, and when to evaluate.
+
+    Attributes:
+        micro_batch_size: Samples per lane and forward.
+        global_batch_size: Samples per iteration over all lanes; left out: --micro-batch-size times
+            --llm-dp.
+        train_iters: Iterations to train.
+        seed: Of initial weights, mock samples and shuffling.
+        exit_interval: Stop after the next iteration that this divides; left out: train to the end.
+        lr: Peak learning rate.
+        min_lr: Floor of the learning rate; a constant schedule has none.
+        lr_decay_style: Course of the learning rate after the warm-up.
+        lr_warmup_iters: Iterations of linear warm-up from 0.
+        lr_decay_iters: Iterations after which the floor is reached; left out: --train-iters.
+        weight_decay: Decoupled weight decay of matrices; vectors have none.
+        adam_beta1: Decay of Adam's first moment.
+        adam_beta2: Decay of Adam's second moment.
+        adam_eps: Added to the root of Adam's second moment.
+        clip_grad: Largest global gradient norm; 0 turns clipping off.
+        log_num_zeros_in_grad: Count the zeros in the gradients, and log them.
+        eval_interval: Iterations between evaluations on the val split, and one at the end; 0
+            evaluates never.
+        eval_iters: Global batches per evaluation.
+    """
+
+    micro_batch_size: int = 1
+    global_batch_size: Number = None
+    train_iters: int = 100
+    seed: int = 1234
+    exit_interval: Number = None
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "linear"
+    lr_warmup_iters: int = 0
+    lr_decay_iters: Number = None
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    log_num_zeros_in_grad: Switch = False
+    eval_interval: int = 0
+    eval_iters: int = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchingSection:
+    """What a run shows of itself.
+
+    Attributes:
+        log_interval: Iterations per log line.
+        tensorboard_dir: Folder for TensorBoard's event files and metrics.jsonl.
+    """
+
+    log_interval: int = 10
+    tensorboard_dir: Folder = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeSection:
+    """Where a run runs.
+
+    Attributes:
+        device: What ranks compute on; auto takes cuda where there is one.
+        distributed_timeout_minutes: Longest wait of a collective operation, minutes.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    distributed_timeout_minutes: float = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Every flag of a training run, by section of the help text.
+
+    Attributes:
+        grids: Ranks of each module.
+        model: What is trained.
+        data: Where samples come from.
+        training: How long and how fast.
+        watching: What the run shows of itself.
+        runtime: Where it runs.
+    """
+
+    grids: GridSection = field(default_factory=GridSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    watching: WatchingSection = field(default_factory=WatchingSection)
+    runtime: RuntimeSection = field(default_factory=RuntimeSection)

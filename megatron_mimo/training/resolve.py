@@ -1,0 +1,262 @@
+"""From flags as given to what they mean together: defaults filled in, relations checked.
+
+Everything here runs before the first process group, so that a wrong flag costs no start-up.
+"""
+
+from dataclasses import dataclass, replace
+
+from megatron_mimo.data.config import DataConfig, ImageConfig
+from megatron_mimo.model.config import FreezeConfig, ModelConfig
+from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
+from megatron_mimo.presets import model_config
+from megatron_mimo.topology import Layout, ModuleGridSpec
+from megatron_mimo.training.check import check
+from megatron_mimo.training.config import DataSection, GridSection, ModelSection, TrainConfig
+
+_IMAGES = ImageConfig()
+_DATA = DataConfig()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolved:
+    """A checked run: the flags without gaps, and the settings of each part.
+
+    Attributes:
+        config: Every flag, defaults filled in.
+        layout: Both grids.
+        architecture: Of every module.
+        freeze: What does not train.
+        data: Where samples come from.
+        adam: Optimizer.
+        schedule: Learning rate.
+        global_batch_size: Samples per iteration.
+    """
+
+    config: TrainConfig
+    layout: Layout
+    architecture: ModelConfig
+    freeze: FreezeConfig
+    data: DataConfig
+    adam: AdamConfig
+    schedule: ScheduleConfig
+    global_batch_size: int
+
+
+def resolve(config: TrainConfig, world_size: int) -> Resolved:
+    """Fill defaults in, check every flag and every relation, and hand each part its settings.
+
+    Args:
+        config: Flags as given.
+        world_size: Number of started ranks.
+
+    Raises:
+        ValueError: What is wrong with which flags, and what to do.
+    """
+    check(config)
+    layout = grids(config, world_size)
+    filled = fill_defaults(config, world_size)
+    training = filled.training
+    data = _data(filled)
+    data.num_microbatches(layout.num_lanes)
+    global_batch_size = data.global_batch_size
+    return Resolved(
+        config=filled,
+        layout=layout,
+        architecture=_architecture(filled.model),
+        freeze=_freeze(filled.model, llm_only=layout.encoder is None),
+        data=data,
+        adam=AdamConfig(
+            lr=training.lr,
+            min_lr=training.min_lr,
+            weight_decay=training.weight_decay,
+            beta1=training.adam_beta1,
+            beta2=training.adam_beta2,
+            eps=training.adam_eps,
+            clip_grad=training.clip_grad,
+            log_num_zeros=training.log_num_zeros_in_grad,
+        ),
+        schedule=ScheduleConfig(
+            style=training.lr_decay_style,
+            warmup_samples=training.lr_warmup_iters * global_batch_size,
+            decay_samples=_given(training.lr_decay_iters) * global_batch_size,
+        ),
+        global_batch_size=global_batch_size,
+    )
+
+
+def fill_defaults(config: TrainConfig, world_size: int | None) -> TrainConfig:
+    """The config with every default that follows from other flags.
+
+    Args:
+        config: Flags as given.
+        world_size: Number of started ranks; None when unknown, which leaves offsets open.
+
+    Raises:
+        ValueError: The preset is unknown, or does not take an override.
+    """
+    grid, model, data, training = config.grids, config.model, config.data, config.training
+    if world_size is not None:
+        encoder_offset, llm_offset = _offsets(grid, world_size)
+        grid = replace(
+            grid, encoder_offset=None if grid.llm_only else encoder_offset, llm_offset=llm_offset
+        )
+    vision = _architecture(model).vision
+    return replace(
+        config,
+        grids=replace(grid, sequence_parallel=_or(grid.sequence_parallel, default=grid.llm_tp > 1)),
+        model=replace(
+            _fill_resolution(model),
+            patch_dim=vision.patch_dim,
+            pixel_shuffle=vision.pixel_shuffle,
+            fp32=not model.bf16,
+        ),
+        data=_fill_source(data),
+        training=replace(
+            training,
+            global_batch_size=_or(
+                training.global_batch_size, default=training.micro_batch_size * grid.llm_dp
+            ),
+            lr_decay_iters=_or(training.lr_decay_iters, default=training.train_iters),
+        ),
+    )
+
+
+def grids(config: TrainConfig, world_size: int) -> Layout:
+    """Where the modules live.
+
+    Args:
+        config: Flags as given.
+        world_size: Number of started ranks.
+
+    Raises:
+        ValueError: A grid is impossible, or the grids do not cover the ranks; names both.
+    """
+    grid = config.grids
+    encoder_offset, llm_offset = _offsets(grid, world_size)
+    encoder = ModuleGridSpec(
+        name="encoder",
+        offset=encoder_offset,
+        tp=grid.encoder_tp,
+        cp=grid.encoder_cp,
+        pp=grid.encoder_pp,
+        dp=grid.encoder_dp,
+        ep=grid.encoder_ep,
+        expt_tp=grid.encoder_expt_tp,
+    )
+    llm = ModuleGridSpec(
+        name="llm",
+        offset=llm_offset,
+        tp=grid.llm_tp,
+        cp=grid.llm_cp,
+        pp=grid.llm_pp,
+        dp=grid.llm_dp,
+        ep=grid.llm_ep,
+        expt_tp=grid.llm_expt_tp,
+    )
+    if grid.llm_only:
+        if grid.encoder_offset is not None or encoder != ModuleGridSpec(name="encoder"):
+            raise ValueError("--llm-only trains no encoder: leave the --encoder-… flags out")
+        return Layout(encoder=None, llm=llm, world_size=world_size)
+    return Layout(encoder=encoder, llm=llm, world_size=world_size)
+
+
+def _offsets(grid: GridSection, world_size: int) -> tuple[int, int]:
+    """First ranks of both grids: as given, else one behind the other; one rank holds both."""
+    encoder = _or(grid.encoder_offset, default=0)
+    size = grid.encoder_tp * grid.encoder_cp * grid.encoder_pp * grid.encoder_dp
+    behind = 0 if grid.llm_only or world_size == 1 else encoder + size
+    return encoder, _or(grid.llm_offset, default=behind)
+
+
+def _architecture(model: ModelSection) -> ModelConfig:
+    config = model_config(model.model_provider, model.override)
+    vision = config.vision
+    return replace(
+        config,
+        vision=replace(
+            vision,
+            patch_dim=_or(model.patch_dim, default=vision.patch_dim),
+            pixel_shuffle=_or(model.pixel_shuffle, default=vision.pixel_shuffle),
+        ),
+    )
+
+
+def _freeze(model: ModelSection, *, llm_only: bool) -> FreezeConfig:
+    stage = model.training_stage
+    freeze = FreezeConfig(
+        vision=model.freeze_vit or stage in ("stage1", "stage2"),
+        language=model.freeze_lm or stage == "stage1",
+        projector=model.freeze_projection,
+    )
+    if freeze.language and (llm_only or not freeze.encoder_trains):
+        frozen = {
+            f"--training-stage {stage}": stage != "stage3",
+            "--freeze-vit": model.freeze_vit,
+            "--freeze-lm": model.freeze_lm,
+            "--freeze-projection": model.freeze_projection,
+            "--llm-only": llm_only,
+        }
+        given = [flag for flag, is_given in frozen.items() if is_given]
+        raise ValueError(f"nothing is left to train with {', '.join(given)}: leave one out")
+    return freeze
+
+
+def _data(config: TrainConfig) -> DataConfig:
+    """The data's settings, from a filled config."""
+    vision = _architecture(config.model).vision
+    model, data, training = config.model, config.data, config.training
+    return DataConfig(
+        provider=data.dataset_provider,
+        path=data.data_path,
+        seed=training.seed,
+        seq_length=model.seq_length,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=_given(training.global_batch_size),
+        num_workers=data.num_workers,
+        shuffle_buffer_size=_or(data.shuffle_buffer_size, default=_DATA.shuffle_buffer_size),
+        image=ImageConfig(
+            patch_dim=vision.patch_dim,
+            pixel_shuffle=vision.pixel_shuffle,
+            dynamic_resolution=model.dynamic_resolution,
+            min_patches=_or(model.dynamic_resolution_min_patches, default=_IMAGES.min_patches),
+            max_patches=_or(model.dynamic_resolution_max_patches, default=_IMAGES.max_patches),
+            max_grid=vision.max_grid,
+            img_h=_or(model.img_h, default=_IMAGES.img_h),
+            img_w=_or(model.img_w, default=_IMAGES.img_w),
+        ),
+        text_only_fraction=data.text_only_fraction,
+        mock_dataset_size=_or(data.mock_dataset_size, default=_DATA.mock_dataset_size),
+        image_token=model.image_token,
+        sample_trace_dir=data.sample_trace_dir,
+    )
+
+
+def _fill_resolution(model: ModelSection) -> ModelSection:
+    if not model.dynamic_resolution:
+        return model
+    return replace(
+        model,
+        dynamic_resolution_min_patches=_or(
+            model.dynamic_resolution_min_patches, default=_IMAGES.min_patches
+        ),
+        dynamic_resolution_max_patches=_or(
+            model.dynamic_resolution_max_patches, default=_IMAGES.max_patches
+        ),
+    )
+
+
+def _fill_source(data: DataSection) -> DataSection:
+    if data.dataset_provider == "mock":
+        size = _or(data.mock_dataset_size, default=_DATA.mock_dataset_size)
+        return replace(data, mock_dataset_size=size)
+    buffer = _or(data.shuffle_buffer_size, default=_DATA.shuffle_buffer_size)
+    return replace(data, shuffle_buffer_size=buffer)
+
+
+def _or[T](value: T | None, *, default: T) -> T:
+    return default if value is None else value
+
+
+def _given[T](value: T | None) -> T:
+    assert value is not None
+    return value
