@@ -11,6 +11,9 @@ _WARNINGS = (
     r"\w+ is experimental and still under active development",
     r"The following imports from `dynamic_context.py` will be removed",
     r"`torch\.jit\.script",
+    r"full scope is deprecated",
+    # megatron-core calls them; torch renamed them.
+    r"`torch\.distributed\.(reduce_scatter|all_gather_into)_tensor` is deprecated",
     r"Could not determine rank from torch.distributed",
 )
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from megatron_mimo.training.metrics import IterationMetrics, MetricsLogger
 
 from megatron_mimo.data.batch import StepLoader
+from megatron_mimo.training.metrics import IterationMetrics, MetricsLogger
 from megatron_mimo.training.step import Engine, StepMetrics, evaluate, train_step
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def train(
     loader: StepLoader,
     eval_loader: Callable[[], StepLoader],
     config: LoopConfig,
-    metrics: MetricsLogger,
+    metrics: MetricsLogger | None,
 ) -> TrainResult:
     """Train until the last iteration or an exit interval.
 
@@ -92,7 +92,7 @@ def train(
         loader: Training samples.
         eval_loader: Gives the evaluation samples from their start.
         config: How long, and when to look.
-        metrics: Writes the log line, TensorBoard and metrics.jsonl on the logging rank.
+        metrics: Writes the log line, TensorBoard and metrics.jsonl; on the logging rank only.
     """
     engine.model.train()
     is_llm = engine.topology.llm is not None
@@ -105,12 +105,12 @@ def train(
         interval.add(train_step(engine, loader, iteration, config.global_batch_size))
         if iteration % config.log_interval == 0 or finished:
             loss = interval.mean_loss() if is_llm else None
-            if engine.topology.is_logging_rank:
+            if metrics is not None:
                 metrics.log_iteration(_report(interval, iteration, config))
             interval = _Interval()
         if config.eval_interval and (iteration % config.eval_interval == 0 or finished):
             held_out = evaluate(engine, eval_loader(), config.eval_iters)
-            if engine.topology.is_logging_rank:
+            if metrics is not None:
                 consumed = iteration * config.global_batch_size
                 metrics.log_evaluation(iteration, consumed, float(held_out))
             # Evaluation is not part of an iteration's time.

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def main(
-    argv: Sequence[str], after: "Callable[[Trainer, TrainResult], None] | None" = None
-) -> int:
+def main(argv: Sequence[str], after: "Callable[[Trainer, TrainResult], None] | None" = None) -> int:
     """Train as the flags say, as one rank of a launched job or as a single process.
 
     Args:
@@ -51,9 +49,7 @@ def main(
             raise wrong
         assert resolved is not None
         runtime = resolved.config.runtime
-        context = initialize(
-            runtime.device, timeout_minutes=runtime.distributed_timeout_minutes
-        )
+        context = initialize(runtime.device, timeout_minutes=runtime.distributed_timeout_minutes)
         _train(resolved, context, guard.training_starts, after)
         shutdown()
     return 0
@@ -68,6 +64,7 @@ def _train(
     # These import megatron-core, which `initialize` has prepared.
     from megatron_mimo.runtime.specs import describe
     from megatron_mimo.training.loop import train
+    from megatron_mimo.training.metrics import MetricsLogger
     from megatron_mimo.training.setup import build_trainer
 
     configure_logging(
@@ -77,10 +74,19 @@ def _train(
     )
     logger.info("%s", resolved.layout.table())
     logger.info("%s", describe())
+    metrics = None
+    if context.rank == resolved.layout.logging_rank:
+        # Before the model: a full disk should not cost the time to build one.
+        metrics = MetricsLogger(
+            resolved.config.training.train_iters, resolved.config.watching.tensorboard_dir
+        )
     trainer = build_trainer(resolved, context)
     training_starts()
-    result = train(
-        trainer.engine, trainer.loader, trainer.eval_loader, trainer.loop, trainer.metrics
-    )
+    result = train(trainer.engine, trainer.loader, trainer.eval_loader, trainer.loop, metrics)
+    if metrics is not None:
+        metrics.close(
+            f"trained {result.iteration} iterations on {result.consumed_samples} samples in "
+            f"{result.train_seconds:.0f} s, last lm loss {result.lm_loss:.6E}"
+        )
     if after is not None:
         after(trainer, result)

@@ -17,6 +17,7 @@ from megatron_mimo.data import (
 from megatron_mimo.model.mimo import BuildConfig
 from megatron_mimo.runtime import RuntimeContext
 from megatron_mimo.training.engine import build_engine, data_role
+from megatron_mimo.training.loop import LoopConfig
 from megatron_mimo.training.resolve import Resolved
 from megatron_mimo.training.step import Engine
 
@@ -31,6 +32,7 @@ class Trainer:
         data: How samples are read.
         role: What this rank needs of them.
         tokenizer: Of the texts.
+        loop: How long to train, and when to look.
     """
 
     engine: Engine
@@ -38,6 +40,7 @@ class Trainer:
     data: DataConfig
     role: DataRole
     tokenizer: Tokenizer
+    loop: LoopConfig
 
     def eval_loader(self) -> StepLoader:
         """The val split from its start."""
@@ -77,4 +80,15 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
         validate_data=resolved.config.data.validate_data_alignment,
         device=context.device,
     )
-    return Trainer(engine=engine, loader=loader, data=data, role=role, tokenizer=tokenizer)
+    training, watching = resolved.config.training, resolved.config.watching
+    loop = LoopConfig(
+        train_iters=training.train_iters,
+        global_batch_size=resolved.global_batch_size,
+        exit_interval=training.exit_interval,
+        log_interval=watching.log_interval,
+        eval_interval=training.eval_interval,
+        eval_iters=training.eval_iters,
+    )
+    return Trainer(
+        engine=engine, loader=loader, data=data, role=role, tokenizer=tokenizer, loop=loop
+    )

@@ -1,0 +1,230 @@
+"""Megatron's log line, TensorBoard scalars and metrics.jsonl, written by one rank."""
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+_PROBE_BYTES = 4096
+# TensorBoard's own writer keeps events back for two minutes.
+_FLUSH_SECONDS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IterationMetrics:
+    """One logged iteration; averages are over the log interval.
+
+    Attributes:
+        iteration: Counts from 1.
+        consumed_samples: Trained on so far.
+        lm_loss: Mean cross entropy per target token, over the interval.
+        grad_norm: Global gradient norm over all modules, before clipping.
+        learning_rate: After this iteration.
+        loss_scale: 1.0 without fp16.
+        num_zeros: Zeros in the gradients; None when they are not counted.
+        iteration_time_ms: Wall time of an iteration, over the interval.
+        global_batch_size: Samples per iteration.
+        skipped_iterations: In the interval, updates that were not applied.
+        nan_iterations: In the interval, iterations whose gradients were not finite.
+    """
+
+    iteration: int
+    consumed_samples: int
+    lm_loss: float
+    grad_norm: float
+    learning_rate: float
+    loss_scale: float
+    num_zeros: int | None
+    iteration_time_ms: float
+    global_batch_size: int
+    skipped_iterations: int
+    nan_iterations: int
+
+
+def log_line(metrics: IterationMetrics, train_iters: int) -> str:
+    """The line that Megatron-LM prints, field for field."""
+    parts = [
+        f" iteration {metrics.iteration:8d}/{train_iters:8d}",
+        f"consumed samples: {metrics.consumed_samples:12d}",
+        f"elapsed time per iteration (ms): {metrics.iteration_time_ms:.1f}",
+        f"learning rate: {metrics.learning_rate:.1E}",
+        f"global batch size: {metrics.global_batch_size:5d}",
+        f"lm loss: {metrics.lm_loss:.6E}",
+        f"loss scale: {metrics.loss_scale:.1f}",
+        f"grad norm: {metrics.grad_norm:.3f}",
+    ]
+    if metrics.num_zeros is not None:
+        parts.append(f"num zeros: {metrics.num_zeros}")
+    parts += [
+        f"number of skipped iterations: {metrics.skipped_iterations:3d}",
+        f"number of nan iterations: {metrics.nan_iterations:3d}",
+    ]
+    return " | ".join(parts) + " |"
+
+
+class MetricsLogger:
+    """Writes what the logging rank reports.
+
+    On a terminal a progress bar stands below the log lines.
+
+    Args:
+        train_iters: Iterations of the whole run.
+        tensorboard_dir: Folder for event files and metrics.jsonl; None writes neither.
+        stream: Where log lines go; standard output when None.
+
+    Raises:
+        ValueError: The folder cannot be written to.
+    """
+
+    def __init__(
+        self, train_iters: int, tensorboard_dir: str | None, stream: TextIO | None = None
+    ) -> None:
+        self._train_iters = train_iters
+        self._folder = tensorboard_dir
+        self._writer: SummaryWriter | None = None
+        self._file: TextIO | None = None
+        if tensorboard_dir is not None:
+            self._open(Path(tensorboard_dir))
+        self._console = Console(
+            file=stream or sys.stdout, highlight=False, markup=False, soft_wrap=True
+        )
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("training", total=train_iters)
+            self._progress.start()
+
+    def log_iteration(self, metrics: IterationMetrics) -> None:
+        """Report a logged iteration.
+
+        Raises:
+            RuntimeError: The disk is full, or the folder is gone.
+        """
+        self._console.print(log_line(metrics, self._train_iters))
+        if self._progress is not None:
+            self._progress.update(self._task, completed=metrics.iteration)
+        values = asdict(metrics)
+        if metrics.num_zeros is None:
+            del values["num_zeros"]
+        self._write_json(values)
+        scalars = {
+            "lm loss": metrics.lm_loss,
+            "learning-rate": metrics.learning_rate,
+            "grad-norm": metrics.grad_norm,
+            "batch-size": metrics.global_batch_size,
+            "loss-scale": metrics.loss_scale,
+            "iteration-time-ms": metrics.iteration_time_ms,
+        }
+        if metrics.num_zeros is not None:
+            scalars["num-zeros"] = metrics.num_zeros
+        self._write_scalars(scalars, metrics.iteration, metrics.consumed_samples)
+
+    def log_evaluation(self, iteration: int, consumed_samples: int, loss: float) -> None:
+        """Report the held-out loss, and its perplexity, after an iteration.
+
+        Raises:
+            RuntimeError: The disk is full, or the folder is gone.
+        """
+        # Megatron's cap, so that an early loss does not overflow.
+        perplexity = math.exp(min(20.0, loss))
+        self._console.print(
+            f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | "
+            f"lm loss PPL: {perplexity:.6E} |"
+        )
+        self._write_json(
+            {
+                "iteration": iteration,
+                "consumed_samples": consumed_samples,
+                "lm_loss_validation": loss,
+                "lm_loss_validation_ppl": perplexity,
+            }
+        )
+        self._write_scalars(
+            {"lm loss validation": loss, "lm loss validation ppl": perplexity},
+            iteration,
+            consumed_samples,
+        )
+
+    def close(self, summary: str) -> None:
+        """End with a line on the whole run.
+
+        Raises:
+            RuntimeError: The disk is full, or the folder is gone.
+        """
+        if self._progress is not None:
+            self._progress.stop()
+        self._console.print(summary)
+        with self._named_errors():
+            if self._writer is not None:
+                self._writer.close()
+            if self._file is not None:
+                self._file.close()
+
+    def _open(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # A full disk lets files be made, not filled.
+            probe = folder / f".probe-{os.getpid()}"
+            with probe.open("wb") as file:
+                file.write(b"\0" * _PROBE_BYTES)
+                file.flush()
+                os.fsync(file.fileno())
+            probe.unlink()
+            self._file = (folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+            self._writer = SummaryWriter(str(folder), flush_secs=_FLUSH_SECONDS)
+        except OSError as error:
+            raise ValueError(
+                f"--tensorboard-dir {folder} cannot be written to: {error.strerror or error}; "
+                f"free space there, or name another folder"
+            ) from error
+
+    def _write_json(self, values: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        with self._named_errors():
+            self._file.write(json.dumps(values) + "\n")
+
+    def _write_scalars(self, scalars: dict[str, float], iteration: int, samples: int) -> None:
+        if self._writer is None:
+            return
+        now = time.time()
+        with self._named_errors():
+            for tag, value in scalars.items():
+                self._writer.add_scalar(tag, value, iteration, now)
+                self._writer.add_scalar(f"{tag} vs samples", value, samples, now)
+            # The writer's thread raises what went wrong at the next call from here.
+            self._writer.flush()
+
+    def _named_errors(self) -> "_NamedErrors":
+        return _NamedErrors(self._folder)
+
+
+class _NamedErrors:
+    """Turns a failed write into an error that names the folder and what to do."""
+
+    def __init__(self, folder: str | None) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, frames: object) -> None:
+        if isinstance(error, OSError):
+            raise RuntimeError(
+                f"cannot write metrics to --tensorboard-dir {self._folder}: "
+                f"{error.strerror or error}; free space there, or train without it"
+            ) from error
