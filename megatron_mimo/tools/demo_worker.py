@@ -6,15 +6,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_mimo.data import RawSample
 from megatron_mimo.data.digits import read_digits_split
-from megatron_mimo.training.exact_match import write_answers
-from megatron_mimo.training.loop import TrainResult
 from megatron_mimo.training.main import main
-from megatron_mimo.training.setup import Trainer
+
+if TYPE_CHECKING:
+    from megatron_mimo.training.loop import TrainResult
+    from megatron_mimo.training.setup import Trainer
 
 # Where the logging rank writes; the parent process names it, as the flags are those of training.
 ANSWERS_VARIABLE = "MIMO_DEMO_ANSWERS"
@@ -30,8 +32,11 @@ def shuffle_images(samples: Sequence[RawSample]) -> list[RawSample]:
     ]
 
 
-def answer_held_out(trainer: Trainer, result: TrainResult) -> None:
+def answer_held_out(trainer: "Trainer", result: "TrainResult") -> None:
     """Answer the held-out single digits, seen and with shuffled images, and some of every kind."""
+    # It imports megatron-core, which training has prepared by now.
+    from megatron_mimo.training.exact_match import write_answers
+
     path = trainer.data.path
     assert path is not None
     single = read_digits_split(path, "val", kind="single")
