@@ -4,20 +4,24 @@ Both are read into settings, (flag, value, where it stands), and checked alike; 
 them, files first, so that the command line wins.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import io
-import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
-import tyro
 import yaml
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg
+from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
+from megatron_mimo.training.arguments import (
+    Flag,
+    Setting,
+    build,
+    known_flags,
+    nearest,
+    read_argv,
+    show_help,
+)
 from megatron_mimo.training.config import TrainConfig
 
 # Of each set at most one is on; a later source's choice replaces an earlier one's.
@@ -40,42 +44,6 @@ class CommandLine:
     train: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
 
 
-@dataclass(frozen=True, slots=True)
-class _Flag:
-    """One known flag: what it takes."""
-
-    kind: type | tuple[str, ...]  # bool, int, float, str, or the choices
-    has_negative: bool
-    repeatable: bool
-
-    @property
-    def expected(self) -> str:
-        if isinstance(self.kind, tuple):
-            return f"one of {', '.join(self.kind)}"
-        return {bool: "true or false", int: "a whole number", float: "a number"}.get(
-            self.kind, "text"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Setting:
-    """A flag as given. `value` is None for a switch; `where` is empty on the command line."""
-
-    name: str
-    value: str | None
-    where: str = ""
-
-    @property
-    def token(self) -> str:
-        return f"--{self.name}" if self.value is None else f"--{self.name}={self.value}"
-
-    @property
-    def as_typed(self) -> str:
-        if self.where:
-            return self.where
-        return f"--{self.name}" if self.value is None else f"--{self.name} {self.value}"
-
-
 def parse[T: CommandLine](argv: Sequence[str], into: type[T], *, prog: str) -> T:
     """Read a command line, and the files that it names.
 
@@ -90,10 +58,9 @@ def parse[T: CommandLine](argv: Sequence[str], into: type[T], *, prog: str) -> T
         ValueError: A flag or key is unknown (the nearest known one is named), or a value does not
             parse; names the flag, or the file and key.
     """
-    if "-h" in argv or "--help" in argv:
-        tyro.cli(into, prog=prog, args=["--help"], config=(OmitArgPrefixes,))
-    known = _known_flags(into)
-    typed = list(_read_argv(argv, known))
+    show_help(argv, into, prog=prog)
+    known = known_flags(into)
+    typed = list(read_argv(argv, known))
     in_files = [
         setting
         for entry in typed
@@ -103,7 +70,7 @@ def parse[T: CommandLine](argv: Sequence[str], into: type[T], *, prog: str) -> T
     for group in _EXCLUSIVE:
         if any(setting.name in group for setting in typed):
             in_files = [setting for setting in in_files if setting.name not in group]
-    line = _instantiate(into, in_files + typed, known)
+    line = build(into, in_files + typed, known)
     _refuse_both(in_files + typed)
     return line
 
@@ -121,81 +88,26 @@ def to_yaml(config: TrainConfig) -> str:
     return "\n".join(parts)
 
 
-def _known_flags(root: Any) -> dict[str, _Flag]:
-    """Every flag under a dataclass, by its kebab-case name."""
-    flags: dict[str, _Flag] = {}
-    for name, hint in get_type_hints(root, include_extras=True).items():
-        plain, marks = _strip(hint)
-        if dataclasses.is_dataclass(plain):
-            flags |= _known_flags(plain)
-            continue
-        repeatable = get_origin(plain) is tuple
-        if repeatable:
-            plain = get_args(plain)[0]
-        flags[name.replace("_", "-")] = _Flag(
-            kind=get_args(plain) if get_origin(plain) is Literal else plain,
-            has_negative=plain is bool and FlagCreatePairsOff not in marks,
-            repeatable=repeatable,
-        )
-    return flags
-
-
-def _strip(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type without its annotations and without None, and the annotations."""
-    marks: tuple[Any, ...] = ()
-    while True:
-        if get_origin(hint) is Annotated:
-            hint, *more = get_args(hint)
-            marks += tuple(more)
-        elif get_origin(hint) in (Union, types.UnionType):
-            (hint,) = (option for option in get_args(hint) if option is not type(None))
-        else:
-            return hint, marks
-
-
-def _read_argv(argv: Iterable[str], known: Mapping[str, _Flag]) -> Iterator[_Setting]:
-    tokens = list(argv)
-    while tokens:
-        token = tokens.pop(0)
-        if not token.startswith("--"):
-            raise ValueError(f"unexpected argument {token!r}: expected a flag, as in --train-iters")
-        typed, equals, value = token[2:].partition("=")
-        name = typed.replace("_", "-")
-        positive = name.removeprefix("no-")
-        if name not in known and not (positive in known and known[positive].has_negative):
-            raise ValueError(f"unknown flag --{typed}: the nearest is --{_nearest(name, known)}")
-        if name not in known or known[name].kind is bool:
-            if equals:
-                raise ValueError(f"{token}: --{name} takes no value")
-            yield _Setting(name, None)
-            continue
-        if not equals:
-            if not tokens or tokens[0].startswith("--"):
-                raise ValueError(f"--{name} has no value: expected {known[name].expected}")
-            value = tokens.pop(0)
-        yield _Setting(name, value)
-
-
-def _read_file(path: str) -> Iterator[_Setting]:
-    known = _known_flags(TrainConfig)
+def _read_file(path: str) -> Iterator[Setting]:
+    known = known_flags(TrainConfig)
     for typed, value in _load_mapping(path).items():
         name = str(typed).replace("_", "-")
         where = f"{path}: key {typed!r}"
         if name not in known:
-            raise ValueError(f"{where} is unknown: the nearest is {_nearest(name, known)!r}")
+            raise ValueError(f"{where} is unknown: the nearest is {nearest(name, known)!r}")
         if value is None:
             continue  # As if left out.
         flag = known[name]
         if flag.repeatable and isinstance(value, list):
             for item in value:
-                yield _Setting(name, _scalar(item, flag, where), where)
+                yield Setting(name, _scalar(item, flag, where), where)
         elif flag.kind is bool:
             if not isinstance(value, bool):
                 raise ValueError(f"{where}: expected true or false, not {value!r}")
             if value or flag.has_negative:
-                yield _Setting(name if value else f"no-{name}", None, where)
+                yield Setting(name if value else f"no-{name}", None, where)
         else:
-            yield _Setting(name, _scalar(value, flag, where), where)
+            yield Setting(name, _scalar(value, flag, where), where)
 
 
 def _load_mapping(path: str) -> dict[Any, Any]:
@@ -236,7 +148,7 @@ class _StrictLoader(yaml.SafeLoader):
         return mapping
 
 
-def _scalar(value: Any, flag: _Flag, where: str) -> str:
+def _scalar(value: Any, flag: Flag, where: str) -> str:
     """A YAML value as one would type it; 1e-4 is text to YAML, and a number here."""
     is_text = flag.kind is str or isinstance(flag.kind, tuple)
     if isinstance(value, bool | list | dict) or (is_text and not isinstance(value, str)):
@@ -245,35 +157,8 @@ def _scalar(value: Any, flag: _Flag, where: str) -> str:
     return str(value)
 
 
-def _instantiate[T: CommandLine](
-    into: type[T], settings: Sequence[_Setting], known: Mapping[str, _Flag]
-) -> T:
-    line = _try_tyro(into, [setting.token for setting in settings])
-    if line is not None:
-        return line
-    # tyro only prints what is wrong, in a box for humans; the culprit fails alone too.
-    for setting in settings:
-        if _try_tyro(into, [setting.token]) is None:
-            expected = known[setting.name].expected
-            raise ValueError(f"{setting.as_typed}: expected {expected}, not {setting.value!r}")
-    raise AssertionError(f"tyro refuses {[setting.token for setting in settings]}")
-
-
-def _try_tyro[T: CommandLine](into: type[T], tokens: Sequence[str]) -> T | None:
-    # Values that do not parse are printed even without console outputs.
-    with contextlib.redirect_stderr(io.StringIO()):
-        try:
-            return tyro.cli(into, args=tokens, config=(OmitArgPrefixes,), console_outputs=False)
-        except SystemExit:
-            return None
-
-
-def _refuse_both(settings: Sequence[_Setting]) -> None:
+def _refuse_both(settings: Sequence[Setting]) -> None:
     for group in _EXCLUSIVE:
         given = {setting.name: setting.as_typed for setting in settings if setting.name in group}
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given.values())}: expected one of them")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]

@@ -54,7 +54,7 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     """
     check(config)
     layout = grids(config, world_size)
-    filled = fill_defaults(config, world_size)
+    filled = _fill_defaults(config, world_size)
     training = filled.training
     data = _data(filled)
     data.num_microbatches(layout.num_lanes)
@@ -84,26 +84,19 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     )
 
 
-def fill_defaults(config: TrainConfig, world_size: int | None) -> TrainConfig:
-    """The config with every default that follows from other flags.
-
-    Args:
-        config: Flags as given.
-        world_size: Number of started ranks; None when unknown, which leaves offsets open.
-
-    Raises:
-        ValueError: The preset is unknown, or does not take an override.
-    """
+def _fill_defaults(config: TrainConfig, world_size: int) -> TrainConfig:
+    """The config with every default that follows from other flags."""
     grid, model, data, training = config.grids, config.model, config.data, config.training
-    if world_size is not None:
-        encoder_offset, llm_offset = _offsets(grid, world_size)
-        grid = replace(
-            grid, encoder_offset=None if grid.llm_only else encoder_offset, llm_offset=llm_offset
-        )
+    encoder_offset, llm_offset = _offsets(grid, world_size)
     vision = _architecture(model).vision
     return replace(
         config,
-        grids=replace(grid, sequence_parallel=_or(grid.sequence_parallel, default=grid.llm_tp > 1)),
+        grids=replace(
+            grid,
+            encoder_offset=None if grid.llm_only else encoder_offset,
+            llm_offset=llm_offset,
+            sequence_parallel=_or(grid.sequence_parallel, default=grid.llm_tp > 1),
+        ),
         model=replace(
             _fill_resolution(model),
             patch_dim=vision.patch_dim,

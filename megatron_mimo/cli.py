@@ -1,0 +1,144 @@
+"""The command `megatron-mimo`. Each command imports what it needs, so that help is instant."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from tyro.conf import arg
+
+from megatron_mimo import __version__
+from megatron_mimo.training.arguments import nearest, parse_arguments
+from megatron_mimo.training.flags import CommandLine, parse, to_yaml
+
+_WRONG_USAGE = 2
+
+Command = Callable[[Sequence[str]], int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainCommandLine(CommandLine):
+    """Train a multimodal model whose modules live on separate process grids.
+
+    Attributes:
+        nproc: Start this many ranks on this machine; left out, this process is a rank, as under
+            torchrun or srun.
+    """
+
+    nproc: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = field(default=None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments after the program's name; the process's own when None.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 wrong usage.
+    """
+    try:
+        return _dispatch("megatron-mimo", _COMMANDS, sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _WRONG_USAGE
+
+
+def _dispatch(prog: str, commands: dict[str, tuple[str, Command]], argv: Sequence[str]) -> int:
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print(f"usage: {prog} COMMAND [flags]\n")
+        for command, (text, _) in commands.items():
+            print(f"  {command:<8}{text}")
+        print(f"\n`{prog} COMMAND --help` lists the flags of a command.")
+        return 0
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name not in commands:
+        raise ValueError(
+            f"{prog}: unknown command {name!r}: the nearest is {nearest(name, commands)!r}"
+        )
+    return commands[name][1](rest)
+
+
+def _train(argv: Sequence[str]) -> int:
+    line = parse(argv, TrainCommandLine, prog="megatron-mimo train")
+    if line.nproc is None:
+        from megatron_mimo.training.main import main as train
+
+        return train(argv)
+    if line.nproc < 1:
+        raise ValueError(f"--nproc is {line.nproc}: expected at least 1")
+    from megatron_mimo.training.resolve import resolve
+
+    # Here once, so that a wrong flag starts no ranks.
+    resolved = resolve(line.train, line.nproc)
+    if line.print_config:
+        sys.stdout.write(to_yaml(resolved.config))
+        return 0
+    from megatron_mimo.training.launch import launch
+
+    return launch(line.nproc, _without_nproc(argv), "megatron_mimo.training")
+
+
+def _without_nproc(argv: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        if token == "--nproc":
+            next(tokens)
+        elif not token.startswith("--nproc="):
+            kept.append(token)
+    return kept
+
+
+def _demo(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.demo import DemoConfig, run_demo
+
+    return run_demo(parse_arguments(argv, DemoConfig, prog="megatron-mimo demo"))
+
+
+def _data(argv: Sequence[str]) -> int:
+    return _dispatch("megatron-mimo data", _DATA_COMMANDS, argv)
+
+
+def _digits(argv: Sequence[str]) -> int:
+    from megatron_mimo.data.digits import DigitsConfig, write_digits_dataset
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class DigitsCommandLine(DigitsConfig):
+        """Write an Energon dataset of handwritten digits, with questions and answers.
+
+        Attributes:
+            out: Folder to make.
+            overwrite: Replace what is in the folder.
+        """
+
+        out: Annotated[str, arg(metavar="DIR")] = "runs/digits"
+        overwrite: bool = False
+
+    line = parse_arguments(argv, DigitsCommandLine, prog="megatron-mimo data digits")
+    config = DigitsConfig(
+        num_train=line.num_train,
+        num_val=line.num_val,
+        val_fraction=line.val_fraction,
+        single_fraction=line.single_fraction,
+        seed=line.seed,
+    )
+    path = write_digits_dataset(line.out, config, overwrite=line.overwrite)
+    print(f"wrote {config.num_train} train and {config.num_val} val samples to {path}")
+    return 0
+
+
+_DATA_COMMANDS: dict[str, tuple[str, Command]] = {
+    "digits": ("write a dataset of handwritten digits to try things on", _digits),
+}
+_COMMANDS: dict[str, tuple[str, Command]] = {
+    "train": ("train a model", _train),
+    "demo": ("train a small model on digits, on two grids, and report", _demo),
+    "data": ("write datasets", _data),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
