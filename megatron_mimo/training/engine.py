@@ -38,9 +38,8 @@ def build_engine(
         device: Of this rank.
 
     Raises:
-        ValueError: The layout or the model asks for what is not supported, or sizes do not divide.
+        ValueError: A size of the model does not divide by a parallel size.
     """
-    refuse_unsupported(layout)
     topology = build_topology(layout)
     model = build_model(architecture, freeze, build, topology, device)
     optimizer = MimoOptimizer(model, adam, topology.control)
@@ -59,27 +58,6 @@ def build_engine(
         image_token_id=image_token_id,
         validate_data=validate_data,
     )
-
-
-def refuse_unsupported(layout: Layout) -> None:
-    """Name the parallel sizes that training cannot use yet.
-
-    Raises:
-        ValueError: A grid has pipeline stages or context parallelism, or experts although the
-            models are dense.
-    """
-    for grid in layout.grids:
-        for axis, what in (
-            ("pp", "pipeline stages"),
-            ("cp", "context parallelism"),
-            ("ep", "expert parallelism"),
-            ("expt_tp", "expert tensor parallelism"),
-        ):
-            size = getattr(grid, axis)
-            if size > 1:
-                raise ValueError(
-                    f"{grid.flag(axis)} {size}: {what} is not supported for this model; set it to 1"
-                )
 
 
 def data_role(layout: Layout, rank: int) -> DataRole:

@@ -54,6 +54,7 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     """
     check(config)
     layout = grids(config, world_size)
+    _refuse_unsupported(layout)
     filled = _fill_defaults(config, world_size)
     training = filled.training
     data = _data(filled)
@@ -244,6 +245,27 @@ def _fill_source(data: DataSection) -> DataSection:
         return replace(data, mock_dataset_size=size)
     buffer = _or(data.shuffle_buffer_size, default=_DATA.shuffle_buffer_size)
     return replace(data, shuffle_buffer_size=buffer)
+
+
+def _refuse_unsupported(layout: Layout) -> None:
+    """Name the parallel sizes that training cannot use yet.
+
+    Raises:
+        ValueError: A grid has pipeline stages or context parallelism, or experts although the
+            models are dense.
+    """
+    for grid in layout.grids:
+        for axis, what in (
+            ("pp", "more than one pipeline stage"),
+            ("cp", "context parallelism"),
+            ("ep", "expert parallelism"),
+            ("expt_tp", "expert tensor parallelism"),
+        ):
+            size = getattr(grid, axis)
+            if size > 1:
+                raise ValueError(
+                    f"{grid.flag(axis)} {size}: {what} is not supported for this model; set it to 1"
+                )
 
 
 def _or[T](value: T | None, *, default: T) -> T:

@@ -99,7 +99,7 @@ def test_one_process_needs_no_launcher() -> None:
         (["--llm-dp", "3"], 2, "needs ranks up to 3, but only 2"),
         (["--encoder-dp", "1", "--llm-dp", "1"], 3, r"ranks \[2, 3\) unused"),
         (["--dataset-provider", "energon", "--data-path", "/nonexistent"], None, "/nonexistent"),
-        (["--llm-pp", "2"], 3, "--llm-pp 2: pipeline stages are not supported"),
+        (["--llm-pp", "2"], 3, "--llm-pp 2: more than one pipeline stage is not supported"),
         (["--global-batch-size", "3", "--llm-dp", "2"], 3, "--global-batch-size 3"),
         (["--freeze-vit", "--freeze-lm", "--freeze-projection"], None, "nothing trains"),
         (["--override", "language.num_layer=3"], None, "did you mean 'num_layers'"),
