@@ -153,7 +153,9 @@ def _conclude(config: DemoConfig, out: Path, dataset: Path, run: Mapping[str, An
         validation=validation,
         examples=_examples(mixed, run["mixed"]),
     )
-    table = Table("exact match", "", title="held-out images", title_justify="left")
+    table = Table(box=None, show_header=False, title="exact match", title_justify="left")
+    table.add_column()
+    table.add_column(justify="right")
     for label, value in rows:
         table.add_row(label, value)
     console = Console()
