@@ -1,5 +1,6 @@
 """Megatron's log line, TensorBoard scalars and metrics.jsonl, written by one rank."""
 
+import errno
 import json
 import math
 import os
@@ -73,7 +74,8 @@ def log_line(metrics: IterationMetrics, train_iters: int) -> str:
 class MetricsLogger:
     """Writes what the logging rank reports.
 
-    On a terminal a progress bar stands below the log lines.
+    On a terminal a progress bar stands below the log lines. metrics.jsonl is appended to, one
+    object per line; what is not finite is null there.
 
     Args:
         train_iters: Iterations of the whole run.
@@ -94,19 +96,23 @@ class MetricsLogger:
         if tensorboard_dir is not None:
             self._open(Path(tensorboard_dir))
         self._console = Console(
-            file=stream or sys.stdout, highlight=False, markup=False, soft_wrap=True
+            file=stream or sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True
         )
         self._progress: Progress | None = None
         if self._console.is_terminal:
+            # Redrawn with each log line: a thread that redraws would outlive a failing rank's
+            # last words, and other output would run into the bar.
             self._progress = Progress(
                 TextColumn("training"),
                 BarColumn(),
                 TextColumn("{task.completed}/{task.total}"),
                 TimeRemainingColumn(),
                 console=self._console,
+                auto_refresh=False,
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
             self._task = self._progress.add_task("training", total=train_iters)
-            self._progress.start()
 
     def log_iteration(self, metrics: IterationMetrics) -> None:
         """Report a logged iteration.
@@ -114,9 +120,12 @@ class MetricsLogger:
         Raises:
             RuntimeError: The disk is full, or the folder is gone.
         """
-        self._console.print(log_line(metrics, self._train_iters))
         if self._progress is not None:
-            self._progress.update(self._task, completed=metrics.iteration)
+            self._progress.start()
+            self._progress.update(self._task, completed=metrics.iteration, refresh=True)
+            # A run that is killed must not leave the terminal without a cursor.
+            self._console.show_cursor()
+        self._console.print(log_line(metrics, self._train_iters))
         values = asdict(metrics)
         if metrics.num_zeros is None:
             del values["num_zeros"]
@@ -189,14 +198,19 @@ class MetricsLogger:
         except OSError as error:
             raise ValueError(
                 f"--tensorboard-dir {folder} cannot be written to: {error.strerror or error}; "
-                f"free space there, or name another folder"
+                f"{_remedy(error)}name another folder"
             ) from error
 
     def _write_json(self, values: dict[str, Any]) -> None:
         if self._file is None:
             return
+        # JSON has no nan and no infinity.
+        strict = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
         with self._named_errors():
-            self._file.write(json.dumps(values) + "\n")
+            self._file.write(json.dumps(strict, allow_nan=False) + "\n")
 
     def _write_scalars(self, scalars: dict[str, float], iteration: int, samples: int) -> None:
         if self._writer is None:
@@ -226,5 +240,9 @@ class _NamedErrors:
         if isinstance(error, OSError):
             raise RuntimeError(
                 f"cannot write metrics to --tensorboard-dir {self._folder}: "
-                f"{error.strerror or error}; free space there, or train without it"
+                f"{error.strerror or error}; {_remedy(error)}train without it"
             ) from error
+
+
+def _remedy(error: OSError) -> str:
+    return "free space there, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
