@@ -1,0 +1,120 @@
+"""Who failed first: the hub's judgement, without sockets or clocks of its own."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_mimo.runtime.failfast.report import FailureReport, Kind
+
+SETTLE_S = 0.2
+"""After a failure, another one that happened at the same time may still be on its way."""
+CONSEQUENCE_SETTLE_S = 2.0
+"""After a lost connection, the failure that caused it must still be on its way."""
+
+
+@dataclass(slots=True)
+class Member:
+    """A rank that has joined.
+
+    Attributes:
+        role: What it is.
+        host: Its machine.
+        last_beat: When its watcher was last heard, on the hub's clock.
+        present: False once it has left in order or its loss was reported.
+    """
+
+    role: str
+    host: str
+    last_beat: float
+    present: bool = True
+
+
+class Jury:
+    """Collects what the watchers report and decides once. All times are the hub's, in seconds.
+
+    Args:
+        world_size: Number of ranks that will join.
+        silence_s: A watcher that is not heard for this long is lost.
+    """
+
+    def __init__(self, world_size: int, silence_s: float) -> None:
+        self._world_size = world_size
+        self._silence_s = silence_s
+        self._members: dict[int, Member] = {}
+        self._reports: list[FailureReport] = []
+        self._decide_at: float | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every rank has joined."""
+        return len(self._members) == self._world_size
+
+    @property
+    def absent(self) -> tuple[int, ...]:
+        """Ranks that have not joined."""
+        return tuple(rank for rank in range(self._world_size) if rank not in self._members)
+
+    def join(self, rank: int, role: str, host: str, now: float) -> None:
+        """A rank's watcher has connected."""
+        self._members[rank] = Member(role, host, now)
+
+    def beat(self, rank: int, now: float) -> None:
+        """A watcher was heard."""
+        self._members[rank].last_beat = now
+
+    def leave(self, rank: int) -> None:
+        """A rank has ended in order."""
+        self._members[rank].present = False
+
+    def report(self, report: FailureReport, now: float) -> None:
+        """A rank has failed."""
+        wait = CONSEQUENCE_SETTLE_S if report.is_consequence else SETTLE_S
+        decide_at = now + wait
+        self._reports.append(report)
+        self._decide_at = decide_at if self._decide_at is None else min(self._decide_at, decide_at)
+        if report.rank in self._members:
+            self._members[report.rank].present = False
+
+    def lost(self, rank: int, now: float, how: str) -> None:
+        """A watcher that had not left is gone or silent; `how` completes "its watcher ..."."""
+        member = self._members[rank]
+        if not member.present:
+            return
+        summary = f"lost: its watcher {how}; its machine or the network may be down"
+        self.report(
+            FailureReport(
+                kind=Kind.SILENT,
+                rank=rank,
+                role=member.role,
+                host=member.host,
+                summary=summary,
+                seconds=time.time(),
+            ),
+            now,
+        )
+
+    def forgive(self, now: float) -> None:
+        """The hub itself stood still and could hear nobody: all silences start anew."""
+        for member in self._members.values():
+            member.last_beat = now
+
+    def verdict(self, now: float) -> FailureReport | None:
+        """The first failure, once it is settled; always the same from then on."""
+        if self.complete:
+            for rank in self._silent(now):
+                self.lost(rank, now, f"was not heard for {self._silence_s:g} s")
+        if self._decide_at is None or now < self._decide_at:
+            return None
+        return first_failure(self._reports)
+
+    def _silent(self, now: float) -> list[int]:
+        return [
+            rank
+            for rank, member in self._members.items()
+            if member.present and now - member.last_beat > self._silence_s
+        ]
+
+
+def first_failure(reports: Iterable[FailureReport]) -> FailureReport:
+    """The first in order of arrival that is not the effect of another, or the first at all."""
+    return min(reports, key=lambda report: report.is_consequence)

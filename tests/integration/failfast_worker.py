@@ -1,0 +1,99 @@
+"""A rank that sums over all ranks for ever, until one of them fails in a chosen way.
+
+    failfast_worker.py HOW RANK FOLDER
+
+Each rank writes its process id to FOLDER/pid-RANK when it takes part, and the failing rank the
+time to FOLDER/failed. HOW is a key of `FAILURES`, or "nothing".
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_mimo.runtime.environment import read_environment
+from megatron_mimo.runtime.failfast import guard_rank
+
+
+def raise_error() -> None:
+    images = {"cat": 1}
+    images["dog"] += 1
+
+
+def kill_myself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_myself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def crash() -> None:
+    ctypes.string_at(0)
+
+
+def hold_the_lock() -> None:
+    """Keep Python's lock, so that no thread of this process runs, for longer than the limit."""
+    ctypes.PyDLL(None).usleep(2_500_000)
+
+
+def wait_in_python() -> None:
+    """Not in a collective: only this rank's watcher can end it."""
+    threading.Event().wait()
+
+
+FAILURES = {
+    "exception": raise_error,
+    "kill": kill_myself,
+    "stop": stop_myself,
+    "crash": crash,
+}
+
+
+def sum_for_ever(how: str, failing_rank: int, folder: Path) -> None:
+    rank = dist.get_rank()
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    for iteration in range(1_000_000):
+        total = torch.ones(1000)
+        dist.all_reduce(total)
+        if iteration == 20 and how == "nothing":
+            return
+        if iteration == 20 and how == "hold" and rank == failing_rank:
+            hold_the_lock()
+            (folder / "held").touch()
+        if iteration == 40 and how == "hold":
+            return
+        if iteration == 20 and how in FAILURES:
+            if rank == failing_rank:
+                (folder / "failed").write_text(str(time.time()))
+                FAILURES[how]()
+            elif rank == failing_rank + 1:
+                wait_in_python()
+
+
+def main() -> None:
+    how, failing_rank, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    environment = read_environment(os.environ)
+    roles = ("encoder dp 0 tp 0", "encoder dp 0 tp 1", "llm dp 0", "llm dp 1")
+    with guard_rank(roles[environment.rank]):
+        dist.init_process_group(
+            "gloo",
+            init_method=environment.init_method,
+            rank=environment.rank,
+            world_size=environment.world_size,
+            timeout=timedelta(minutes=10),
+        )
+        sum_for_ever(how, failing_rank, folder)
+        dist.destroy_process_group()
+    print(f"rank {environment.rank} done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
