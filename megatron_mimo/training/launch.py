@@ -1,0 +1,134 @@
+"""Start the ranks of one machine with torchrun's engine, and tell how they ended."""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_mimo.runtime.failfast import EXIT_FAILED, render
+from megatron_mimo.runtime.failfast.report import read_record
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.api import LogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.launcher.api import LaunchConfig
+
+_LOOPBACKS = ("lo", "lo0")
+_SHUTDOWN_LIMIT_S = "8"
+
+# They announce each signal sent to a rank. The failure itself is what the user needs to see.
+_TALKATIVE = (
+    "torch.distributed.elastic.agent.server.api",
+    "torch.distributed.elastic.multiprocessing.api",
+)
+
+
+def launch(
+    nproc: int, argv: Sequence[str], target: str, *, log_dir: Path | str | None = None
+) -> int:
+    """Run `target` on `nproc` ranks of this machine and wait for them.
+
+    If a rank fails, all end, and the first failure is the last thing on the screen: rank, role
+    and traceback, if the target uses `guard_rank`. See docs/how-to/failures.md.
+
+    Args:
+        nproc: Number of ranks.
+        argv: The target's arguments.
+        target: A module's name, or the path of a `.py` file.
+        log_dir: Each rank's output is also written to files below this folder, as torchrun's
+            `--log-dir` does; None: to the screen alone.
+
+    Returns:
+        The exit code: 0 done, 1 failed or interrupted, 2 the user's input was wrong.
+
+    Raises:
+        ValueError: `nproc` is not positive, or there is no such file.
+    """
+    if nproc < 1:
+        raise ValueError(f"--nproc {nproc}: expected at least 1")
+    is_file = target.endswith(".py")
+    if is_file and not Path(target).is_file():
+        raise ValueError(f"there is no file {target} to start")
+    from torch.distributed.elastic.multiprocessing.api import (
+        DefaultLogsSpecs,
+        SignalException,
+        Std,
+    )
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    _prepare_environment(nproc)
+    command = ["-u", *([] if is_file else ["-m"]), target, *argv]
+    with tempfile.TemporaryDirectory(prefix="megatron-mimo-") as folder:
+        logs = DefaultLogsSpecs(
+            log_dir=folder if log_dir is None else str(log_dir),
+            tee=Std.NONE if log_dir is None else Std.ALL,
+        )
+        try:
+            elastic_launch(_configure(nproc, logs), sys.executable)(*command)
+        except ChildFailedError as error:
+            return _conclude(error)
+        except SignalException as error:
+            _say(f"stopped by {signal.Signals(error.sigval).name}")
+            return EXIT_FAILED
+    return 0
+
+
+def _prepare_environment(nproc: int) -> None:
+    """What the ranks inherit; what the user has set stays."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_LIMIT_S)
+    # All ranks are on this machine, whose own name need not be known to its resolver.
+    interfaces = {name for _, name in socket.if_nameindex()}
+    for name in _LOOPBACKS:
+        if name in interfaces:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _configure(nproc: int, logs: "LogsSpecs") -> "LaunchConfig":
+    """What `torchrun --standalone` would use."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        logs_specs=logs,
+    )
+
+
+def _conclude(error: "ChildFailedError") -> int:
+    """Show the first failure and return the exit code that goes with it."""
+    rank, failure = error.get_first_failure()
+    first = read_record(failure.error_file_data)
+    if first is None:
+        _say(f"rank {rank} failed first: {_how_it_ended(failure)}, before it could say why.")
+        return EXIT_FAILED
+    _say(render(first))
+    return first.exit_code
+
+
+def _how_it_ended(failure: "ProcessFailure") -> str:
+    if failure.exitcode < 0:
+        return f"ended by {failure.signal_name()}"
+    return f"exit code {failure.exitcode}"
+
+
+def _say(text: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
