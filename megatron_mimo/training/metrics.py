@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -187,12 +188,10 @@ class MetricsLogger:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # A full disk lets files be made, not filled.
-            probe = folder / f".probe-{os.getpid()}"
-            with probe.open("wb") as file:
-                file.write(b"\0" * _PROBE_BYTES)
-                file.flush()
-                os.fsync(file.fileno())
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(b"\0" * _PROBE_BYTES)
+                probe.flush()
+                os.fsync(probe.fileno())
             self._file = (folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
             self._writer = SummaryWriter(str(folder), flush_secs=_FLUSH_SECONDS)
         except OSError as error:

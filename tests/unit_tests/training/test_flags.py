@@ -1,0 +1,172 @@
+"""The training command line: which flags there are, and how files and flags meet."""
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_mimo.training.arguments import known_flags
+from megatron_mimo.training.config import TrainConfig
+from megatron_mimo.training.flags import CommandLine, parse, to_yaml
+
+# Adding a flag is a promise to users: it belongs here, into the changelog, and does what it says.
+FLAGS = """
+    encoder-offset encoder-tp encoder-cp encoder-pp encoder-dp encoder-ep encoder-expt-tp
+    llm-offset llm-tp llm-cp llm-pp llm-dp llm-ep llm-expt-tp llm-only sequence-parallel
+    model-provider override training-stage freeze-vit freeze-lm freeze-projection
+    tokenizer-model image-token seq-length dynamic-resolution dynamic-resolution-min-patches
+    dynamic-resolution-max-patches img-h img-w patch-dim pixel-shuffle bf16 fp32 init
+    dataset-provider data-path num-workers shuffle-buffer-size validate-data-alignment
+    sample-trace-dir mock-dataset-size text-only-fraction
+    micro-batch-size global-batch-size train-iters seed exit-interval lr min-lr lr-decay-style
+    lr-warmup-iters lr-decay-iters weight-decay adam-beta1 adam-beta2 adam-eps clip-grad
+    log-num-zeros-in-grad eval-interval eval-iters
+    log-interval tensorboard-dir device distributed-timeout-minutes
+""".split()
+
+# Every type of field, and each value other than its default.
+MANY = """
+    --llm-offset 0 --llm-only --sequence-parallel --override a.b=1 --override c.d=e=f
+    --no-dynamic-resolution --img-h 16 --no-pixel-shuffle --bf16 --init topology-invariant
+    --image-token <img> --text-only-fraction 0.25 --lr 3e-05 --adam-eps 1e-10
+    --tensorboard-dir runs/a
+""".split()
+
+
+def read(*argv: str) -> TrainConfig:
+    return parse(argv, CommandLine, prog="train").train
+
+
+def in_file(folder: Path, text: str, name: str = "run.yaml") -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_flags_are_these() -> None:
+    assert list(known_flags(TrainConfig)) == FLAGS
+
+
+def test_every_flag_is_documented() -> None:
+    for section in dataclasses.fields(TrainConfig):
+        kind = section.default_factory
+        assert isinstance(kind, type)
+        documented = inspect.getdoc(kind) or ""
+        for field in dataclasses.fields(kind):
+            assert f"\n    {field.name}: " in documented, field.name
+
+
+def test_no_two_sections_share_a_flag() -> None:
+    fields = [
+        field.name
+        for section in dataclasses.fields(TrainConfig)
+        for field in dataclasses.fields(section.default_factory())  # type: ignore[misc]
+    ]
+    assert len(set(fields)) == len(fields) == len(FLAGS)
+
+
+def test_help_is_grouped_by_section(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"], CommandLine, prog="train")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    sections = [shown.index(f" {s.name} options ") for s in dataclasses.fields(TrainConfig)]
+    assert sections == sorted(sections)
+    for flag in [*FLAGS, "config", "print-config"]:
+        assert f"--{flag}" in shown
+
+
+def test_reads_every_type() -> None:
+    config = read(*MANY)
+    assert config.grids.llm_offset == 0
+    assert config.grids.llm_only is True
+    assert config.grids.sequence_parallel is True
+    assert config.model.override == ("a.b=1", "c.d=e=f")
+    assert config.model.dynamic_resolution is False
+    assert config.model.pixel_shuffle is False
+    assert config.model.image_token == "<img>"
+    assert config.model.bf16 is True
+    assert config.training.lr == 3e-5
+    assert config.watching.tensorboard_dir == "runs/a"
+
+
+def test_yaml_reads_back_to_the_same(tmp_path: Path) -> None:
+    config = read(*MANY)
+    assert config != TrainConfig()
+    assert read("--config", in_file(tmp_path, to_yaml(config))) == config
+
+
+def test_yaml_has_a_comment_for_each_section_and_every_flag() -> None:
+    text = to_yaml(TrainConfig())
+    assert list(yaml.safe_load(text)) == FLAGS
+    assert "# grids\n" in text and "# runtime\n" in text
+
+
+def test_a_file_sets_what_the_command_line_leaves(tmp_path: Path) -> None:
+    path = in_file(tmp_path, "lr: 1e-4\nmin_lr: 1e-5\nclip-grad: 2\noverride: [a.b=1, a.c=2]\n")
+    config = read("--lr", "0.5", "--config", path, "--override", "a.d=3")
+    assert config.training.lr == 0.5
+    assert config.training.min_lr == 1e-5
+    assert config.training.clip_grad == 2.0
+    assert config.model.override == ("a.b=1", "a.c=2", "a.d=3")
+
+
+def test_later_files_win(tmp_path: Path) -> None:
+    first = in_file(tmp_path, "lr: 1\nseed: 1\n", "first.yaml")
+    second = in_file(tmp_path, "seed: 2\n", "second.yaml")
+    config = read("--config", first, "--config", second)
+    assert (config.training.lr, config.training.seed) == (1.0, 2)
+
+
+def test_the_command_line_replaces_the_files_precision(tmp_path: Path) -> None:
+    path = in_file(tmp_path, "bf16: true\n")
+    assert read("--config", path).model.bf16
+    config = read("--config", path, "--fp32")
+    assert config.model.fp32
+    assert not config.model.bf16
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "lr: null\n"])
+def test_empty_files_and_null_change_nothing(tmp_path: Path, text: str) -> None:
+    assert read("--config", in_file(tmp_path, text)) == TrainConfig()
+
+
+def test_both_precisions_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^--bf16 and --fp32: expected one of them$"):
+        read("--bf16", "--fp32")
+    path = in_file(tmp_path, "bf16: true\nfp32: true\n")
+    with pytest.raises(ValueError, match=r"key 'bf16' and .*key 'fp32': expected one of them$"):
+        read("--config", path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train-iter: 3", "{path}: key 'train-iter' is unknown: the nearest is 'train-iters'"),
+        ("lr: fast", "{path}: key 'lr': expected a number, not 'fast'"),
+        ("seed: 1.5", "{path}: key 'seed': expected a whole number, not '1.5'"),
+        ("seed: yes", "{path}: key 'seed': expected a whole number, not True"),
+        ("seed: [1, 2]", "{path}: key 'seed': expected a whole number, not [1, 2]"),
+        ("bf16: 1", "{path}: key 'bf16': expected true or false, not 1"),
+        ("init: random", "{path}: key 'init': expected one of megatron, topology-invariant, not"),
+        ("image-token: no", "{path}: key 'image-token': expected text, in quotes, not False"),
+        ("data-path: 2024", "{path}: key 'data-path': expected text, in quotes, not 2024"),
+        ("- lr", "--config {path}: expected keys and values, as in `train-iters: 100`"),
+        ("lr: 1\nlr: 2", "--config {path} is not YAML: key 'lr' is given twice"),
+        ("min-lr: 1\nmin_lr: 2", "--config {path} is not YAML: key 'min_lr' is given twice"),
+        ("lr: [", "--config {path} is not YAML: "),
+    ],
+)
+def test_errors_name_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    path = in_file(tmp_path, text)
+    with pytest.raises(ValueError) as error:
+        read("--config", path)
+    assert str(error.value).startswith(message.format(path=path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^--config no\.yaml cannot be read: .*No such file"):
+        read("--config", "no.yaml")

@@ -1,0 +1,214 @@
+"""What a run shows of itself: the log line, TensorBoard, metrics.jsonl, and failing disks."""
+
+import dataclasses
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_mimo.training.metrics import IterationMetrics, MetricsLogger, log_line
+
+FIFTH = IterationMetrics(
+    iteration=5,
+    consumed_samples=40,
+    lm_loss=5.123456,
+    grad_norm=2.558,
+    learning_rate=1e-4,
+    loss_scale=1.0,
+    num_zeros=None,
+    iteration_time_ms=123.4,
+    global_batch_size=8,
+    skipped_iterations=0,
+    nan_iterations=0,
+)
+# As Megatron-LM prints it.
+LINE = (
+    " iteration        5/      20 | consumed samples:           40 | elapsed time per iteration"
+    " (ms): 123.4 | learning rate: 1.0E-04 | global batch size:     8 | lm loss: 5.123456E+00 |"
+    " loss scale: 1.0 | grad norm: 2.558 | number of skipped iterations:   0 | number of nan"
+    " iterations:   0 |"
+)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def lines(folder: Path) -> list[dict[str, float | None]]:
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+
+def test_line_is_megatrons() -> None:
+    assert log_line(FIFTH, 20) == LINE
+
+
+def test_counted_zeros_stand_behind_the_norm() -> None:
+    line = log_line(dataclasses.replace(FIFTH, num_zeros=7, skipped_iterations=2), 20)
+    assert "| grad norm: 2.558 | num zeros: 7 | number of skipped iterations:   2 |" in line
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    metrics = MetricsLogger(20, None, stream)
+    metrics.log_iteration(FIFTH)
+    metrics.log_evaluation(5, 40, 2.0)
+    metrics.close("done")
+    assert stream.getvalue() == (
+        f"{LINE}\n"
+        " validation loss at iteration 5 | lm loss value: 2.000000E+00 | lm loss PPL: "
+        "7.389056E+00 |\n"
+        "done\n"
+    )
+
+
+def test_terminal_has_a_bar_under_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    stream = Terminal()
+    metrics = MetricsLogger(20, None, stream)
+    metrics.log_iteration(FIFTH)
+    shown = stream.getvalue()
+    assert LINE in shown
+    assert "5/20" in shown[shown.index(LINE) :]
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor stays hidden"
+    metrics.close("done")
+    assert stream.getvalue().endswith("done\n")
+
+
+def test_scalars_have_megatrons_tags(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    metrics = MetricsLogger(20, str(folder), io.StringIO())
+    metrics.log_iteration(dataclasses.replace(FIFTH, num_zeros=7))
+    metrics.log_evaluation(5, 40, 2.0)
+    metrics.close("done")
+    values = {
+        "lm loss": 5.123456,
+        "learning-rate": 1e-4,
+        "grad-norm": 2.558,
+        "batch-size": 8,
+        "loss-scale": 1.0,
+        "num-zeros": 7,
+        "iteration-time-ms": 123.4,
+        "lm loss validation": 2.0,
+        "lm loss validation ppl": math.exp(2),
+    }
+    expected = {tag: [(5, pytest.approx(value))] for tag, value in values.items()}
+    expected |= {f"{tag} vs samples": [(40, pytest.approx(value))] for tag, value in values.items()}
+    assert scalars(folder) == expected
+
+
+def test_scalars_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
+    metrics = MetricsLogger(20, str(tmp_path), io.StringIO())
+    metrics.log_iteration(FIFTH)
+    assert scalars(tmp_path)["lm loss"] == [(5, pytest.approx(5.123456))]
+    assert len(lines(tmp_path)) == 1
+    metrics.close("done")
+
+
+def test_json_has_every_digit(tmp_path: Path) -> None:
+    metrics = MetricsLogger(20, str(tmp_path), io.StringIO())
+    third = 1 / 3
+    metrics.log_iteration(dataclasses.replace(FIFTH, lm_loss=third, grad_norm=third * 1e-7))
+    metrics.log_evaluation(5, 40, third)
+    metrics.close("done")
+    training, validation = lines(tmp_path)
+    assert training["lm_loss"] == third
+    assert training["grad_norm"] == third * 1e-7
+    assert "num_zeros" not in training
+    assert validation["lm_loss_validation"] == third
+    assert validation["iteration"] == training["iteration"] == 5
+
+
+def test_json_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
+    metrics = MetricsLogger(20, str(tmp_path), io.StringIO())
+    metrics.log_iteration(
+        dataclasses.replace(FIFTH, lm_loss=math.nan, grad_norm=math.inf, num_zeros=0)
+    )
+    metrics.log_evaluation(5, 40, math.nan)
+    metrics.close("done")
+    training, validation = lines(tmp_path)
+    assert training["lm_loss"] is None
+    assert training["grad_norm"] is None
+    assert training["num_zeros"] == 0
+    assert validation["lm_loss_validation"] is None
+
+
+def test_a_diverged_validation_loss_has_a_finite_perplexity() -> None:
+    stream = io.StringIO()
+    MetricsLogger(20, None, stream).log_evaluation(5, 40, 1e6)
+    assert "lm loss PPL: 4.851652E+08" in stream.getvalue()
+
+
+def test_a_folder_that_is_a_file_is_refused_at_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "taken"
+    path.write_text("")
+    with pytest.raises(ValueError) as error:
+        MetricsLogger(20, str(path), io.StringIO())
+    assert str(error.value) == (
+        f"--tensorboard-dir {path} cannot be written to: File exists; name another folder"
+    )
+
+
+# Fills the disk after a few events, by a limit on the size of files, which the kernel enforces
+# where it would enforce the end of the disk. ENOSPC in the message would need a small disk.
+ON_A_SMALL_DISK = """
+import resource, sys
+from tests.unit_tests.training.test_metrics import FIFTH
+from megatron_mimo.training.metrics import MetricsLogger
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    metrics = MetricsLogger(20, sys.argv[1])
+    for _ in range(1000):
+        metrics.log_iteration(FIFTH)
+except (ValueError, RuntimeError) as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (2000, "ValueError: --tensorboard-dir {path} cannot be written to: File too large; name"),
+        (20000, "RuntimeError: cannot write metrics to --tensorboard-dir {path}: File too large;"),
+    ],
+)
+def test_a_disk_that_is_full_stops_the_run_and_names_the_folder(
+    tmp_path: Path, size: int, message: str
+) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", ON_A_SMALL_DISK, str(tmp_path), str(size)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[3],
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 1, run.stderr
+    assert run.stderr.splitlines()[-1].startswith(message.format(path=tmp_path))
+
+
+def test_a_full_disk_says_to_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(ValueError, match=r"device; free space there, or name another folder$"):
+        MetricsLogger(20, str(tmp_path), io.StringIO())
+    assert not list(tmp_path.iterdir()), "the probe stays behind"

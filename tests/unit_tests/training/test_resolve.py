@@ -1,0 +1,180 @@
+"""What flags mean together, and which combinations are refused."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_mimo.training.flags import CommandLine, parse, to_yaml
+from megatron_mimo.training.resolve import Resolved, resolve
+
+EXAMPLES = Path(__file__).parents[3] / "examples" / "mimo" / "configs"
+
+
+def run(world_size: int, flags: str = "") -> Resolved:
+    return resolve(parse(flags.split(), CommandLine, prog="train").train, world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags", "encoder", "llm"),
+    [
+        (1, "", range(1), range(1)),
+        (2, "", range(1), range(1, 2)),
+        (4, "--encoder-dp 2 --llm-tp 2", range(2), range(2, 4)),
+        (3, "--llm-dp 2", range(1), range(1, 3)),
+        (4, "--encoder-offset 2 --encoder-dp 2 --llm-offset 0 --llm-dp 2", range(2, 4), range(2)),
+        (2, "--encoder-dp 2 --llm-tp 2 --llm-offset 0", range(2), range(2)),
+        (2, "--llm-only --llm-dp 2", None, range(2)),
+    ],
+)
+def test_grids(world_size: int, flags: str, encoder: range | None, llm: range) -> None:
+    layout = run(world_size, flags).layout
+    assert (layout.encoder.ranks if layout.encoder else None) == encoder
+    assert layout.llm.ranks == llm
+
+
+def test_fills_what_follows_from_other_flags() -> None:
+    config = run(4, "--encoder-dp 2 --llm-tp 2 --micro-batch-size 3 --train-iters 7").config
+    assert (config.grids.encoder_offset, config.grids.llm_offset) == (0, 2)
+    assert config.grids.sequence_parallel is True
+    assert config.model.patch_dim == 8
+    assert config.model.pixel_shuffle is True
+    assert config.model.fp32 is True
+    assert config.training.global_batch_size == 3
+    assert config.training.lr_decay_iters == 7
+    assert run(3, "--llm-dp 2 --micro-batch-size 3").global_batch_size == 6
+    assert run(1).config.grids.sequence_parallel is False
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--no-dynamic-resolution --img-h 32 --img-w 16",
+        "--llm-only --text-only-fraction 1",
+        "--bf16 --patch-dim 16 --override vision.num_layers=1",
+        "--dataset-provider energon --data-path d --num-workers 2",
+        "--training-stage stage1 --lr-decay-style constant",
+    ],
+)
+def test_resolved_flags_resolve_to_themselves(flags: str, tmp_path: Path) -> None:
+    resolved = run(1, flags)
+    assert resolve(resolved.config, 1) == resolved
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(resolved.config), encoding="utf-8")
+    assert run(1, f"--config {path}") == resolved
+
+
+def test_model_and_data_agree_on_patches() -> None:
+    for flags, patch_dim in (
+        ("", 8),
+        ("--patch-dim 4", 4),
+        ("--override vision.patch_dim=16", 16),
+        ("--override vision.patch_dim=16 --patch-dim 4", 4),
+    ):
+        resolved = run(1, f"{flags} --no-pixel-shuffle")
+        assert resolved.architecture.vision.patch_dim == resolved.data.image.patch_dim == patch_dim
+        assert not resolved.architecture.vision.pixel_shuffle
+        assert not resolved.data.image.pixel_shuffle
+        assert resolved.data.image.max_grid == resolved.architecture.vision.max_grid
+
+
+@pytest.mark.parametrize(
+    ("flags", "frozen"),
+    [
+        ("", set()),
+        ("--training-stage stage2", {"vision"}),
+        ("--training-stage stage1", {"vision", "language"}),
+        ("--freeze-vit --freeze-projection", {"vision", "projector"}),
+        ("--training-stage stage2 --freeze-lm", {"vision", "language"}),
+    ],
+)
+def test_stages_and_switches_freeze(flags: str, frozen: set[str]) -> None:
+    freeze = dataclasses.asdict(run(1, flags).freeze)
+    assert {part for part, is_frozen in freeze.items() if is_frozen} == frozen
+
+
+def test_schedule_counts_samples() -> None:
+    schedule = run(
+        1,
+        "--global-batch-size 6 --train-iters 50 --lr-warmup-iters 5 --lr-decay-iters 40 "
+        "--lr-decay-style cosine",
+    ).schedule
+    assert (schedule.style, schedule.warmup_samples, schedule.decay_samples) == ("cosine", 30, 240)
+
+
+def test_settings_reach_their_parts() -> None:
+    resolved = run(
+        1,
+        "--lr 0.5 --min-lr 0.25 --weight-decay 0.125 --adam-beta1 0.5 --adam-beta2 0.75 "
+        "--adam-eps 0.0625 --clip-grad 2 --log-num-zeros-in-grad --seed 9 --seq-length 32 "
+        "--image-token <i> --mock-dataset-size 11 --text-only-fraction 0.5 --sample-trace-dir t "
+        "--dynamic-resolution-min-patches 8 --dynamic-resolution-max-patches 0",
+    )
+    adam, data = resolved.adam, resolved.data
+    assert (adam.lr, adam.min_lr, adam.weight_decay) == (0.5, 0.25, 0.125)
+    assert (adam.beta1, adam.beta2, adam.eps, adam.clip_grad) == (0.5, 0.75, 0.0625, 2.0)
+    assert adam.log_num_zeros
+    assert (data.seed, data.seq_length, data.image_token) == (9, 32, "<i>")
+    assert (data.mock_dataset_size, data.text_only_fraction) == (11, 0.5)
+    assert data.sample_trace_dir == "t"
+    assert (data.image.min_patches, data.image.max_patches) == (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags", "message"),
+    [
+        (3, "", r"encoder grid \[0, 1\) and llm grid \[1, 2\) leave ranks \[2, 3\) unused: "),
+        (4, "--encoder-dp 2 --llm-dp 3 --llm-offset 1", r"overlap on ranks \[1, 2\)"),
+        (1, "--llm-dp 2", r"only 1 were started: start 2 ranks, or lower one of --llm-tp \(now 1"),
+        (1, "--llm-tp 0", r"^--llm-tp is 0: expected at least 1$"),
+        (2, "--llm-only --llm-dp 2 --encoder-dp 2", r"^--llm-only trains no encoder"),
+        (1, "--sequence-parallel", r"^--sequence-parallel shards along --llm-tp, which is 1"),
+        (1, "--override language.layers=4", r"unknown 'layers'; did you mean 'num_layers'\?"),
+        (1, "--training-stage stage1 --freeze-projection",
+         r"^nothing is left to train with --training-stage stage1, --freeze-projection"),
+        (1, "--llm-only --freeze-lm", r"nothing is left to train with --freeze-lm, --llm-only"),
+        (1, "--img-h 16", r"^--img-h size images only without dynamic resolution"),
+        (1, "--no-dynamic-resolution --img-h 16", r"^--no-dynamic-resolution needs --img-w"),
+        (1, "--no-dynamic-resolution --img-h 16 --img-w 9", r"^--img-w is 9: expected a multiple"),
+        (1, "--no-dynamic-resolution --img-h 16 --img-w 16 --dynamic-resolution-max-patches 9",
+         r"^--dynamic-resolution-max-patches bound images only with dynamic resolution"),
+        (1, "--data-path d", r"^--data-path belongs to --dataset-provider energon, not to mock"),
+        (1, "--num-workers 2", r"^--num-workers belongs to --dataset-provider energon"),
+        (1, "--dataset-provider energon", r"^--dataset-provider energon needs --data-path"),
+        (1, "--dataset-provider energon --data-path d --text-only-fraction 1",
+         r"^--text-only-fraction belongs to --dataset-provider mock, not to energon"),
+        (1, "--micro-batch-size 3 --global-batch-size 4",
+         r"^--global-batch-size 4 is not a multiple of --micro-batch-size 3 x --llm-dp 1"),
+        (1, "--train-iters 0", r"^--train-iters is 0: expected at least 1$"),
+        (1, "--log-interval 0", r"^--log-interval is 0: expected at least 1$"),
+        (1, "--eval-iters 0", r"^--eval-iters is 0: expected at least 1$"),
+        (1, "--lr nan", r"^--lr is nan: expected at least 0$"),
+        (1, "--lr -1", r"^--lr is -1.0: expected at least 0$"),
+        (1, "--min-lr 1", r"^--min-lr 1.0 is above --lr 0.0001"),
+        (1, "--adam-beta2 1", r"^--adam-beta2 is 1.0: expected 0 or more, and below 1$"),
+        (1, "--adam-eps 0", r"^--adam-eps is 0.0: expected more than 0$"),
+        (1, "--distributed-timeout-minutes 0", r"^--distributed-timeout-minutes is 0.0: expected"),
+        (1, "--lr-warmup-iters 100", r"^--lr-warmup-iters 100 is not below --train-iters 100"),
+        (1, "--lr-warmup-iters 9 --lr-decay-iters 9", r"is not below --lr-decay-iters 9"),
+    ],
+)  # fmt: skip
+def test_refuses(world_size: int, flags: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        run(world_size, flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size"), [("mock.yaml", 2), ("digits.yaml", 4), ("text-only.yaml", 2)]
+)
+def test_examples_resolve(name: str, world_size: int) -> None:
+    assert run(world_size, f"--config {EXAMPLES / name}").layout.world_size == world_size
+
+
+def test_no_example_is_left_out() -> None:
+    assert {path.name for path in EXAMPLES.iterdir()} == {
+        "mock.yaml",
+        "digits.yaml",
+        "text-only.yaml",
+    }
