@@ -1,0 +1,60 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_mimo.data import RawSample
+from megatron_mimo.tools.demo import exact_match, most_frequent_answer
+from megatron_mimo.tools.demo_report import Example, LossPoint, write_report
+from megatron_mimo.tools.demo_worker import shuffle_images
+
+
+def sample(key: str, answer: str, question: str = "<image>Which?", image: bytes = b"") -> RawSample:
+    return RawSample(key=key, question=question, answer=answer, images=(image,))
+
+
+def test_exact_match_is_to_the_letter() -> None:
+    samples = [sample("a", "7 3"), sample("b", "1"), sample("c", "5")]
+    assert exact_match(samples, {"a": "7 3", "b": "1 ", "c": "5"}) == pytest.approx(2 / 3)
+
+
+def test_the_blind_guess_is_the_most_frequent_answer_to_the_question() -> None:
+    train = [sample("a", "1"), sample("b", "1"), sample("c", "2"), sample("d", "4", "<image>Many?")]
+    val = [sample("e", "1"), sample("f", "2"), sample("g", "4", "<image>Many?"), sample("h", "9")]
+    assert most_frequent_answer(train, val) == pytest.approx(2 / 4)
+
+
+def test_shuffling_moves_every_image_and_nothing_else() -> None:
+    samples = [sample(str(i), str(i), image=bytes([i])) for i in range(50)]
+    shuffled = shuffle_images(samples)
+    assert [(s.key, s.answer) for s in shuffled] == [(s.key, s.answer) for s in samples]
+    assert sorted(s.images for s in shuffled) == [s.images for s in samples]
+    moved = sum(s.images != t.images for s, t in zip(samples, shuffled, strict=True))
+    assert moved > 40
+
+
+def test_the_report_shows_results_curve_and_answers_and_needs_nothing_beside_it(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "report.html"
+    example = {"image": b"PNG", "media_type": "image/png", "question": "Which <digit>?"}
+    write_report(
+        path,
+        title="A title",
+        lead="What was run.",
+        rows=[("held-out single digits", "93.1%")],
+        training=[LossPoint(iteration=i, loss=1 / i) for i in range(1, 5)],
+        validation=[],
+        examples=[
+            Example(**example, expected="7", answer="7"),
+            Example(**example, expected="3", answer="<b>"),
+        ],
+    )
+    page = path.read_text()
+    assert "93.1%" in page
+    assert "1 of 2 shown are right" in page
+    assert page.count("<figure") == 2 and page.count('class="wrong"') == 1
+    assert "Which &lt;digit&gt;?" in page and "&lt;b&gt;" in page
+    assert "<svg" in page
+    fetched = re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', page)
+    assert not fetched
