@@ -1,23 +1,23 @@
 """Megatron's log line, TensorBoard scalars and metrics.jsonl, written by one rank."""
 
+import contextlib
 import errno
 import json
 import math
 import os
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
+
+from megatron_mimo.training.event_file import EventFile
 
 _PROBE_BYTES = 4096
-# TensorBoard's own writer keeps events back for two minutes.
-_FLUSH_SECONDS = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +92,7 @@ class MetricsLogger:
     ) -> None:
         self._train_iters = train_iters
         self._folder = tensorboard_dir
-        self._writer: SummaryWriter | None = None
+        self._events: EventFile | None = None
         self._file: TextIO | None = None
         if tensorboard_dir is not None:
             self._open(Path(tensorboard_dir))
@@ -119,7 +119,7 @@ class MetricsLogger:
         """Report a logged iteration.
 
         Raises:
-            RuntimeError: The disk is full, or the folder is gone.
+            RuntimeError: The disk is full or gone.
         """
         if self._progress is not None:
             self._progress.start()
@@ -147,7 +147,7 @@ class MetricsLogger:
         """Report the held-out loss, and its perplexity, after an iteration.
 
         Raises:
-            RuntimeError: The disk is full, or the folder is gone.
+            RuntimeError: The disk is full or gone.
         """
         # Megatron's cap, so that an early loss does not overflow.
         perplexity = math.exp(min(20.0, loss))
@@ -173,16 +173,13 @@ class MetricsLogger:
         """End with a line on the whole run.
 
         Raises:
-            RuntimeError: The disk is full, or the folder is gone.
+            RuntimeError: The disk is full or gone.
         """
         if self._progress is not None:
             self._progress.stop()
         self._console.print(summary)
         with self._named_errors():
-            if self._writer is not None:
-                self._writer.close()
-            if self._file is not None:
-                self._file.close()
+            self._close_files()
 
     def _open(self, folder: Path) -> None:
         try:
@@ -193,7 +190,7 @@ class MetricsLogger:
                 probe.flush()
                 os.fsync(probe.fileno())
             self._file = (folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-            self._writer = SummaryWriter(str(folder), flush_secs=_FLUSH_SECONDS)
+            self._events = EventFile(folder)
         except OSError as error:
             raise ValueError(
                 f"--tensorboard-dir {folder} cannot be written to: {error.strerror or error}; "
@@ -212,35 +209,32 @@ class MetricsLogger:
             self._file.write(json.dumps(strict, allow_nan=False) + "\n")
 
     def _write_scalars(self, scalars: dict[str, float], iteration: int, samples: int) -> None:
-        if self._writer is None:
+        if self._events is None:
             return
-        now = time.time()
         with self._named_errors():
-            for tag, value in scalars.items():
-                self._writer.add_scalar(tag, value, iteration, now)
-                self._writer.add_scalar(f"{tag} vs samples", value, samples, now)
-            # The writer's thread raises what went wrong at the next call from here.
-            self._writer.flush()
+            self._events.add_scalars(scalars, iteration)
+            by_samples = {f"{tag} vs samples": value for tag, value in scalars.items()}
+            self._events.add_scalars(by_samples, samples)
 
-    def _named_errors(self) -> "_NamedErrors":
-        return _NamedErrors(self._folder)
-
-
-class _NamedErrors:
-    """Turns a failed write into an error that names the folder and what to do."""
-
-    def __init__(self, folder: str | None) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, frames: object) -> None:
-        if isinstance(error, OSError):
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Turn a failed write into an error that names the folder and what to do."""
+        try:
+            yield
+        except OSError as error:
+            # Else each file complains once more when the process ends.
+            with contextlib.suppress(OSError):
+                self._close_files()
             raise RuntimeError(
                 f"cannot write metrics to --tensorboard-dir {self._folder}: "
                 f"{error.strerror or error}; {_remedy(error)}train without it"
             ) from error
+
+    def _close_files(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for file in (self._events, self._file):
+                if file is not None:
+                    stack.callback(file.close)
 
 
 def _remedy(error: OSError) -> str:

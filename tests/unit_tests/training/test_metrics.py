@@ -201,7 +201,8 @@ def test_a_disk_that_is_full_stops_the_run_and_names_the_folder(
         check=False,
     )
     assert run.returncode == 1, run.stderr
-    assert run.stderr.splitlines()[-1].startswith(message.format(path=tmp_path))
+    assert run.stderr.startswith(message.format(path=tmp_path))
+    assert len(run.stderr.splitlines()) == 1, run.stderr
 
 
 def test_a_full_disk_says_to_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
