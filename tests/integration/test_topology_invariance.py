@@ -5,26 +5,11 @@ from functools import cache
 
 import pytest
 
-from megatron_mimo.topology import Layout, ModuleGridSpec
+from megatron_mimo.topology import Layout
+from tests.integration.engines import beside, layout, mock_data, mock_loader, small_engine
 
 STEPS = 20
 GLOBAL_BATCH_SIZE = 8
-
-
-def layout(encoder: dict[str, int] | None, llm: dict[str, int]) -> Layout:
-    encoder_grid = None if encoder is None else ModuleGridSpec(name="encoder", **encoder)
-    llm_grid = ModuleGridSpec(name="llm", **llm)
-    grids = [grid for grid in (encoder_grid, llm_grid) if grid is not None]
-    return Layout(
-        encoder=encoder_grid,
-        llm=llm_grid,
-        world_size=max(grid.ranks.stop for grid in grids),
-    )
-
-
-def beside(encoder: dict[str, int], llm: dict[str, int]) -> Layout:
-    """Disjoint grids, the encoder first."""
-    return layout(encoder, llm | {"offset": ModuleGridSpec(name="encoder", **encoder).size})
 
 
 ONE_RANK = layout({}, {})
@@ -48,47 +33,10 @@ LAYOUTS = {
 
 def curve(chosen: Layout, text_only_fraction: float, sequence_parallel: bool) -> list[list[float]]:
     """Train on mock data; (loss, gradient norm, encoder's norm) of each step on this rank."""
-    import torch
-    import torch.distributed as dist
-
-    from megatron_mimo.data import ByteTokenizer, DataConfig, ImageConfig, build_train_loader
-    from megatron_mimo.model.config import FreezeConfig
-    from megatron_mimo.model.mimo import BuildConfig
-    from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
-    from megatron_mimo.presets import model_config
-    from megatron_mimo.runtime import Device
-    from megatron_mimo.training.engine import build_engine, data_role
     from megatron_mimo.training.step import train_step
 
-    tokenizer = ByteTokenizer()
-    data = DataConfig(
-        seed=7,
-        seq_length=64,
-        global_batch_size=GLOBAL_BATCH_SIZE,
-        text_only_fraction=text_only_fraction,
-        image=ImageConfig(max_grid=64),
-    )
-    engine = build_engine(
-        chosen,
-        model_config("mock", ["language.hidden_size=64", "vision.hidden_size=64"]),
-        FreezeConfig(),
-        BuildConfig(
-            params_dtype=torch.float32,
-            seed=7,
-            init="topology-invariant",
-            vocab_size=tokenizer.vocab_size,
-            seq_length=data.seq_length,
-            sequence_parallel=sequence_parallel,
-        ),
-        AdamConfig(
-            lr=1e-3, min_lr=1e-4, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_grad=1.0
-        ),
-        ScheduleConfig(style="cosine", warmup_samples=16, decay_samples=STEPS * GLOBAL_BATCH_SIZE),
-        image_token_id=tokenizer.image_token_id,
-        validate_data=True,
-        device=Device("cpu"),
-    )
-    loader = build_train_loader(data, data_role(chosen, dist.get_rank()), tokenizer)
+    engine = small_engine(chosen, sequence_parallel=sequence_parallel, steps=STEPS)
+    loader = mock_loader(chosen, mock_data(text_only_fraction=text_only_fraction))
     points = []
     for iteration in range(1, STEPS + 1):
         metrics = train_step(engine, loader, iteration, GLOBAL_BATCH_SIZE)

@@ -1,0 +1,80 @@
+"""Small engines for tests that train on ranks."""
+
+from megatron_mimo.topology import Layout, ModuleGridSpec
+
+SEQ_LENGTH = 64
+
+
+def layout(encoder: dict[str, int] | None, llm: dict[str, int]) -> Layout:
+    """A layout whose world is as large as its grids need."""
+    encoder_grid = None if encoder is None else ModuleGridSpec(name="encoder", **encoder)
+    llm_grid = ModuleGridSpec(name="llm", **llm)
+    grids = [grid for grid in (encoder_grid, llm_grid) if grid is not None]
+    return Layout(
+        encoder=encoder_grid,
+        llm=llm_grid,
+        world_size=max(grid.ranks.stop for grid in grids),
+    )
+
+
+def beside(encoder: dict[str, int], llm: dict[str, int]) -> Layout:
+    """Disjoint grids, the encoder first."""
+    return layout(encoder, llm | {"offset": ModuleGridSpec(name="encoder", **encoder).size})
+
+
+def small_engine(chosen, *, freeze=None, sequence_parallel=True, bf16=False, lr=1e-3, steps=20):
+    """This rank's engine over a narrow mock model, every weight drawn by name."""
+    import torch
+
+    from megatron_mimo.data import ByteTokenizer
+    from megatron_mimo.model.config import FreezeConfig
+    from megatron_mimo.model.mimo import BuildConfig
+    from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
+    from megatron_mimo.presets import model_config
+    from megatron_mimo.runtime import Device
+    from megatron_mimo.training.engine import build_engine
+
+    return build_engine(
+        chosen,
+        model_config("mock", ["language.hidden_size=64", "vision.hidden_size=64"]),
+        freeze or FreezeConfig(),
+        BuildConfig(
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            seed=7,
+            init="topology-invariant",
+            vocab_size=ByteTokenizer.vocab_size,
+            seq_length=SEQ_LENGTH,
+            sequence_parallel=sequence_parallel,
+        ),
+        AdamConfig(
+            lr=lr, min_lr=lr / 10, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_grad=1.0
+        ),
+        ScheduleConfig(style="cosine", warmup_samples=16, decay_samples=steps * 8),
+        image_token_id=ByteTokenizer.image_token_id,
+        validate_data=True,
+        device=Device("cpu"),
+    )
+
+
+def mock_data(*, text_only_fraction=0.0, micro_batch_size=1, global_batch_size=8):
+    """Settings of mock samples that fit the small engine."""
+    from megatron_mimo.data import DataConfig, ImageConfig
+
+    return DataConfig(
+        seed=7,
+        seq_length=SEQ_LENGTH,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        text_only_fraction=text_only_fraction,
+        image=ImageConfig(max_grid=64),
+    )
+
+
+def mock_loader(chosen, config):
+    """This rank's training samples."""
+    import torch.distributed as dist
+
+    from megatron_mimo.data import ByteTokenizer, build_train_loader
+    from megatron_mimo.training.engine import data_role
+
+    return build_train_loader(config, data_role(chosen, dist.get_rank()), ByteTokenizer())
