@@ -179,7 +179,10 @@ class MetricsLogger:
             self._progress.stop()
         self._console.print(summary)
         with self._named_errors():
-            self._close_files()
+            if self._events is not None:
+                self._events.close()
+            if self._file is not None:
+                self._file.close()
 
     def _open(self, folder: Path) -> None:
         try:
@@ -222,19 +225,10 @@ class MetricsLogger:
         try:
             yield
         except OSError as error:
-            # Else each file complains once more when the process ends.
-            with contextlib.suppress(OSError):
-                self._close_files()
             raise RuntimeError(
                 f"cannot write metrics to --tensorboard-dir {self._folder}: "
                 f"{error.strerror or error}; {_remedy(error)}train without it"
             ) from error
-
-    def _close_files(self) -> None:
-        with contextlib.ExitStack() as stack:
-            for file in (self._events, self._file):
-                if file is not None:
-                    stack.callback(file.close)
 
 
 def _remedy(error: OSError) -> str:
