@@ -12,7 +12,7 @@ _WARNINGS = (
     r"The following imports from `dynamic_context.py` will be removed",
     r"`torch\.jit\.script",
     r"full scope is deprecated",
-    r"When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE",
+    r"When using sequence parallelism it is recommended to set the environment variable",
     # megatron-core calls them; torch renamed them.
     r"`torch\.distributed\.(reduce_scatter|all_gather_into)_tensor` is deprecated",
     r"Could not determine rank from torch.distributed",
