@@ -1,18 +1,21 @@
 """Start the ranks of one machine with torchrun's engine, and tell how they ended."""
 
+import json
 import logging
 import os
 import signal
 import socket
 import sys
 import tempfile
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_mimo.runtime.failfast import EXIT_FAILED, render
-from megatron_mimo.runtime.failfast.report import read_record
+from megatron_mimo.runtime.failfast.report import is_ahead, read_record
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import LogsSpecs
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 _LOOPBACKS = ("lo", "lo0")
 _SHUTDOWN_LIMIT_S = "8"
+_RECORD_LIMIT_S = 2.0
 
 # They announce each signal sent to a rank. The failure itself is what the user needs to see.
 _TALKATIVE = (
@@ -114,12 +118,23 @@ def _configure(nproc: int, logs: "LogsSpecs") -> "LaunchConfig":
 def _conclude(error: "ChildFailedError") -> int:
     """Show the first failure and return the exit code that goes with it."""
     rank, failure = error.get_first_failure()
-    first = read_record(failure.error_file_data)
+    first = read_record(_latest_record(failure))
     if first is None:
         _say(f"rank {rank} failed first: {_how_it_ended(failure)}, before it could say why.")
         return EXIT_FAILED
     _say(render(first))
     return first.exit_code
+
+
+def _latest_record(failure: "ProcessFailure") -> Mapping[str, Any]:
+    """What torchrun read when the rank ended, or what its watcher has since found out."""
+    record: Mapping[str, Any] = failure.error_file_data
+    deadline = time.monotonic() + _RECORD_LIMIT_S
+    while is_ahead(record) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        with suppress(OSError, ValueError):
+            record = json.loads(Path(failure.error_file).read_text())
+    return record
 
 
 def _how_it_ended(failure: "ProcessFailure") -> str:

@@ -3,7 +3,7 @@
     failfast_worker.py HOW RANK FOLDER
 
 Each rank writes its process id to FOLDER/pid-RANK when it takes part, and the failing rank the
-time to FOLDER/failed. HOW is a key of `FAILURES`, or "nothing".
+time to FOLDER/failed. HOW is a key of `FAILURES`, "usage", or "hold", which ends well.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_mimo.runtime.environment import read_environment
+from megatron_mimo.runtime.environment import first_node, read_environment
 from megatron_mimo.runtime.failfast import guard_rank
 
 
@@ -39,9 +39,16 @@ def crash() -> None:
     ctypes.string_at(0)
 
 
+def vanish() -> None:
+    """Like the loss of a machine: the rank and its watcher end at the same time."""
+    for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    kill_myself()
+
+
 def hold_the_lock() -> None:
     """Keep Python's lock, so that no thread of this process runs, for longer than the limit."""
-    ctypes.PyDLL(None).usleep(2_500_000)
+    ctypes.PyDLL(None).usleep(4_000_000)
 
 
 def wait_in_python() -> None:
@@ -54,6 +61,7 @@ FAILURES = {
     "kill": kill_myself,
     "stop": stop_myself,
     "crash": crash,
+    "vanish": vanish,
 }
 
 
@@ -63,11 +71,8 @@ def sum_for_ever(how: str, failing_rank: int, folder: Path) -> None:
     for iteration in range(1_000_000):
         total = torch.ones(1000)
         dist.all_reduce(total)
-        if iteration == 20 and how == "nothing":
-            return
         if iteration == 20 and how == "hold" and rank == failing_rank:
             hold_the_lock()
-            (folder / "held").touch()
         if iteration == 40 and how == "hold":
             return
         if iteration == 20 and how in FAILURES:
@@ -83,6 +88,8 @@ def main() -> None:
     environment = read_environment(os.environ)
     roles = ("encoder dp 0 tp 0", "encoder dp 0 tp 1", "llm dp 0", "llm dp 1")
     with guard_rank(roles[environment.rank]):
+        if how == "usage":
+            first_node("")
         dist.init_process_group(
             "gloo",
             init_method=environment.init_method,

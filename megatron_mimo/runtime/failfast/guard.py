@@ -229,6 +229,10 @@ class _RankGuard:
         host, port, token = self._exchange_address()
         self._link.send(kind="meet", host=host, port=port, token=token)
         answer = self._link.receive_first(self._join_s + 2 * _VERDICT_LIMIT_S) or {}
+        if answer.get("kind") == "flush":
+            # A rank that had entered has failed already; the watchers say which.
+            abort = self._link.receive_first(_VERDICT_LIMIT_S) or {}
+            _end(abort.get("code", EXIT_FAILED))
         if answer.get("kind") != "ready":
             absent = answer.get("absent") or "some"
             raise RuntimeError(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -16,6 +17,7 @@ _WIDTH = 78
 _TRACEBACK_LIMIT = 16_000  # characters; fits the buffer of a socket
 _UNKNOWN_TIME = 4_102_444_800  # 2100-01-01: later than any failure whose time is known
 _RECORD_KEY = "megatron_mimo"
+_AHEAD_KEY = "megatron_mimo_ahead"
 _OWN_THREAD = "in _obey"  # the thread of `guard_rank`, of no interest in a crash
 
 _CONSEQUENCE = re.compile(
@@ -111,8 +113,32 @@ def farewell(rank: int, role: str, first: FailureReport) -> str:
     return f"rank {rank} ({role}) ends, because rank {first.rank} ({first.role}) failed: {cause}"
 
 
-def died(rank: int, role: str, host: str, seconds: float, crash: str = "") -> FailureReport:
-    """The report of a rank that ended without a word; `crash` is what faulthandler wrote."""
+def died(
+    rank: int,
+    role: str,
+    host: str,
+    seconds: float,
+    *,
+    exit_code: int | None = None,
+    crash: str = "",
+) -> FailureReport:
+    """The report of a rank that ended without a word.
+
+    Args:
+        rank: Global rank.
+        role: Its role.
+        host: Its machine.
+        seconds: See `FailureReport`.
+        exit_code: Negative for a signal; None if nobody knows.
+        crash: What faulthandler wrote.
+    """
+    summary = "killed by a signal (kill -9, out of memory) or os._exit"
+    if crash:
+        summary = crash.partition("\n")[0]
+    elif exit_code is not None and exit_code < 0:
+        summary = f"killed by signal {-exit_code} ({_signal_name(-exit_code)})"
+    elif exit_code is not None:
+        summary = f"ended with exit code {exit_code} and without an exception"
     blocks = [
         block
         for block in crash.strip().split("\n\n")
@@ -123,8 +149,7 @@ def died(rank: int, role: str, host: str, seconds: float, crash: str = "") -> Fa
         rank=rank,
         role=role,
         host=host,
-        summary=crash.partition("\n")[0]
-        or "killed by a signal (kill -9, out of memory) or os._exit",
+        summary=summary,
         traceback="\n\n".join(blocks),
         seconds=seconds,
     )
@@ -133,37 +158,44 @@ def died(rank: int, role: str, host: str, seconds: float, crash: str = "") -> Fa
 def write_record(path: str, first: FailureReport, *, rank: int, role: str, host: str) -> None:
     """Tell torchrun, through the file that it names in TORCHELASTIC_ERROR_FILE.
 
-    torchrun shows the oldest record of all failed ranks as the root cause. The first failing
-    rank's record has its time, those of ranks that ended because of it are a second younger.
+    torchrun shows the oldest record of all failed ranks as the root cause; of several of the same
+    second, that of the rank whose end it noticed first. It reads a record as soon as it notices.
 
     Args:
         path: The file; "" where no torchrun waits for one.
         first: The run's first failure.
-        rank: Global rank that the file belongs to.
+        rank: Global rank that the file belongs to. One that ended because of the first failure
+            writes a younger time.
         role: Its role.
         host: Its machine.
     """
     text = render(first) if first.kind is Kind.USAGE else _describe(first, "failed first")
     seconds = int(first.seconds)
     if first.rank != rank:
-        seconds += 1
+        seconds = 1 + (_UNKNOWN_TIME if first.kind is Kind.DIED else seconds)
         # Another machine's torchrun sees only its own ranks' files.
         text = farewell(rank, role, first) + ("" if first.host == host else f"\n{text}")
     _write(path, first, text, seconds)
 
 
-def write_own_record(path: str, report: FailureReport) -> None:
-    """Write what this rank knows before all know who was first, in case torchrun reads it now."""
-    _write(path, report, _describe(report, "failed"), int(report.seconds))
+def write_own_record(path: str, report: FailureReport, *, maybe_ended: bool) -> None:
+    """Write what this rank knows before all know who was first, since torchrun may read it now.
+
+    Args:
+        path: The file.
+        report: This rank's failure.
+        maybe_ended: It died in a way that may be torchrun's doing, after another rank's failure.
+    """
+    seconds = _UNKNOWN_TIME if maybe_ended else int(report.seconds)
+    _write(path, report, _describe(report, "failed"), seconds)
 
 
 def write_record_ahead(path: str, report: FailureReport) -> None:
     """Write the record of a death that has not happened: who is killed cannot write one.
 
-    Its time is in the far future, so that any record of a failure that was seen is older. Among
-    several of these torchrun takes the rank whose end it noticed first.
+    Its time is in the far future, so that any record of a failure that was seen is older.
     """
-    _write(path, report, _describe(report, "ended without a report"), _UNKNOWN_TIME)
+    _write(path, report, _describe(report, "ended without a report"), _UNKNOWN_TIME, ahead=True)
 
 
 def read_record(record: Mapping[str, Any]) -> FailureReport | None:
@@ -173,10 +205,23 @@ def read_record(record: Mapping[str, Any]) -> FailureReport | None:
     return FailureReport.from_json(extra[_RECORD_KEY]) if _RECORD_KEY in extra else None
 
 
-def _write(path: str, report: FailureReport, text: str, seconds: int) -> None:
+def is_ahead(record: Mapping[str, Any]) -> bool:
+    """Whether nobody has yet replaced what `write_record_ahead` wrote."""
+    message = record.get("message")
+    return isinstance(message, dict) and bool(message.get("extraInfo", {}).get(_AHEAD_KEY))
+
+
+def _write(
+    path: str, report: FailureReport, text: str, seconds: int, *, ahead: bool = False
+) -> None:
     if not path:
         return
-    extra = {"py_callstack": text, "timestamp": str(seconds), _RECORD_KEY: report.to_json()}
+    extra = {
+        "py_callstack": text,
+        "timestamp": str(seconds),
+        _RECORD_KEY: report.to_json(),
+        _AHEAD_KEY: ahead,
+    }
     record = {"message": {"message": report.summary, "extraInfo": extra}}
     partial = Path(f"{path}.{os.getpid()}")
     try:
@@ -192,3 +237,10 @@ def _shorten(text: str) -> str:
         return text
     half = _TRACEBACK_LIMIT // 2
     return f"{text[:half]}\n  ... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"

@@ -43,6 +43,7 @@ class Jury:
         self._members: dict[int, Member] = {}
         self._reports: list[FailureReport] = []
         self._decide_at: float | None = None
+        self._verdict: FailureReport | None = None
 
     @property
     def complete(self) -> bool:
@@ -103,9 +104,9 @@ class Jury:
         if self.complete:
             for rank in self._silent(now):
                 self.lost(rank, now, f"was not heard for {self._silence_s:g} s")
-        if self._decide_at is None or now < self._decide_at:
-            return None
-        return first_failure(self._reports)
+        if self._verdict is None and self._decide_at is not None and now >= self._decide_at:
+            self._verdict = first_failure(self._reports)
+        return self._verdict
 
     def _silent(self, now: float) -> list[int]:
         return [

@@ -10,12 +10,12 @@ import secrets
 import selectors
 import signal
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mimo.runtime.failfast.hub import Hub
+from megatron_mimo.runtime.failfast.process import exit_code, open_process, state_and_parent
 from megatron_mimo.runtime.failfast.report import (
     FailureReport,
     Kind,
@@ -28,8 +28,9 @@ from megatron_mimo.runtime.failfast.report import (
 )
 from megatron_mimo.runtime.failfast.wire import Link
 
-TICK_S = 0.5
-BEAT_S = 1.0
+BEATS = 5
+"""A silence that counts as loss is as long as this many beats."""
+LONGEST_BEAT_S = 1.0
 STALL_S = 2.0
 """A loop that takes longer was itself kept from running, and may not judge others' silence."""
 KILL_AFTER_S = 1.0
@@ -86,10 +87,11 @@ class Watcher:
         self._selector = selectors.DefaultSelector()
         self._rank_link = rank_link
         self._rank_alive = True
+        self._exit_code: int | None = None
         self._rank_done = False
         self._leave_until = 0.0
-        self._launcher = _process_state(config.pid)[1]
-        self._pidfd = _open_process(config.pid)
+        self._launcher = state_and_parent(config.pid)[1]
+        self._pidfd = open_process(config.pid)
         self._hub: Hub | None = None
         self._hub_link: Link | None = None
         self._hub_address: tuple[str, int, str] | None = None
@@ -103,6 +105,7 @@ class Watcher:
         self._verdict_at = 0.0
         self._shown = False
         self._kill_at: float | None = None
+        self._beat_s = min(LONGEST_BEAT_S, config.silence_s / BEATS)
         self._next_beat = 0.0
         self._join_until = time.monotonic() + config.join_s
 
@@ -124,7 +127,7 @@ class Watcher:
             self._rank_link.send(kind="hub", port=self._hub.port, token=token)
         last = time.monotonic()
         while not self._finished(last):
-            for key, _ in self._selector.select(TICK_S):
+            for key, _ in self._selector.select(self._beat_s / 2):
                 key.data()
             now = time.monotonic()
             if now - last > STALL_S:
@@ -173,6 +176,7 @@ class Watcher:
         if self._pidfd is not None:
             self._selector.unregister(self._pidfd)
         if not self._rank_done and self._verdict is None and self._own is None:
+            self._exit_code = exit_code(self._config.pid)
             self._report(self._death())
 
     def _check_rank(self, now: float) -> None:
@@ -181,7 +185,7 @@ class Watcher:
             self._rank_died()
         if not self._rank_alive or self._rank_done or self._own is not None:
             return
-        state, launcher = _process_state(self._config.pid)
+        state, launcher = state_and_parent(self._config.pid)
         if state != "T":
             self._stopped_since = None
         elif self._stopped_since is None:
@@ -198,7 +202,8 @@ class Watcher:
     def _report(self, report: FailureReport) -> None:
         self._own = report
         if not report.is_consequence:
-            write_own_record(self._config.error_file, report)
+            maybe_ended = report.kind is Kind.DIED and self._exit_code in (None, -signal.SIGTERM)
+            write_own_record(self._config.error_file, report, maybe_ended=maybe_ended)
         if self._hub_link is None or not self._hub_link.send(
             kind="failed", report=report.to_json()
         ):
@@ -207,7 +212,14 @@ class Watcher:
     def _death(self) -> FailureReport:
         crash = Path(self._config.crash_file)
         text = crash.read_text(errors="replace") if crash.exists() else ""
-        return died(self._config.rank, self._config.role, self._host, time.time(), text)
+        return died(
+            self._config.rank,
+            self._config.role,
+            self._host,
+            time.time(),
+            exit_code=self._exit_code,
+            crash=text,
+        )
 
     def _describe(self, kind: Kind, summary: str) -> FailureReport:
         return FailureReport(
@@ -287,13 +299,14 @@ class Watcher:
             return
         self._verdict = first
         self._verdict_at = time.monotonic()
-        write_record(
-            self._config.error_file,
-            first,
-            rank=self._config.rank,
-            role=self._config.role,
-            host=self._host,
-        )
+        if self._rank_alive:
+            write_record(
+                self._config.error_file,
+                first,
+                rank=self._config.rank,
+                role=self._config.role,
+                host=self._host,
+            )
         self._rank_link.send(kind="flush")
 
     def _tick(self, now: float) -> None:
@@ -309,7 +322,7 @@ class Watcher:
         if self._hub_address is not None:
             self._meet(*self._hub_address)
         if now >= self._next_beat:
-            self._next_beat = now + BEAT_S
+            self._next_beat = now + self._beat_s
             if self._hub_link is not None:
                 self._hub_link.send(kind="beat")
             if self._hub is not None:
@@ -326,7 +339,7 @@ class Watcher:
         is_hub = self._hub is not None
         if not self._shown:
             others = self._hub.others(self._config.rank) if self._hub is not None else 0
-            by_torchrun = bool(self._config.error_file)
+            by_torchrun = bool(self._config.error_file) and first.kind is not Kind.LAUNCHER
             if is_hub and not by_torchrun and others and now < self._verdict_at + LEAVE_S:
                 return
             if not by_torchrun:
@@ -359,23 +372,3 @@ class Watcher:
                 os.kill(self._config.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-
-
-def _open_process(pid: int) -> int | None:
-    """A descriptor that becomes readable when the process ends; Linux 5.3 and newer."""
-    if sys.platform != "linux":
-        return None
-    try:
-        return os.pidfd_open(pid)
-    except OSError:
-        return None
-
-
-def _process_state(pid: int) -> tuple[str, int]:
-    """State letter and parent of a process, on Linux; ("", 0) elsewhere and if it is gone."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return "", 0
-    state, parent = status[status.rindex(")") + 1 :].split()[:2]
-    return state, int(parent)

@@ -19,6 +19,7 @@ class Link:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SEND_LIMIT)
         self._socket = connection
         self._rest = b""
+        self._waiting: list[dict[str, Any]] = []
 
     def fileno(self) -> int:
         """For `selectors`."""
@@ -34,6 +35,9 @@ class Link:
 
     def receive(self) -> list[dict[str, Any]] | None:
         """Wait for bytes and return the objects that they complete; None at the end."""
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            return waiting
         try:
             data = self._socket.recv(1 << 16)
         except OSError:
@@ -44,17 +48,16 @@ class Link:
         return _decode(lines)
 
     def receive_first(self, limit_s: float) -> dict[str, Any] | None:
-        """Wait for one object, the only one under way; None if it does not come in time."""
+        """Wait for one object; None if it does not come in time. Others are kept for later."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         deadline = time.monotonic() + limit_s
-        while (remaining := deadline - time.monotonic()) > 0:
-            if not poll.poll(1000 * remaining):
-                break
+        while self._waiting or poll.poll(1000 * max(0.0, deadline - time.monotonic())):
             messages = self.receive()
             if messages is None:
                 return None
             if messages:
+                self._waiting = messages[1:]
                 return messages[0]
         return None
 

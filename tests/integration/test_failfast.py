@@ -1,0 +1,170 @@
+"""One rank fails while others wait in a collective: everything ends, and the cause stands last."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("failfast_worker.py")
+RANKS = 3
+LIMIT_S = 10.0
+"""From the failure to the end of the last process."""
+START_LIMIT_S = 200.0
+
+TRACEBACK = 'images["dog"] += 1'
+"""Of the exception that the worker raises."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left: exit codes, output in order, seconds from failure to end, rank processes."""
+
+    codes: list[int]
+    output: str
+    took_s: float
+    pids: list[int]
+
+
+def run_torchrun(how: str, rank: int, folder: Path) -> Outcome:
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    return run([[*command, str(WORKER)]], [{}], how, rank, folder)
+
+
+def run_launch(how: str, rank: int, folder: Path) -> Outcome:
+    program = (
+        "import sys; from megatron_mimo.training.launch import launch; "
+        f"sys.exit(launch({RANKS}, sys.argv[1:], {str(WORKER)!r}))"
+    )
+    return run([["-c", program]], [{}], how, rank, folder)
+
+
+def run_slurm(how: str, rank: int, folder: Path) -> Outcome:
+    """Plain processes with the variables that srun sets; nobody watches them from outside."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"SLURM_NTASKS": str(RANKS), "SLURM_NODELIST": "localhost", "MASTER_PORT": str(port)}
+    environments = [
+        common | {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+        for number in range(RANKS)
+    ]
+    return run([[str(WORKER)]] * RANKS, environments, how, rank, folder)
+
+
+def run(
+    commands: list[list[str]],
+    environments: list[dict[str, str]],
+    how: str,
+    rank: int,
+    folder: Path,
+) -> Outcome:
+    base = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    base |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    log = folder / "output"
+    with log.open("w") as output:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *command, how, str(rank), str(folder)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=base | environment,
+            )
+            for command, environment in zip(commands, environments, strict=True)
+        ]
+        try:
+            codes = [process.wait(START_LIMIT_S) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+    ended = time.time()
+    failed = folder / "failed"
+    return Outcome(
+        codes=codes,
+        output=log.read_text(),
+        took_s=ended - float(failed.read_text()) if failed.exists() else 0.0,
+        pids=[int(path.read_text()) for path in folder.glob("pid-*")],
+    )
+
+
+def assert_all_ended(outcome: Outcome) -> None:
+    assert 0 not in outcome.codes, outcome.output
+    assert len(outcome.pids) == RANKS
+    for pid in outcome.pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert 0 < outcome.took_s < LIMIT_S
+
+
+def last_block(output: str) -> str:
+    """Between the last two lines of equal signs."""
+    lines = output.rstrip().splitlines()
+    assert set(lines[-1]) == {"="}, output
+    start = max(i for i, line in enumerate(lines[:-1]) if line and set(line) == {"="})
+    return "\n".join(lines[start + 1 : -1])
+
+
+CAUSES = {
+    "exception": TRACEBACK,
+    "kill": "killed by signal 9 (SIGKILL)",
+    "stop": "its process was stopped for 5 s",
+    "crash": "in crash\n",
+    "vanish": "lost: its watcher closed its connection",
+}
+
+
+@pytest.mark.parametrize("how", ["exception", "kill", "stop"])
+def test_under_torchrun(how: str, tmp_path: Path) -> None:
+    outcome = run_torchrun(how, 1, tmp_path)
+    assert_all_ended(outcome)
+    root = last_block(outcome.output).partition("Root Cause (first observed failure):")[2]
+    assert "rank      : 1 (local_rank: 1)" in root
+    assert "rank 1 (encoder dp 0 tp 1)" in root
+    assert CAUSES[how] in root
+
+
+@pytest.mark.parametrize("how", ["exception", "crash"])
+def test_under_our_launcher(how: str, tmp_path: Path) -> None:
+    outcome = run_launch(how, 1, tmp_path)
+    assert_all_ended(outcome)
+    assert outcome.codes == [1]
+    block = last_block(outcome.output)
+    assert block.startswith("rank 1 (encoder dp 0 tp 1) on ")
+    assert CAUSES[how] in block
+    assert "ChildFailedError" not in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("how", "rank"), [("exception", 1), ("kill", 0), ("stop", 0), ("vanish", 1), ("vanish", 0)]
+)
+def test_without_a_launcher_that_watches(how: str, rank: int, tmp_path: Path) -> None:
+    outcome = run_slurm(how, rank, tmp_path)
+    assert_all_ended(outcome)
+    expected = [1] * RANKS
+    if how != "exception":
+        expected[rank] = -signal.SIGKILL
+    assert outcome.codes == expected
+    block = last_block(outcome.output)
+    assert block.startswith(f"rank {rank} (encoder dp 0 tp {rank}) on ")
+    assert CAUSES[how] in block
+
+
+def test_wrong_usage_is_one_line_and_code_2(tmp_path: Path) -> None:
+    outcome = run_launch("usage", 0, tmp_path)
+    assert outcome.codes == [2]
+    assert outcome.output == "error: no machine in the Slurm node list '': set MASTER_ADDR\n"
+
+
+def test_a_rank_that_is_busy_for_long_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The rank holds Python's lock for twice as long.
+    monkeypatch.setenv("MIMO_FAILFAST_SILENCE_S", "2")
+    outcome = run_slurm("hold", 1, tmp_path)
+    assert outcome.codes == [0] * RANKS, outcome.output
+    assert outcome.output.count("done") == RANKS
