@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from rich.console import Console
@@ -32,14 +32,14 @@ class DemoConfig:
         encoder_dp: Ranks of the vision encoder.
         llm_dp: Ranks of the language model.
         train_iters: Optimizer steps.
-        device: auto, cpu or cuda.
+        device: cpu, auto or cuda; a GPU per rank is needed for the latter two to mean cuda.
     """
 
     out: str = "runs/demo"
     encoder_dp: int = 2
     llm_dp: int = 2
     train_iters: int = 1500
-    device: str = "auto"
+    device: Literal["cpu", "auto", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
