@@ -32,7 +32,7 @@ class DemoConfig:
         encoder_dp: Ranks of the vision encoder.
         llm_dp: Ranks of the language model.
         train_iters: Optimizer steps.
-        device: cpu, auto or cuda; a GPU per rank is needed for the latter two to mean cuda.
+        device: What ranks compute on; cuda needs a GPU for each.
     """
 
     out: str = "runs/demo"
