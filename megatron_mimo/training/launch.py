@@ -120,7 +120,8 @@ def _conclude(error: "ChildFailedError") -> int:
     rank, failure = error.get_first_failure()
     first = read_record(_latest_record(failure))
     if first is None:
-        _say(f"rank {rank} failed first: {_how_it_ended(failure)}, before it could say why.")
+        how = _how_it_ended(failure)
+        _say(f"rank {rank} failed first: {how}, before it could say why. Its output is above.")
         return EXIT_FAILED
     _say(render(first))
     return first.exit_code
