@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	  fi; \
 	fi
 	@echo "installing (a few minutes the first time)"
-	@if [ -n "$(UV)" ]; then "$(UV)" pip install --quiet --python $(BIN)/python $(PACKAGE); \
+	@if [ -n "$(UV)" ]; then "$(UV)" pip install --quiet --compile-bytecode --python $(BIN)/python $(PACKAGE); \
 	else $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PACKAGE); fi
 	@touch $@
 
