@@ -5,11 +5,12 @@ start a thread, since threads do not survive a fork.
 """
 
 import os
+import sys
 import traceback
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
-os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
 
 problem: str | None = None
 """Why the workers cannot start: a traceback, or None."""

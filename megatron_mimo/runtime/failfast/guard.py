@@ -43,20 +43,7 @@ _JOIN = "MIMO_FAILFAST_JOIN_S"
 
 _VERDICT_LIMIT_S = 8.0  # longer than the hub takes to decide and to see all others off
 _PACKAGE = __name__.partition(".")[0]
-_ROOT = Path(__file__).resolve().parents[3]
-
-# The watcher is this package's code, but must not run `megatron_mimo/runtime/__init__.py`, which
-# imports torch: seconds of start-up, and hundreds of megabytes for each rank.
-_START_WATCHER = """
-import sys, types
-root, descriptor, config = sys.argv[1:]
-for name in ("megatron_mimo", "megatron_mimo.runtime"):
-    package = types.ModuleType(name)
-    package.__path__ = [root + "/" + name.replace(".", "/")]
-    sys.modules[name] = package
-from megatron_mimo.runtime.failfast.watcher import main
-main(int(descriptor), config)
-"""
+_START_WATCHER = Path(__file__).with_name("start_watcher.py")
 
 
 class Guard(Protocol):
@@ -176,8 +163,7 @@ class _RankGuard:
         self._training = True
 
     def __enter__(self) -> Self:
-        descriptor, crash_path = tempfile.mkstemp(prefix="megatron-mimo-crash-")
-        self._crash_file = os.fdopen(descriptor, "w")
+        self._crash_file = tempfile.TemporaryFile()
         config = WatcherConfig(
             rank=self._environment.rank,
             world_size=self._environment.world_size,
@@ -186,7 +172,7 @@ class _RankGuard:
             silence_s=self._silence_s,
             join_s=self._join_s,
             error_file=os.environ.get("TORCHELASTIC_ERROR_FILE", ""),
-            crash_file=crash_path,
+            crash_descriptor=self._crash_file.fileno(),
         )
         self._link, self._process = _start_watcher(config)
         try:
@@ -291,13 +277,13 @@ class _RankGuard:
 
 def _start_watcher(config: WatcherConfig) -> tuple[Link, subprocess.Popen[bytes]]:
     ours, theirs = socket.socketpair()
-    arguments = [str(_ROOT), str(theirs.fileno()), json.dumps(asdict(config))]
+    arguments = [str(theirs.fileno()), json.dumps(asdict(config))]
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _START_WATCHER, *arguments],
+            [sys.executable, "-I", "-S", str(_START_WATCHER), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs.fileno(), config.crash_descriptor],
             start_new_session=True,  # signals to the ranks, such as torchrun's, spare it
         )
     return Link(ours), process

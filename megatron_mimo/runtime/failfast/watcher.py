@@ -38,6 +38,7 @@ KILL_AFTER_S = 1.0
 LEAVE_S = 3.0
 """The hub shows the first failure when all other ranks have ended, but no later than this."""
 CONNECT_LIMIT_S = 1.0
+CRASH_LIMIT = 1 << 20  # bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +53,7 @@ class WatcherConfig:
         silence_s: A rank that stands still, or a watcher that is not heard, is lost after this.
         join_s: All ranks must have started within this time.
         error_file: Where torchrun reads a failed rank's record; "" without torchrun.
-        crash_file: Where faulthandler writes when the rank crashes.
+        crash_descriptor: An open file where faulthandler writes when the rank crashes.
     """
 
     rank: int
@@ -62,7 +63,7 @@ class WatcherConfig:
     silence_s: float
     join_s: float
     error_file: str
-    crash_file: str
+    crash_descriptor: int
 
 
 def main(descriptor: int, config: str) -> None:
@@ -134,7 +135,6 @@ class Watcher:
                 self._forgive(now)
             last = now
             self._tick(now)
-        Path(self._config.crash_file).unlink(missing_ok=True)
 
     def _finished(self, now: float) -> bool:
         if self._rank_alive and not self._rank_done:
@@ -210,15 +210,14 @@ class Watcher:
             self._decide(report)
 
     def _death(self) -> FailureReport:
-        crash = Path(self._config.crash_file)
-        text = crash.read_text(errors="replace") if crash.exists() else ""
+        crash = os.pread(self._config.crash_descriptor, CRASH_LIMIT, 0).decode(errors="replace")
         return died(
             self._config.rank,
             self._config.role,
             self._host,
             time.time(),
             exit_code=self._exit_code,
-            crash=text,
+            crash=crash,
         )
 
     def _describe(self, kind: Kind, summary: str) -> FailureReport:
