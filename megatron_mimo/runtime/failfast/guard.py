@@ -220,9 +220,9 @@ class _RankGuard:
             abort = self._link.receive_first(_VERDICT_LIMIT_S) or {}
             _end(abort.get("code", EXIT_FAILED))
         if answer.get("kind") != "ready":
-            absent = answer.get("absent") or "some"
+            absent = ", ".join(map(str, answer.get("absent") or ["?"]))
             raise RuntimeError(
-                f"ranks {absent} of {self._environment.world_size} did not start within "
+                f"of {self._environment.world_size} ranks, {absent} did not start within "
                 f"{self._join_s:g} s: look for their errors above, or raise {_JOIN}"
             )
 
