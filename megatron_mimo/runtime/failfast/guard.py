@@ -222,7 +222,7 @@ class _RankGuard:
         if answer.get("kind") != "ready":
             absent = ", ".join(map(str, answer.get("absent") or ["?"]))
             raise RuntimeError(
-                f"of {self._environment.world_size} ranks, {absent} did not start within "
+                f"rank {absent} (of {self._environment.world_size}) did not start within "
                 f"{self._join_s:g} s: look for their errors above, or raise {_JOIN}"
             )
 
