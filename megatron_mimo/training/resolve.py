@@ -127,31 +127,20 @@ def grids(config: TrainConfig, world_size: int) -> Layout:
     """
     grid = config.grids
     encoder_offset, llm_offset = _offsets(grid, world_size)
-    encoder = ModuleGridSpec(
-        name="encoder",
-        offset=encoder_offset,
-        tp=grid.encoder_tp,
-        cp=grid.encoder_cp,
-        pp=grid.encoder_pp,
-        dp=grid.encoder_dp,
-        ep=grid.encoder_ep,
-        expt_tp=grid.encoder_expt_tp,
-    )
-    llm = ModuleGridSpec(
-        name="llm",
-        offset=llm_offset,
-        tp=grid.llm_tp,
-        cp=grid.llm_cp,
-        pp=grid.llm_pp,
-        dp=grid.llm_dp,
-        ep=grid.llm_ep,
-        expt_tp=grid.llm_expt_tp,
-    )
+    encoder = _grid_spec("encoder", encoder_offset, grid)
+    llm = _grid_spec("llm", llm_offset, grid)
     if grid.llm_only:
         if grid.encoder_offset is not None or encoder != ModuleGridSpec(name="encoder"):
             raise ValueError("--llm-only trains no encoder: leave the --encoder-… flags out")
         return Layout(encoder=None, llm=llm, world_size=world_size)
     return Layout(encoder=encoder, llm=llm, world_size=world_size)
+
+
+def _grid_spec(name: str, offset: int, grid: GridSection) -> ModuleGridSpec:
+    """One module's sizes: the fields of the section that begin with its name."""
+    axes = ("tp", "cp", "dp", "pp", "ep", "expt_tp")
+    sizes = {axis: getattr(grid, f"{name}_{axis}") for axis in axes}
+    return ModuleGridSpec(name=name, offset=offset, **sizes)
 
 
 def _offsets(grid: GridSection, world_size: int) -> tuple[int, int]:
