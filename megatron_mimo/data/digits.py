@@ -56,13 +56,13 @@ class DigitsConfig:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        for name, value in (("num_train", self.num_train), ("num_val", self.num_val)):
+        for name, value in (("--num-train", self.num_train), ("--num-val", self.num_val)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: expected at least 1 sample")
         if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction is {self.val_fraction}: expected between 0 and 1")
+            raise ValueError(f"--val-fraction is {self.val_fraction}: expected between 0 and 1")
         if not 0 <= self.single_fraction <= 1:
-            raise ValueError(f"single_fraction is {self.single_fraction}: expected 0 to 1")
+            raise ValueError(f"--single-fraction is {self.single_fraction}: expected 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
