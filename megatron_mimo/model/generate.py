@@ -66,31 +66,36 @@ class GreedyStep(MimoStep):
                 Answer(
                     key=key,
                     expected=tuple(targets.tolist()),
-                    generated=self._until_eos(written[i].tolist()),
+                    generated=self._until_eos(written[i]),
                 )
             )
         return self.loss_sum
 
-    def _decode(self, text: TextBatch, rows: Tensor | None) -> Tensor:
-        """Tokens written after each prompt, int64 [B, N]."""
+    def _decode(self, text: TextBatch, rows: Tensor | None) -> list[list[int]]:
+        """Tokens written after each prompt, as many as are allowed and as positions predict."""
         language, device = self._model.language, self._model.device
         assert language is not None
         # The first target position holds the last token of the prompt.
         last = text.loss_mask.gt(0).int().argmax(dim=1)
-        sequence = torch.arange(text.input_ids.shape[1])
-        prompt = text.input_ids.where(sequence <= last.unsqueeze(1), self._pad_id)
-        steps = min(self._max_new_tokens, prompt.shape[1] - 1 - int(last.max()))
+        batch, length = text.input_ids.shape
+        prompt = text.input_ids.where(torch.arange(length) <= last.unsqueeze(1), self._pad_id)
+        # A prompt that ends at position p leaves positions p to S - 1 to predict from. Shorter
+        # prompts go on while longer ones are full; what those write lands behind the sequence.
+        room = [min(self._max_new_tokens, length - p) for p in last.tolist()]
+        steps = max(room)
         positions = row_positions(prompt, self._image_token_id).to(device)
-        tokens, last = prompt.to(device), last.to(device)
-        position_ids = text.position_ids.to(device)
-        sample = torch.arange(tokens.shape[0], device=device)
+        tokens = torch.nn.functional.pad(prompt, (0, steps), value=self._pad_id).to(device)
+        last, position_ids = last.to(device), text.position_ids.to(device)
+        sample = torch.arange(batch, device=device)
         group = language.groups.pg_collection.tp
         for step in range(steps):
-            logits = language(tokens, position_ids, rows, positions)
-            here = gather_from_tensor_model_parallel_region(logits[sample, last + step], group)
-            tokens[sample, last + step + 1] = here.argmax(dim=-1)
+            logits = language(tokens[:, :length].contiguous(), position_ids, rows, positions)
+            here = logits[sample, (last + step).clamp(max=length - 1)]
+            whole = gather_from_tensor_model_parallel_region(here, group)
+            tokens[sample, last + step + 1] = whole.argmax(dim=-1)
         written = last.unsqueeze(1) + 1 + torch.arange(steps, device=device)
-        return tokens.gather(1, written).cpu()
+        answers: list[list[int]] = tokens.gather(1, written).tolist()
+        return [mine[:limit] for mine, limit in zip(answers, room, strict=True)]
 
     def _until_eos(self, tokens: list[int]) -> tuple[int, ...]:
         stop = tokens.index(self._eos_id) + 1 if self._eos_id in tokens else len(tokens)
