@@ -1,0 +1,64 @@
+"""Greedy answers of a language model that counts: after token t it writes t + 1."""
+
+from collections.abc import Callable
+
+SEQ_LENGTH = 16
+EOS, PAD, VOCAB = 20, 0, 24
+
+
+def count_up(prompts: list[tuple[int, int]], max_new_tokens: int) -> list[tuple[int, ...]]:
+    """Answers to prompts given as (their last token, its position)."""
+    from types import SimpleNamespace
+
+    import torch
+    import torch.distributed as dist
+
+    from megatron_mimo.data.batch import Microbatch, TextBatch
+    from megatron_mimo.model.generate import GreedyStep
+
+    class Counter:
+        groups = SimpleNamespace(pg_collection=SimpleNamespace(tp=dist.group.WORLD))
+
+        def __call__(self, tokens, position_ids, rows, positions):
+            assert tokens.shape == (len(prompts), SEQ_LENGTH)
+            return torch.nn.functional.one_hot((tokens + 1).clamp(max=VOCAB - 1), VOCAB).float()
+
+    # The right answer stands in the input, as in training; it must be blanked out.
+    input_ids = torch.full((len(prompts), SEQ_LENGTH), 5)
+    mask = torch.zeros(len(prompts), SEQ_LENGTH)
+    for i, (token, position) in enumerate(prompts):
+        input_ids[i, position] = token
+        mask[i, position:] = 1
+    text = TextBatch(
+        sample_keys=tuple(str(i) for i in range(len(prompts))),
+        input_ids=input_ids,
+        labels=input_ids,
+        loss_mask=mask,
+        position_ids=torch.arange(SEQ_LENGTH).expand(len(prompts), -1),
+    )
+    model = SimpleNamespace(language=Counter(), device=torch.device("cpu"))
+    step = GreedyStep(
+        model,
+        [Microbatch(index=0, manifest=(), text=text, images=None)],
+        image_token_id=VOCAB - 1,
+        pad_id=PAD,
+        eos_id=EOS,
+        max_new_tokens=max_new_tokens,
+    )
+    step.forward(0, None)
+    return [answer.generated for answer in step.answers]
+
+
+def test_a_long_prompt_does_not_cut_its_neighbours_short(run_ranks: Callable[..., list]) -> None:
+    (found,) = run_ranks(1, count_up, [(18, SEQ_LENGTH - 2), (10, 1)], 12)
+    assert found == [(19, EOS), tuple(range(11, EOS + 1))]
+
+
+def test_the_last_position_predicts_one_more_token(run_ranks: Callable[..., list]) -> None:
+    (found,) = run_ranks(1, count_up, [(EOS - 1, SEQ_LENGTH - 1)], 4)
+    assert found == [(EOS,)]
+
+
+def test_the_limit_holds_without_an_end(run_ranks: Callable[..., list]) -> None:
+    (found,) = run_ranks(1, count_up, [(1, 0), (10, SEQ_LENGTH - 1)], 3)
+    assert found == [(2, 3, 4), (11,)]
