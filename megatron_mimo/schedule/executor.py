@@ -83,7 +83,15 @@ class Executor:
             gradients=gradients,
             encoder_trains=self._boundary.encoder_trains,
         )
-        run = _Run(self._topology, self._boundary, self._rows, self._grads, program, manifests)
+        run = _Run(
+            self._topology,
+            self._boundary,
+            self._rows,
+            self._grads,
+            program,
+            manifests,
+            gradients=gradients,
+        )
         with torch.set_grad_enabled(gradients):
             for action in actions:
                 run.do(action.kind, action.microbatch)
@@ -101,10 +109,14 @@ class _Run:
         grads: Direction,
         program: StepProgram,
         manifests: Sequence[Manifest],
+        *,
+        gradients: bool,
     ) -> None:
         layout, rank = topology.layout, topology.rank
         self.rank = rank
         self.boundary = boundary
+        self.gradients = gradients
+        self.returns = gradients and boundary.encoder_trains
         self.rows = rows
         self.grads = grads
         self.program = program
@@ -152,7 +164,9 @@ class _Run:
 
     def send_rows(self, m: int) -> None:
         if m in self.encoded:
-            self._send(self.encoder_plans[m], self.rows, m, self.encoded[m].detach())
+            # Kept for the backward only where there will be one.
+            rows = self.encoded[m] if self.returns else self.encoded.pop(m)
+            self._send(self.encoder_plans[m], self.rows, m, rows.detach())
 
     def post_rows(self, m: int) -> None:
         if self.language_plans[m].num_rows:
@@ -162,12 +176,13 @@ class _Run:
         if ("rows", m) in self.posted:
             rows = self.posted.pop(("rows", m)).wait()
             # A leaf of the language model's graph: its gradient is what goes back.
-            self.received[m] = rows.detach().requires_grad_(
-                torch.is_grad_enabled() and self.boundary.encoder_trains
-            )
+            self.received[m] = rows.detach().requires_grad_(self.returns)
 
     def forward(self, m: int) -> None:
-        self.losses[m] = self.program.forward(m, self.received.get(m))
+        rows = self.received.get(m) if self.returns else self.received.pop(m, None)
+        loss = self.program.forward(m, rows)
+        if self.gradients:
+            self.losses[m] = loss
 
     def backward(self, m: int) -> None:
         loss = self.losses.pop(m)
