@@ -1,6 +1,5 @@
 """The training loop: steps, evaluation, logging, the end."""
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +9,6 @@ import torch.distributed as dist
 from megatron_mimo.data.batch import StepLoader
 from megatron_mimo.training.metrics import IterationMetrics, MetricsLogger
 from megatron_mimo.training.step import Engine, StepMetrics, evaluate, train_step
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,8 +102,8 @@ def train(
         interval.add(train_step(engine, loader, iteration, config.global_batch_size))
         if iteration % config.log_interval == 0 or finished:
             loss = interval.mean_loss() if is_llm else None
-            if metrics is not None:
-                metrics.log_iteration(_report(interval, iteration, config))
+            if metrics is not None and loss is not None:
+                metrics.log_iteration(_report(interval, loss, iteration, config))
             interval = _Interval()
         if config.eval_interval and (iteration % config.eval_interval == 0 or finished):
             held_out = evaluate(engine, eval_loader(), config.eval_iters)
@@ -125,12 +122,14 @@ def train(
     )
 
 
-def _report(interval: _Interval, iteration: int, config: LoopConfig) -> IterationMetrics:
+def _report(
+    interval: _Interval, loss: float, iteration: int, config: LoopConfig
+) -> IterationMetrics:
     last = interval.steps[-1]
     return IterationMetrics(
         iteration=iteration,
         consumed_samples=iteration * config.global_batch_size,
-        lm_loss=interval.mean_loss(),
+        lm_loss=loss,
         grad_norm=last.update.grad_norm,
         learning_rate=last.learning_rate,
         loss_scale=1.0,
