@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mimo.runtime import RuntimeContext, initialize, shutdown
 from megatron_mimo.runtime.environment import read_environment
-from megatron_mimo.runtime.failfast import guard_rank
+from megatron_mimo.runtime.failfast import EXIT_USAGE, guard_rank
 from megatron_mimo.training.console import configure_logging
 from megatron_mimo.training.flags import CommandLine, parse, to_yaml
 from megatron_mimo.training.resolve import Resolved, resolve
@@ -27,9 +27,15 @@ def main(argv: Sequence[str], after: "Callable[[Trainer, TrainResult], None] | N
         after: Called on every rank when training has ended, before groups are torn down.
 
     Returns:
-        0; failures end the process inside `guard_rank`, with 1, or 2 for wrong usage.
+        0, or 2 when the launcher's variables are incomplete; failures end the process inside
+        `guard_rank`, with 1, or 2 for wrong usage.
     """
-    environment = read_environment(os.environ)
+    try:
+        environment = read_environment(os.environ)
+    except ValueError as error:
+        # Without a rank there is nobody to guard.
+        os.write(2, f"error: {error}\n".encode())
+        return EXIT_USAGE
     resolved: Resolved | None = None
     wrong: ValueError | None = None
     role = f"rank {environment.rank}"
