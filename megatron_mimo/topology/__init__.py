@@ -1,6 +1,15 @@
 """Grids, process groups, rank roles and lanes. No tensors."""
 
 from megatron_mimo.topology.layout import Layout, assign_images
+from megatron_mimo.topology.sequence import SequenceSharding
 from megatron_mimo.topology.spec import AXES, EXPERT_AXES, GridCoordinates, ModuleGridSpec
 
-__all__ = ["AXES", "EXPERT_AXES", "GridCoordinates", "Layout", "ModuleGridSpec", "assign_images"]
+__all__ = [
+    "AXES",
+    "EXPERT_AXES",
+    "GridCoordinates",
+    "Layout",
+    "ModuleGridSpec",
+    "SequenceSharding",
+    "assign_images",
+]

@@ -1,5 +1,6 @@
 """Process groups of every module, built once from the layout."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -59,6 +60,33 @@ class ModuleGroups:
         group: dist.ProcessGroup = self.pg_collection.intra_dist_opt
         return group
 
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the module's first pipeline stage."""
+        return self.place.pp == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the module's last pipeline stage."""
+        return self.place.pp == self.spec.pp - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoundaryGroups:
+    """World groups of the messages over a boundary, one for each direction.
+
+    NCCL runs the operations of a group in order, so a receive that was posted ahead would hold a
+    send of the same group back. A rank therefore only sends or only receives in each of them: both
+    directions are apart, and so are the boundaries in front of and behind a stage.
+
+    Attributes:
+        forward: Rows and hidden states.
+        backward: Their gradients.
+    """
+
+    forward: dist.ProcessGroup
+    backward: dist.ProcessGroup
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
@@ -71,9 +99,9 @@ class Topology:
         llm: Groups of the language model; None on ranks outside its grid.
         control: gloo group of the world for small host tensors (counts, digests, agreements); it
             never touches a device stream.
-        rows_group: World group that carries rows forward over the bridge.
-        grads_group: World group that carries their gradients back. Two groups, because NCCL runs
-            the operations of one group between two ranks in one order.
+        bridge: Groups of the boundary between the modules.
+        pipelines: Module name -> groups of the boundaries between its stages: boundary `k`, behind
+            stage `k`, uses number `k % 2`. Empty for a module of one stage.
     """
 
     layout: Layout
@@ -81,8 +109,8 @@ class Topology:
     encoder: ModuleGroups | None
     llm: ModuleGroups | None
     control: dist.ProcessGroup
-    rows_group: dist.ProcessGroup
-    grads_group: dist.ProcessGroup
+    bridge: BoundaryGroups
+    pipelines: Mapping[str, tuple[BoundaryGroups, ...]]
 
     @property
     def is_logging_rank(self) -> bool:
@@ -115,9 +143,23 @@ def build_topology(layout: Layout) -> Topology:
         encoder=groups.get("encoder"),
         llm=groups[layout.llm.name],
         control=dist.new_group(backend="gloo", group_desc="control"),
-        rows_group=dist.new_group(group_desc="bridge rows"),
-        grads_group=dist.new_group(group_desc="bridge grads"),
+        bridge=_boundary_groups("bridge"),
+        pipelines={
+            grid.name: tuple(_boundary_groups(f"{grid.name} stages {k}") for k in range(2))
+            if grid.pp > 1
+            else ()
+            for grid in layout.grids
+        },
     )
+
+
+def _boundary_groups(name: str) -> BoundaryGroups:
+    forward = dist.new_group(group_desc=f"{name} forward")
+    backward = dist.new_group(group_desc=f"{name} backward")
+    for group in (forward, backward):
+        # NCCL needs one collective of the whole group before batches of some of its ranks.
+        dist.barrier(group)
+    return BoundaryGroups(forward=forward, backward=backward)
 
 
 def _build_module(spec: ModuleGridSpec, rank: int) -> ModuleGroups | None:
