@@ -5,20 +5,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ManifestEntry:
-    """One image on its way from the encoder to the language model.
+    """Rows of one image on their way from the encoder to the language model.
+
+    An image whose rows do not stand in one piece in its sequence has an entry for each piece.
 
     Attributes:
         lane: LLM dp rank whose tokens hold the image.
         encoder_rank: Encoder dp rank that runs it.
         rows: Embedding vectors that it becomes.
+        sequence: Index of its sequence in the lane's microbatch.
+        start: Position of the first row in the sequence; the others follow it.
     """
 
     lane: int
     encoder_rank: int
     rows: int
+    sequence: int
+    start: int
 
 
-# The images of a microbatch in canonical order: by lane, then sample, then image. A rank's manifest
-# lists only the lanes it takes part in; two ranks that exchange rows see the same entries for the
-# lane they share, so both derive the same plan and no shape is ever sent.
+# The images of a microbatch in canonical order: by lane, then sequence, then position. A rank's
+# manifest has all the entries of each lane that it takes part in, and no others.
 Manifest = tuple[ManifestEntry, ...]

@@ -1,4 +1,9 @@
-"""Move the rows that a plan names, without blocking and without exchanging shapes."""
+"""Move the rows that a plan names, without blocking and without exchanging shapes.
+
+What a rank sends and receives of one microbatch in one direction is posted as one batch. A rank
+that holds both ends of a boundary posts both together, because NCCL runs the operations of a group
+in order: two such ranks that each posted their receive first would wait for each other.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,161 +12,232 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mimo.bridge.plan import Message, ModulePlan
+from megatron_mimo.bridge.buffers import BufferPool
+from megatron_mimo.bridge.plan import Message
+from megatron_mimo.topology.sequence import Interval
 
 
-class LocalRows:
-    """Rows that a rank holding both modules hands to itself, by microbatch and direction."""
-
-    def __init__(self) -> None:
-        self._parcels: dict[tuple[str, int], Tensor] = {}
-
-    def put(self, direction: str, microbatch: int, rows: Tensor) -> None:
-        """Leave rows [R, H] for the other module of this rank."""
-        self._parcels[direction, microbatch] = rows
-
-    def take(self, direction: str, microbatch: int) -> Tensor:
-        """Take what `put` left. A KeyError here is a fault of the schedule."""
-        return self._parcels.pop((direction, microbatch))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Direction:
-    """One way over the bridge.
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """Rows that leave.
 
     Attributes:
-        name: "rows" or "grads".
-        group: Process group of its messages.
-        local: Where a rank's messages to itself wait; shared by both modules of the rank.
+        messages: The plan's, in its order.
+        rows: [R, width], contiguous: the rows of this side in local order. They must stay as they
+            are until `Channel.wait_sent`.
     """
 
-    name: str
-    group: dist.ProcessGroup
-    local: LocalRows = field(repr=False)
+    messages: Sequence[Message]
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """Rows that arrive.
+
+    Attributes:
+        messages: The plan's, in its order; together they fill every row.
+        num_rows: R of this side.
+    """
+
+    messages: Sequence[Message]
+    num_rows: int
 
 
 @dataclass(slots=True)
-class Receive:
-    """A posted receive; `wait` returns the rows [R, H] in local order."""
+class Arrival:
+    """Rows on their way.
 
-    direction: Direction
-    microbatch: int
-    buffer: Tensor
-    pending: list[tuple[dist.Work, Message, Tensor]]
-    local: Message | None
+    Attributes:
+        rows: [R, width] in local order; undefined until `wait` returns.
+    """
+
+    rows: Tensor
+    _pool: BufferPool = field(repr=False)
+    _buffers: list[Tensor]
+    _landings: list[tuple[Message, Tensor]]
+    _works: list[dist.Work] = field(default_factory=list)
 
     def wait(self) -> Tensor:
-        """Block until every row is there."""
-        for work, message, landing in self.pending:
+        """Block (on a GPU: block the stream) until every row is there."""
+        for work in self._works:
             work.wait()
-            if len(message.runs) > 1:
-                _scatter_runs(self.buffer, message, landing)
-        if self.local is not None:
-            rows = self.direction.local.take(self.direction.name, self.microbatch)
-            if len(self.local.runs) == 1 and self.local.rows == self.buffer.shape[0]:
-                return rows
-            _scatter_runs(self.buffer, self.local, rows)
-        return self.buffer
+        for message, landing in self._landings:
+            _scatter_runs(self.rows, message.runs, landing)
+        return self.rows
+
+    def release(self) -> None:
+        """Give the memory of `rows` to later microbatches; nobody may read them any more."""
+        for buffer in self._buffers:
+            self._pool.give(buffer)
 
 
 @dataclass(slots=True)
-class Send:
-    """Posted sends; the rows stay referenced until `wait`."""
+class _Departure:
+    """Rows that have been posted and may not have left yet."""
 
-    pending: list[tuple[dist.Work, Tensor]]
+    rows: Tensor
+    buffers: list[Tensor]
+    works: list[dist.Work]
 
-    def is_completed(self) -> bool:
-        """Whether every row has left; never blocks."""
-        return all(work.is_completed() for work, _ in self.pending)
 
-    def wait(self) -> None:
-        """Block until the rows may be reused."""
-        for work, _ in self.pending:
+class Channel:
+    """One direction over one boundary, as one rank sees it.
+
+    Args:
+        name: What travels, for errors: "rows", "gradients of rows".
+        group: World group of its messages. Apart from batches that go both ways, a rank only sends
+            or only receives in it.
+        rank: This global rank.
+        width: Elements of a row.
+        dtype: Of the elements, equal on both ends.
+        device: Where they live.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        group: dist.ProcessGroup,
+        *,
+        rank: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.name = name
+        self.group = group
+        self.rank = rank
+        self._pool = BufferPool(width, dtype, device)
+        self._departures: dict[int, _Departure] = {}
+
+    def post(
+        self, microbatch: int, outgoing: Outgoing | None, incoming: Incoming | None
+    ) -> Arrival | None:
+        """Post what this rank sends and receives of a microbatch as one batch.
+
+        Args:
+            microbatch: Index within the step; also the tag of the messages.
+            outgoing: Rows that leave; None where this rank only receives.
+            incoming: Rows that arrive; None where this rank only sends.
+
+        Returns:
+            The rows on their way; None where none are expected.
+        """
+        self._reap()
+        arrival, operations = self._land(incoming, outgoing, microbatch)
+        departure: _Departure | None = None
+        leaving: list[dist.P2POp] = []
+        if outgoing is not None:
+            departure, leaving = self._leave(outgoing, microbatch)
+            operations += leaving
+        works = dist.batch_isend_irecv(operations) if operations else []
+        # One work for each operation, or for a backend that fuses a batch, one for all.
+        received = len(works) - len(leaving) if len(works) == len(operations) else len(works)
+        if arrival is not None:
+            arrival._works = works[:received]
+        if departure is not None:
+            departure.works = works[received:] or works
+            self._departures[microbatch] = departure
+        return arrival
+
+    def wait_sent(self, microbatch: int) -> None:
+        """Block until the rows of a microbatch have left and may be changed."""
+        departure = self._departures.pop(microbatch, None)
+        if departure is not None:
+            self._finish(departure)
+
+    def drain(self) -> None:
+        """Block until all rows have left."""
+        for microbatch in list(self._departures):
+            self.wait_sent(microbatch)
+
+    def _land(
+        self, incoming: Incoming | None, outgoing: Outgoing | None, microbatch: int
+    ) -> tuple[Arrival | None, list[dist.P2POp]]:
+        if incoming is None:
+            return None, []
+        own = [message for message in incoming.messages if message.peer == self.rank]
+        if own:
+            assert outgoing is not None, "rows for this rank itself leave in the same batch"
+            mine = _gather_own(outgoing, self.rank)
+            if mine.shape[0] == incoming.num_rows and len(own[0].runs) == 1:
+                # Nothing else arrives: the rows that were produced are the rows that are used.
+                return Arrival(mine, self._pool, [], []), []
+        buffer = self._pool.take(incoming.num_rows)
+        arrival = Arrival(buffer[: incoming.num_rows], self._pool, [buffer], [])
+        operations = []
+        for message in incoming.messages:
+            if message.peer == self.rank:
+                _scatter_runs(arrival.rows, message.runs, mine)
+                continue
+            landing = _in_place(arrival.rows, message.runs)
+            if landing is None:
+                staging = self._pool.take(message.rows)
+                arrival._buffers.append(staging)
+                landing = staging[: message.rows]
+                arrival._landings.append((message, landing))
+            operations.append(
+                dist.P2POp(dist.irecv, landing, message.peer, self.group, tag=microbatch)
+            )
+        return arrival, operations
+
+    def _leave(
+        self, outgoing: Outgoing, microbatch: int
+    ) -> tuple[_Departure | None, list[dist.P2POp]]:
+        departure = _Departure(outgoing.rows, [], [])
+        operations = []
+        # Several receivers may take the same runs: gather them once.
+        parcels: dict[tuple[Interval, ...], Tensor] = {}
+        for message in outgoing.messages:
+            if message.peer == self.rank:
+                continue
+            parcel = parcels.get(message.runs)
+            if parcel is None:
+                parcel = _in_place(outgoing.rows, message.runs)
+                if parcel is None:
+                    staging = self._pool.take(message.rows)
+                    departure.buffers.append(staging)
+                    parcel = staging[: message.rows]
+                    torch.cat([outgoing.rows[a:b] for a, b in message.runs], out=parcel)
+                parcels[message.runs] = parcel
+            operations.append(
+                dist.P2POp(dist.isend, parcel, message.peer, self.group, tag=microbatch)
+            )
+        return (departure if operations else None), operations
+
+    def _reap(self) -> None:
+        """Let go of rows that have left, without blocking.
+
+        gloo cannot tell before it is asked to wait; there `wait_sent` alone lets go.
+        """
+        for microbatch, departure in list(self._departures.items()):
+            if all(work.is_completed() for work in departure.works):
+                self._finish(self._departures.pop(microbatch))
+
+    def _finish(self, departure: _Departure) -> None:
+        for work in departure.works:
             work.wait()
+        for buffer in departure.buffers:
+            self._pool.give(buffer)
 
 
-def post_receive(
-    plan: ModulePlan,
-    direction: Direction,
-    microbatch: int,
-    *,
-    rank: int,
-    width: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Receive:
-    """Post the receives of one microbatch; a message of one run lands in place.
-
-    Args:
-        plan: This rank's side of the bridge.
-        direction: Rows forward or gradients back.
-        microbatch: Index within the step; also the message tag.
-        rank: This global rank.
-        width: H, elements per row.
-        dtype: Of the rows, equal on both ends.
-        device: Where they land.
-    """
-    buffer = torch.empty(plan.num_rows, width, dtype=dtype, device=device)
-    pending = []
-    local = None
-    for message in plan.receives:
-        if message.peer == rank:
-            local = message
-            continue
-        if len(message.runs) == 1:
-            start, stop = message.runs[0]
-            landing = buffer[start:stop]
-        else:
-            landing = torch.empty(message.rows, width, dtype=dtype, device=device)
-        work = dist.irecv(landing, src=message.peer, group=direction.group, tag=microbatch)
-        assert work is not None
-        pending.append((work, message, landing))
-    return Receive(direction, microbatch, buffer, pending, local)
+def _in_place(rows: Tensor, runs: tuple[Interval, ...]) -> Tensor | None:
+    """The rows of a message as a part of local rows; None when they are in several pieces."""
+    if len(runs) > 1:
+        return None
+    start, stop = runs[0]
+    return rows[start:stop]
 
 
-def post_send(
-    plan: ModulePlan, direction: Direction, microbatch: int, rows: Tensor, *, rank: int
-) -> Send:
-    """Post the sends of one microbatch.
-
-    Args:
-        plan: This rank's side of the bridge.
-        direction: Rows forward or gradients back.
-        microbatch: Index within the step; also the message tag.
-        rows: [R, H], this rank's rows in local order; unchanged until the send is waited for.
-        rank: This global rank.
-
-    Raises:
-        RuntimeError: The module produced another number of rows than the manifest says.
-    """
-    if rows.shape[0] != plan.num_rows:
-        raise RuntimeError(
-            f"microbatch {microbatch}: the manifest names {plan.num_rows} rows, but "
-            f"{rows.shape[0]} were produced to send as {direction.name}"
-        )
-    pending = []
-    # Several receivers (tensor-parallel peers) take the same runs: gather them once.
-    gathered: dict[tuple[tuple[int, int], ...], Tensor] = {}
-    for message in plan.sends:
-        if message.runs not in gathered:
-            gathered[message.runs] = _gather_runs(rows, message.runs)
-        parcel = gathered[message.runs]
-        if message.peer == rank:
-            direction.local.put(direction.name, microbatch, parcel)
-            continue
-        work = dist.isend(parcel, dst=message.peer, group=direction.group, tag=microbatch)
-        assert work is not None
-        pending.append((work, parcel))
-    return Send(pending)
+def _gather_own(outgoing: Outgoing, rank: int) -> Tensor:
+    """The rows that a rank has for itself."""
+    (own,) = [message for message in outgoing.messages if message.peer == rank]
+    parts = [outgoing.rows[start:stop] for start, stop in own.runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _gather_runs(rows: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
-    parts = [rows[start:stop] for start, stop in runs]
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
-
-
-def _scatter_runs(buffer: Tensor, message: Message, rows: Tensor) -> None:
+def _scatter_runs(rows: Tensor, runs: tuple[Interval, ...], arrived: Tensor) -> None:
     offset = 0
-    for start, stop in message.runs:
-        buffer[start:stop] = rows[offset : offset + stop - start]
+    for start, stop in runs:
+        rows[start:stop] = arrived[offset : offset + stop - start]
         offset += stop - start

@@ -1,134 +1,182 @@
 """Transfers are simulated with plain lists: every row must arrive where the manifest says."""
 
-from collections.abc import Iterator
+from hypothesis import given, settings
 
-from hypothesis import given
-from hypothesis import strategies as st
+from megatron_mimo.bridge.manifest import ManifestEntry
+from megatron_mimo.bridge.plan import BridgePlanner, Message, ModulePlan
+from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding
+from tests.unit_tests.bridge.cases import Case, cases
 
-from megatron_mimo.bridge.manifest import Manifest, ManifestEntry
-from megatron_mimo.bridge.plan import Message, ModulePlan, encoder_plan, language_plan
-from megatron_mimo.topology import Layout, ModuleGridSpec, assign_images
-
-
-@st.composite
-def layouts(draw: st.DrawFn) -> Layout:
-    encoder = ModuleGridSpec(name="encoder", dp=draw(st.integers(1, 5)), tp=draw(st.integers(1, 3)))
-    if encoder.size % 2 == 0 and draw(st.booleans()):
-        llm = ModuleGridSpec(name="llm", tp=2, dp=encoder.size // 2)
-        return Layout(encoder=encoder, llm=llm, world_size=encoder.size)
-    llm = ModuleGridSpec(
-        name="llm",
-        offset=encoder.size,
-        dp=draw(st.integers(1, 5)),
-        tp=draw(st.integers(1, 3)),
-    )
-    return Layout(encoder=encoder, llm=llm, world_size=encoder.size + llm.size)
+Row = tuple[int, int]
+Plans = dict[int, ModulePlan]
 
 
-@st.composite
-def cases(draw: st.DrawFn) -> tuple[Layout, Manifest]:
-    layout = draw(layouts())
-    assert layout.encoder is not None
-    arbitrary = draw(st.booleans())
-    entries = []
-    for lane in range(layout.num_lanes):
-        images = draw(st.lists(st.integers(0, 5), max_size=6))
-        assigned = (
-            tuple(draw(st.integers(0, layout.encoder.dp - 1)) for _ in images)
-            if arbitrary
-            else assign_images(len(images), layout.serving(lane), draw(st.integers(0, 7)))
-        )
-        entries += [
-            ManifestEntry(lane, encoder_rank, rows)
-            for encoder_rank, rows in zip(assigned, images, strict=True)
-        ]
-    return layout, tuple(entries)
+def plans(case: Case) -> tuple[Plans, Plans]:
+    """The plan of every rank on either side, from the whole manifest."""
+    planner = BridgePlanner(case.layout, case.sharding)
+    assert case.layout.encoder is not None
+    encoder = {
+        rank: planner.encoder_plan(rank, case.manifest)
+        for dp in range(case.layout.encoder.dp)
+        for rank in case.holders(dp)
+    }
+    return encoder, {rank: planner.language_plan(rank, case.manifest) for rank in case.users()}
 
 
-def named_rows(entries: Iterator[tuple[int, ManifestEntry]]) -> list[tuple[int, int]]:
-    """One name per row: (index of the image in the manifest, row within it)."""
-    return [(index, row) for index, entry in entries for row in range(entry.rows)]
+def rows_held(case: Case) -> tuple[dict[int, list[Row]], dict[int, list[Row]]]:
+    """What every rank on either side holds."""
+    assert case.layout.encoder is not None
+    produced = {
+        rank: case.produces(dp) for dp in range(case.layout.encoder.dp) for rank in case.holders(dp)
+    }
+    return produced, {rank: case.uses(rank) for rank in case.users()}
 
 
-def cut(rows: list[tuple[int, int]], message: Message) -> list[tuple[int, int]]:
-    return [row for start, stop in message.runs for row in rows[start:stop]]
-
-
-def exchange(
-    senders: dict[int, tuple[ModulePlan, list[tuple[int, int]]]],
-    receivers: dict[int, tuple[ModulePlan, list[tuple[int, int]]]],
+def deliver(
+    senders: Plans, held: dict[int, list[Row]], receivers: Plans, wanted: dict[int, list[Row]]
 ) -> None:
     """Deliver every message and check each receiver's rows; every send must be expected."""
-    parcels = {
-        (rank, message.peer): cut(rows, message)
-        for rank, (plan, rows) in senders.items()
-        for message in plan.sends
-    }
-    for rank, (plan, expected) in receivers.items():
-        got: list[tuple[int, int] | None] = [None] * plan.num_rows
+    parcels = {}
+    for rank, plan in senders.items():
+        assert plan.num_rows == len(held[rank])
+        for message in plan.sends:
+            assert (rank, message.peer) not in parcels, "one message between two ranks"
+            parcels[rank, message.peer] = [
+                row for start, stop in message.runs for row in held[rank][start:stop]
+            ]
+    for rank, plan in receivers.items():
+        got: list[Row | None] = [None] * plan.num_rows
         for message in plan.receives:
             parcel = parcels.pop((message.peer, rank))
             assert len(parcel) == message.rows > 0
             places = [i for start, stop in message.runs for i in range(start, stop)]
             for place, row in zip(places, parcel, strict=True):
-                assert got[place] is None
+                assert got[place] is None, "a row arrives once"
                 got[place] = row
-        assert got == expected
-    assert not parcels
+        assert got == wanted[rank]
+    assert not parcels, "every message is expected"
 
 
+@settings(max_examples=1500)
 @given(cases())
-def test_every_row_and_gradient_arrives_once(case: tuple[Layout, Manifest]) -> None:
-    layout, manifest = case
-    assert layout.encoder is not None
-    encoder_side, language_side = {}, {}
-    for rank in layout.encoder.ranks:
-        place = layout.encoder.coordinates(rank)
-        mine = named_rows((i, e) for i, e in enumerate(manifest) if e.encoder_rank == place.dp)
-        encoder_side[rank] = (encoder_plan(layout, rank, manifest), mine)
-    for rank in layout.llm.ranks:
-        lane = layout.llm.coordinates(rank).dp
-        mine = named_rows((i, e) for i, e in enumerate(manifest) if e.lane == lane)
-        language_side[rank] = (language_plan(layout, rank, manifest), mine)
-    exchange(encoder_side, language_side)
-    exchange(language_side, encoder_side)
+def test_every_row_and_gradient_arrives_once_and_nothing_else_moves(case: Case) -> None:
+    encoder, language = plans(case)
+    produced, used = rows_held(case)
+    deliver(encoder, produced, language, used)
+    # Backward every holder of rows gets the gradient of each one that anybody uses.
+    everything = {row for rows in used.values() for row in rows}
+    assert all(row in everything for rows in produced.values() for row in rows)
+    deliver(language, used, encoder, produced)
 
 
+@settings(max_examples=1000)
 @given(cases())
-def test_a_rank_needs_only_its_own_lanes(case: tuple[Layout, Manifest]) -> None:
-    layout, manifest = case
-    for rank in layout.llm.ranks:
+def test_holders_of_the_same_rows_share_the_sending(case: Case) -> None:
+    encoder, language = plans(case)
+    assert case.layout.encoder is not None
+    groups = [[encoder[rank] for rank in case.holders(d)] for d in range(case.layout.encoder.dp)]
+    shards: dict[tuple[int, int], list[int]] = {}
+    for rank in language:
+        place = case.layout.llm.coordinates(rank)
+        shard = case.sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
+        shards.setdefault((place.dp, shard), []).append(rank)
+    ranks = [case.holders(d) for d in range(case.layout.encoder.dp)] + list(shards.values())
+    groups += [[language[rank] for rank in shard] for shard in shards.values()]
+    for holders, group in zip(ranks, groups, strict=True):
+        loads = [
+            sum(message.rows for message in plan.sends if message.peer != rank)
+            for rank, plan in zip(holders, group, strict=True)
+        ]
+        assert max(loads) - min(loads) <= 1
+
+
+@settings(max_examples=500)
+@given(cases())
+def test_a_rank_that_holds_its_rows_asks_nobody_for_them(case: Case) -> None:
+    encoder, language = plans(case)
+    produced, used = rows_held(case)
+    for rank in set(encoder) & set(language):
+        mine = set(produced[rank]) & set(used[rank])
+        own = sum(m.rows for m in language[rank].receives if m.peer == rank)
+        assert own == len(mine)
+        returned = sum(m.rows for m in encoder[rank].receives if m.peer == rank)
+        assert returned == len(mine)
+
+
+@settings(max_examples=500)
+@given(cases(arbitrary=False))
+def test_a_rank_needs_only_the_lanes_it_reads(case: Case) -> None:
+    """With the row counts of other lanes, which training spreads, where they are needed."""
+    layout, manifest = case.layout, case.manifest
+    planner = BridgePlanner(layout, case.sharding)
+    encoder, language = plans(case)
+    counts = planner.network_rows(manifest) if planner.needs_network_rows else None
+    for rank, plan in language.items():
         lane = layout.llm.coordinates(rank).dp
         local = tuple(entry for entry in manifest if entry.lane == lane)
-        assert language_plan(layout, rank, local) == language_plan(layout, rank, manifest)
+        assert planner.language_plan(rank, local, counts) == plan
+    assert layout.encoder is not None
+    for rank, plan in encoder.items():
+        served = layout.served(layout.encoder.coordinates(rank).dp)
+        local = tuple(entry for entry in manifest if entry.lane in served)
+        assert planner.encoder_plan(rank, local) == plan
 
 
-def test_tensor_parallel_senders_share_the_receivers() -> None:
-    layout = Layout(
-        encoder=ModuleGridSpec(name="encoder", tp=2),
-        llm=ModuleGridSpec(name="llm", offset=2, tp=4),
-        world_size=6,
+def beside(encoder: dict[str, int], llm: dict[str, int]) -> Layout:
+    first = ModuleGridSpec(name="encoder", **encoder)
+    second = ModuleGridSpec(name="llm", offset=first.size, **llm)
+    return Layout(encoder=first, llm=second, world_size=first.size + second.size)
+
+
+def planner_for(layout: Layout, seq_length: int, sequence_parallel: bool = False) -> BridgePlanner:
+    return BridgePlanner(
+        layout,
+        SequenceSharding(
+            seq_length=seq_length,
+            cp=layout.llm.cp,
+            tp=layout.llm.tp,
+            sequence_parallel=sequence_parallel,
+        ),
     )
-    manifest = (ManifestEntry(0, 0, 3),)
-    assert [m.peer for m in encoder_plan(layout, 0, manifest).sends] == [2, 4]
-    assert [m.peer for m in encoder_plan(layout, 1, manifest).sends] == [3, 5]
+
+
+def test_replicated_rows_go_to_every_tensor_parallel_rank() -> None:
+    planner = planner_for(beside({"tp": 2}, {"tp": 2}), 16)
+    manifest = (ManifestEntry(0, 0, 5, 0, 3),)
+    assert planner.encoder_plan(0, manifest).sends == (Message(2, ((0, 5),)),)
+    assert planner.encoder_plan(1, manifest).sends == (Message(3, ((0, 5),)),)
+
+
+def test_sequence_shards_get_their_own_rows_only() -> None:
+    planner = planner_for(beside({}, {"tp": 2}), 16, sequence_parallel=True)
+    manifest = (ManifestEntry(0, 0, 6, 0, 4),)
+    assert planner.encoder_plan(0, manifest).sends == (
+        Message(1, ((0, 4),)),
+        Message(2, ((4, 6),)),
+    )
+    assert planner.language_plan(2, manifest).num_rows == 2
+
+
+def test_context_parallel_ranks_get_both_their_chunks() -> None:
+    # Four chunks of four positions: rank 0 owns the first and the last.
+    planner = planner_for(beside({}, {"cp": 2}), 16)
+    manifest = (ManifestEntry(0, 0, 12, 0, 2),)
+    assert planner.encoder_plan(0, manifest).sends == (
+        Message(1, ((0, 2), (10, 12))),
+        Message(2, ((2, 10),)),
+    )
+    assert planner.language_plan(1, manifest).receives == (Message(0, ((0, 4),)),)
 
 
 def test_neighbouring_images_travel_as_one_run() -> None:
-    layout = Layout(
-        encoder=ModuleGridSpec(name="encoder"),
-        llm=ModuleGridSpec(name="llm", offset=1),
-        world_size=2,
+    planner = planner_for(beside({}, {}), 16)
+    manifest = tuple(
+        ManifestEntry(0, 0, rows, 0, start) for rows, start in ((3, 0), (0, 5), (4, 6))
     )
-    manifest = (ManifestEntry(0, 0, 3), ManifestEntry(0, 0, 0), ManifestEntry(0, 0, 4))
-    assert encoder_plan(layout, 0, manifest).sends == (Message(1, ((0, 7),)),)
+    assert planner.encoder_plan(0, manifest).sends == (Message(1, ((0, 7),)),)
 
 
-def test_no_images_no_messages() -> None:
-    layout = Layout(
-        encoder=ModuleGridSpec(name="encoder"),
-        llm=ModuleGridSpec(name="llm", offset=1),
-        world_size=2,
-    )
-    assert encoder_plan(layout, 0, ()) == ModulePlan(0, (), ())
-    assert language_plan(layout, 1, (ManifestEntry(0, 0, 0),)) == ModulePlan(0, (), ())
+def test_no_rows_no_messages() -> None:
+    planner = planner_for(beside({}, {}), 16)
+    assert planner.encoder_plan(0, ()) == ModulePlan(0, (), ())
+    assert planner.language_plan(1, (ManifestEntry(0, 0, 0, 0, 0),)) == ModulePlan(0, (), ())

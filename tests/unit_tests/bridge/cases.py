@@ -1,0 +1,119 @@
+"""Random layouts, sequences and manifests; shared by the tests of plans."""
+
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from megatron_mimo.bridge.manifest import Manifest, ManifestEntry
+from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding, assign_images
+
+
+@dataclass(frozen=True)
+class Case:
+    layout: Layout
+    sharding: SequenceSharding
+    manifest: Manifest
+
+    def holders(self, encoder_rank: int) -> list[int]:
+        """Ranks that hold the rows of an encoder dp rank."""
+        grid = self.layout.encoder
+        assert grid is not None
+        return [
+            rank
+            for rank in grid.ranks
+            if (place := grid.coordinates(rank)).dp == encoder_rank and place.pp == grid.pp - 1
+        ]
+
+    def users(self) -> list[int]:
+        """Ranks of the language model's first stage."""
+        llm = self.layout.llm
+        return [rank for rank in llm.ranks if llm.coordinates(rank).pp == 0]
+
+    def uses(self, rank: int) -> list[tuple[int, int]]:
+        """Rows that a rank of the language model uses: (entry, row), in order."""
+        place = self.layout.llm.coordinates(rank)
+        shard = self.sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
+        mine = {p for start, stop in self.sharding.intervals(shard) for p in range(start, stop)}
+        return [
+            (index, row)
+            for index, entry in enumerate(self.manifest)
+            if entry.lane == place.dp
+            for row in range(entry.rows)
+            if entry.start + row in mine
+        ]
+
+    def produces(self, encoder_rank: int) -> list[tuple[int, int]]:
+        """Rows of an encoder dp rank: (entry, row), in order."""
+        return [
+            (index, row)
+            for index, entry in enumerate(self.manifest)
+            if entry.encoder_rank == encoder_rank
+            for row in range(entry.rows)
+        ]
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """Disjoint grids of any sizes, or colocated ones."""
+    small = st.integers(1, 3)
+    encoder = ModuleGridSpec(
+        name="encoder",
+        dp=draw(st.integers(1, 5)),
+        tp=draw(small),
+        cp=draw(st.integers(1, 2)),
+        pp=draw(st.integers(1, 2)),
+    )
+    if draw(st.booleans()):
+        sizes = [
+            (tp, cp, pp, encoder.size // (tp * cp * pp))
+            for tp in range(1, 5)
+            for cp in range(1, 4)
+            for pp in range(1, 3)
+            if encoder.size % (tp * cp * pp) == 0
+        ]
+        tp, cp, pp, dp = draw(st.sampled_from(sizes))
+        llm = ModuleGridSpec(name="llm", tp=tp, cp=cp, pp=pp, dp=dp)
+        return Layout(encoder=encoder, llm=llm, world_size=encoder.size)
+    llm = ModuleGridSpec(
+        name="llm",
+        offset=encoder.size,
+        dp=draw(st.integers(1, 5)),
+        tp=draw(small),
+        cp=draw(small),
+        pp=draw(st.integers(1, 2)),
+    )
+    return Layout(encoder=encoder, llm=llm, world_size=encoder.size + llm.size)
+
+
+@st.composite
+def cases(draw: st.DrawFn, arbitrary: bool | None = None) -> Case:
+    """A layout with sequences and images in them, some without rows."""
+    layout = draw(layouts())
+    assert layout.encoder is not None
+    llm = layout.llm
+    sharding = SequenceSharding(
+        seq_length=2 * llm.cp * llm.tp * draw(st.integers(1, 8)),
+        cp=llm.cp,
+        tp=llm.tp,
+        sequence_parallel=draw(st.booleans()),
+    )
+    anywhere = draw(st.booleans()) if arbitrary is None else arbitrary
+    entries = []
+    for lane in range(layout.num_lanes):
+        images: list[tuple[int, int, int]] = []
+        for sequence in range(draw(st.integers(0, 3))):
+            cuts = draw(st.lists(st.integers(0, sharding.seq_length), max_size=6).map(sorted))
+            images += [
+                (sequence, start, stop - start)
+                for start, stop in zip(cuts[::2], cuts[1::2], strict=False)
+            ]
+        assigned = (
+            tuple(draw(st.integers(0, layout.encoder.dp - 1)) for _ in images)
+            if anywhere
+            else assign_images(len(images), layout.serving(lane), draw(st.integers(0, 7)))
+        )
+        entries += [
+            ManifestEntry(lane, encoder_rank, rows, sequence, start)
+            for encoder_rank, (sequence, start, rows) in zip(assigned, images, strict=True)
+        ]
+    return Case(layout, sharding, tuple(entries))
