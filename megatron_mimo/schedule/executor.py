@@ -1,224 +1,270 @@
-"""Run a rank's actions: call the model, move rows and gradients, run autograd at the boundary."""
+"""Run a rank's actions: call the model, move rows and gradients, run autograd at the boundaries."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mimo.bridge.manifest import Manifest
-from megatron_mimo.bridge.plan import ModulePlan, encoder_plan, language_plan
-from megatron_mimo.bridge.transport import (
-    Direction,
-    LocalRows,
-    Receive,
-    Send,
-    post_receive,
-    post_send,
+from megatron_mimo.bridge.plan import BridgePlanner, ModulePlan, NetworkRows
+from megatron_mimo.bridge.transport import Channel
+from megatron_mimo.schedule.actions import (
+    Action,
+    GradientFlow,
+    Kind,
+    Module,
+    build_schedule,
+    role_of,
 )
-from megatron_mimo.schedule.actions import Kind, step_actions
-from megatron_mimo.topology.groups import Topology
+from megatron_mimo.schedule.boundary import Boundary, Channels, neighbour_plan
+from megatron_mimo.schedule.stage import Stage
+from megatron_mimo.topology import SequenceSharding
+from megatron_mimo.topology.groups import BoundaryGroups, ModuleGroups, Topology
 
 
 class StepProgram(Protocol):
     """The model's part of a step."""
 
-    def encode(self, microbatch: int) -> Tensor:
-        """Rows [R, H] of this rank's images; called only where there are rows."""
-        ...
-
-    def forward(self, microbatch: int, rows: Tensor | None) -> Tensor:
-        """Scalar to run backward from: the summed loss of this rank's lane.
+    def encode(self, microbatch: int, hidden: Tensor | None) -> Tensor:
+        """Run this rank's encoder stage; called only where its dp rank has rows.
 
         Args:
             microbatch: Index within the step.
-            rows: [R, H] of the lane's images; None without images.
+            hidden: [T, width] of the stage before; None on the first.
+
+        Returns:
+            [T, width] hidden states, or [R, H] rows on the last stage.
         """
+        ...
+
+    def forward(self, microbatch: int, inputs: Tensor | None) -> Tensor:
+        """Run this rank's stage of the language model.
+
+        Args:
+            microbatch: Index within the step.
+            inputs: On the first stage the rows [R, H] of this rank's shard of the sequence; R is 0
+                where only other shards of the lane have rows, which must stay a part of the graph
+                all the same, and it is None where the lane has none. On later stages the hidden
+                states [N, H] of the stage before.
+
+        Returns:
+            [N, H] hidden states, or on the last stage the scalar to run backward from: the summed
+            loss of this rank's lane.
+        """
+        ...
+
+    def hidden_rows(self, module: Module, microbatch: int) -> int:
+        """N of the hidden states [N, width] that stages of a module hand on."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BoundaryConfig:
-    """What crosses the bridge, the same on every rank.
+class StepManifest:
+    """What a rank knows of the rows of one microbatch.
 
     Attributes:
-        width: H, elements per row.
-        dtype: Of the rows and their gradients.
-        device: Where they live.
-        encoder_trains: Whether gradients go back.
-        run_ahead: Microbatches that the encoder may be ahead.
+        entries: Of every lane that the rank takes part in.
+        network_rows: Of every lane, where `BridgePlanner.needs_network_rows`.
     """
 
-    width: int
+    entries: Manifest
+    network_rows: NetworkRows | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoundaryConfig:
+    """What crosses between stages, the same on every rank.
+
+    Attributes:
+        sharding: Which positions of a sequence each rank of the language model holds.
+        row_width: H of the language model: elements of a row, and of its hidden states.
+        encoder_width: Elements of the encoder's hidden states between its stages.
+        dtype: Of all of them.
+        device: Where they live.
+        flow: Where gradients go back.
+        language_trains: Whether the language model has anything to train.
+        run_ahead: Microbatches that the encoder may be ahead of the language model.
+    """
+
+    sharding: SequenceSharding
+    row_width: int
+    encoder_width: int
     dtype: torch.dtype
     device: torch.device
-    encoder_trains: bool
+    flow: GradientFlow
+    language_trains: bool
     run_ahead: int = 1
 
 
 class Executor:
     """Runs steps over one topology."""
 
-    def __init__(self, topology: Topology, boundary: BoundaryConfig) -> None:
+    def __init__(self, topology: Topology, config: BoundaryConfig) -> None:
         self._topology = topology
-        self._boundary = boundary
-        local = LocalRows()
-        self._rows = Direction(name="rows", group=topology.rows_group, local=local)
-        self._grads = Direction(name="grads", group=topology.grads_group, local=local)
+        self._config = config
+        self._role = role_of(topology.layout, topology.rank)
+        self._schedules: dict[tuple[int, bool], tuple[Action, ...]] = {}
+        self.planner = BridgePlanner(topology.layout, config.sharding)
+        self._bridge = self._channels("rows", topology.bridge, config.row_width)
+        self._pipelines = {
+            name: tuple(
+                self._channels(
+                    f"hidden states of the {name}",
+                    groups,
+                    config.encoder_width if name == Module.ENCODER else config.row_width,
+                )
+                for groups in pair
+            )
+            for name, pair in topology.pipelines.items()
+        }
 
-    def run(self, program: StepProgram, manifests: Sequence[Manifest], *, gradients: bool) -> None:
+    def run(
+        self, program: StepProgram, manifests: Sequence[StepManifest], *, gradients: bool
+    ) -> None:
         """Run one step; every rank calls it with the same number of microbatches.
 
         Args:
             program: The model's part.
             manifests: Of each microbatch, as this rank knows it.
             gradients: False for evaluation: no backward, no autograd state.
+
+        Raises:
+            RuntimeError: The model produced another number of rows than a manifest names, or no
+                gradient reached them.
         """
-        actions = step_actions(
-            encoder=self._topology.encoder is not None,
-            language=self._topology.llm is not None,
-            num_microbatches=len(manifests),
-            run_ahead=self._boundary.run_ahead,
-            gradients=gradients,
-            encoder_trains=self._boundary.encoder_trains,
-        )
-        run = _Run(
-            self._topology,
-            self._boundary,
-            self._rows,
-            self._grads,
-            program,
-            manifests,
-            gradients=gradients,
-        )
+        stages = self._stages(program, manifests, gradients)
+        handlers = {module: _handlers(stage) for module, stage in stages.items()}
         with torch.set_grad_enabled(gradients):
-            for action in actions:
-                run.do(action.kind, action.microbatch)
-            run.drain()
+            for action in self.actions(len(manifests), gradients=gradients):
+                handlers[action.module][action.kind](action.microbatch)
+            for stage in stages.values():
+                stage.drain()
 
+    def actions(self, num_microbatches: int, *, gradients: bool) -> tuple[Action, ...]:
+        """The actions of this rank in a step."""
+        key = (num_microbatches, gradients)
+        if key not in self._schedules:
+            schedule = build_schedule(
+                self._topology.layout,
+                num_microbatches=num_microbatches,
+                run_ahead=self._config.run_ahead,
+                gradients=gradients,
+                flow=self._config.flow,
+            )
+            self._schedules[key] = schedule[self._role]
+        return self._schedules[key]
 
-class _Run:
-    """The state of one step; everything is keyed by microbatch and dropped when used."""
+    def _stages(
+        self, program: StepProgram, manifests: Sequence[StepManifest], gradients: bool
+    ) -> dict[Module, Stage]:
+        topology, flow = self._topology, self._config.flow
+        num = len(manifests)
+        # Which microbatches this rank's encoder has rows of, and which its lane takes rows in.
+        busy, fed = [False] * num, [False] * num
+        if topology.encoder is not None:
+            dp = topology.encoder.place.dp
+            busy = [any(e.rows for e in m.entries if e.encoder_rank == dp) for m in manifests]
+        if topology.llm is not None:
+            lane = topology.llm.place.dp
+            fed = [any(e.rows for e in m.entries if e.lane == lane) for m in manifests]
+        bridge = self._bridge_boundary(manifests, busy, fed, returns=gradients and flow.bridge)
+        trains = self._config.language_trains
+        stages = {}
+        if topology.encoder is not None:
+            before, after = self._neighbours(
+                topology.encoder,
+                [program.hidden_rows(Module.ENCODER, m) if busy[m] else None for m in range(num)],
+                [gradients and flow.encoder] * num,
+            )
+            stages[Module.ENCODER] = Stage(
+                program.encode, busy.__getitem__, before=before, after=after or bridge
+            )
+        if topology.llm is not None:
+            before, after = self._neighbours(
+                topology.llm,
+                [program.hidden_rows(Module.LLM, m) for m in range(num)],
+                [gradients and (trains or (flow.bridge and it)) for it in fed],
+            )
+            stages[Module.LLM] = Stage(
+                program.forward, lambda _: True, before=before or bridge, after=after
+            )
+        return stages
 
-    def __init__(
+    def _bridge_boundary(
         self,
-        topology: Topology,
-        boundary: BoundaryConfig,
-        rows: Direction,
-        grads: Direction,
-        program: StepProgram,
-        manifests: Sequence[Manifest],
+        manifests: Sequence[StepManifest],
+        busy: Sequence[bool],
+        fed: Sequence[bool],
         *,
-        gradients: bool,
-    ) -> None:
-        layout, rank = topology.layout, topology.rank
-        self.rank = rank
-        self.boundary = boundary
-        self.gradients = gradients
-        self.returns = gradients and boundary.encoder_trains
-        self.rows = rows
-        self.grads = grads
-        self.program = program
-        self.encoder_plans: list[ModulePlan] = (
-            [encoder_plan(layout, rank, manifest) for manifest in manifests]
-            if topology.encoder
-            else []
+        returns: bool,
+    ) -> Boundary | None:
+        encoder, llm, rank = self._topology.encoder, self._topology.llm, self._topology.rank
+        source: list[ModulePlan | None] | None = None
+        target: list[ModulePlan | None] | None = None
+        if encoder is not None and encoder.is_last_stage:
+            source = [
+                self.planner.encoder_plan(rank, m.entries) if it else None
+                for m, it in zip(manifests, busy, strict=True)
+            ]
+        if self._topology.layout.encoder is not None and llm is not None and llm.is_first_stage:
+            target = [
+                self.planner.language_plan(rank, m.entries, m.network_rows) if it else None
+                for m, it in zip(manifests, fed, strict=True)
+            ]
+        if source is None and target is None:
+            return None
+        return Boundary(
+            self._bridge, source=source, target=target, returns=[returns] * len(manifests)
         )
-        self.language_plans: list[ModulePlan] = (
-            [language_plan(layout, rank, manifest) for manifest in manifests]
-            if topology.llm
-            else []
+
+    def _neighbours(
+        self, module: ModuleGroups, hidden_rows: Sequence[int | None], returns: Sequence[bool]
+    ) -> tuple[Boundary | None, Boundary | None]:
+        """The boundaries inside a module, in front of and behind this rank's stage."""
+        spec, place = module.spec, module.place
+
+        def plans(stage: int) -> list[ModulePlan | None]:
+            peer = spec.rank(tp=place.tp, cp=place.cp, dp=place.dp, pp=stage)
+            return [None if rows is None else neighbour_plan(peer, rows) for rows in hidden_rows]
+
+        before = after = None
+        if not module.is_first_stage:
+            channels = self._pipelines[spec.name][(place.pp - 1) % 2]
+            before = Boundary(channels, source=None, target=plans(place.pp - 1), returns=returns)
+        if not module.is_last_stage:
+            channels = self._pipelines[spec.name][place.pp % 2]
+            after = Boundary(channels, source=plans(place.pp + 1), target=None, returns=returns)
+        return before, after
+
+    def _channels(self, what: str, groups: BoundaryGroups, width: int) -> Channels:
+        def channel(name: str, group: dist.ProcessGroup) -> Channel:
+            return Channel(
+                name,
+                group,
+                rank=self._topology.rank,
+                width=width,
+                dtype=self._config.dtype,
+                device=self._config.device,
+            )
+
+        return Channels(
+            forward=channel(what, groups.forward),
+            backward=channel(f"gradients of {what}", groups.backward),
         )
-        self.encoded: dict[int, Tensor] = {}
-        self.posted: dict[tuple[str, int], Receive] = {}
-        self.received: dict[int, Tensor] = {}
-        self.losses: dict[int, Tensor] = {}
-        self.returned: dict[int, Tensor] = {}
-        self.sends: list[Send] = []
-        self.handlers = {
-            Kind.ENCODE: self.encode,
-            Kind.SEND_ROWS: self.send_rows,
-            Kind.POST_ROWS: self.post_rows,
-            Kind.WAIT_ROWS: self.wait_rows,
-            Kind.FORWARD: self.forward,
-            Kind.BACKWARD: self.backward,
-            Kind.SEND_GRADS: self.send_grads,
-            Kind.POST_GRADS: self.post_grads,
-            Kind.WAIT_GRADS: self.wait_grads,
-            Kind.ENCODE_BACKWARD: self.encode_backward,
-        }
 
-    def do(self, kind: Kind, m: int) -> None:
-        """Run one action."""
-        self.handlers[kind](m)
 
-    def drain(self) -> None:
-        """Wait until every row has left."""
-        for send in self.sends:
-            send.wait()
-
-    def encode(self, m: int) -> None:
-        if self.encoder_plans[m].num_rows:
-            self.encoded[m] = self.program.encode(m)
-
-    def send_rows(self, m: int) -> None:
-        if m in self.encoded:
-            # Kept for the backward only where there will be one.
-            rows = self.encoded[m] if self.returns else self.encoded.pop(m)
-            self._send(self.encoder_plans[m], self.rows, m, rows.detach())
-
-    def post_rows(self, m: int) -> None:
-        if self.language_plans[m].num_rows:
-            self.posted["rows", m] = self._receive(self.language_plans[m], self.rows, m)
-
-    def wait_rows(self, m: int) -> None:
-        if ("rows", m) in self.posted:
-            rows = self.posted.pop(("rows", m)).wait()
-            # A leaf of the language model's graph: its gradient is what goes back.
-            self.received[m] = rows.detach().requires_grad_(self.returns)
-
-    def forward(self, m: int) -> None:
-        rows = self.received.get(m) if self.returns else self.received.pop(m, None)
-        loss = self.program.forward(m, rows)
-        if self.gradients:
-            self.losses[m] = loss
-
-    def backward(self, m: int) -> None:
-        loss = self.losses.pop(m)
-        # A frozen language model has nothing to do for a microbatch without images.
-        if loss.requires_grad:
-            loss.backward()
-
-    def send_grads(self, m: int) -> None:
-        if m in self.received:
-            grad = self.received.pop(m).grad
-            assert grad is not None
-            self._send(self.language_plans[m], self.grads, m, grad)
-
-    def post_grads(self, m: int) -> None:
-        if self.encoder_plans[m].num_rows:
-            self.posted["grads", m] = self._receive(self.encoder_plans[m], self.grads, m)
-
-    def wait_grads(self, m: int) -> None:
-        if ("grads", m) in self.posted:
-            self.returned[m] = self.posted.pop(("grads", m)).wait()
-
-    def encode_backward(self, m: int) -> None:
-        if m in self.returned:
-            torch.autograd.backward(self.encoded.pop(m), self.returned.pop(m))
-
-    def _send(self, plan: ModulePlan, direction: Direction, m: int, rows: Tensor) -> None:
-        self.sends = [send for send in self.sends if not send.is_completed()]
-        self.sends.append(post_send(plan, direction, m, rows, rank=self.rank))
-
-    def _receive(self, plan: ModulePlan, direction: Direction, m: int) -> Receive:
-        return post_receive(
-            plan,
-            direction,
-            m,
-            rank=self.rank,
-            width=self.boundary.width,
-            dtype=self.boundary.dtype,
-            device=self.boundary.device,
-        )
+def _handlers(stage: Stage) -> dict[Kind, Callable[[int], None]]:
+    return {
+        Kind.POST_INPUT: stage.post_input,
+        Kind.WAIT_INPUT: stage.wait_input,
+        Kind.FORWARD: stage.forward,
+        Kind.SEND_OUTPUT: stage.send_output,
+        Kind.WAIT_SENT: stage.wait_sent,
+        Kind.POST_GRAD: stage.post_grad,
+        Kind.WAIT_GRAD: stage.wait_grad,
+        Kind.BACKWARD: stage.backward,
+        Kind.SEND_GRAD: stage.send_grad,
+    }

@@ -1,0 +1,91 @@
+"""Whole steps of a toy model over real process groups, checked against its closed form."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megatron_mimo.topology import Layout
+from tests.unit_tests.schedule.toy import grids, sharding_of
+
+LAYOUTS = {
+    "one rank": (grids({}, {}, colocated=True), False),
+    "llm alone, pp 3": (grids(None, {"pp": 3}), False),
+    "fan-out 2 to 3, encoder tp 2": (grids({"dp": 2, "tp": 2}, {"dp": 3}), False),
+    "fan-in 3 to 2": (grids({"dp": 3}, {"dp": 2}), False),
+    "llm tp 2 replicated, encoder tp 2": (grids({"tp": 2}, {"tp": 2}), False),
+    "llm tp 2 sharded": (grids({}, {"tp": 2}), True),
+    "llm cp 2 tp 2 sharded, encoder dp 2": (grids({"dp": 2}, {"tp": 2, "cp": 2}), True),
+    "llm pp 3": (grids({"dp": 2}, {"pp": 3}), False),
+    "encoder pp 3": (grids({"pp": 3}, {"dp": 2}), False),
+    "pp 2 on both, llm tp 2": (grids({"pp": 2}, {"pp": 2, "tp": 2}), True),
+    "colocated, encoder dp 4, llm tp 2 dp 2": (
+        grids({"dp": 4}, {"tp": 2, "dp": 2}, colocated=True),
+        True,
+    ),
+    "colocated, encoder tp 2, llm dp 2": (grids({"tp": 2}, {"dp": 2}, colocated=True), False),
+    "colocated, encoder dp 4, llm pp 2 cp 2": (
+        grids({"dp": 4}, {"pp": 2, "cp": 2}, colocated=True),
+        False,
+    ),
+    "colocated, encoder pp 2 dp 2, llm pp 2 tp 2": (
+        grids({"pp": 2, "dp": 2}, {"pp": 2, "tp": 2}, colocated=True),
+        True,
+    ),
+    "colocated, encoder pp 2, llm tp 2": (grids({"pp": 2}, {"tp": 2}, colocated=True), True),
+}
+
+
+def step(layout: Layout, sequence_parallel: bool, **settings: Any) -> None:
+    """Run a step twice, so that buffers are used again, and check this rank's gradients."""
+    from megatron_mimo.topology.groups import build_topology
+    from tests.unit_tests.schedule.toy_program import Settings, Toy
+
+    toy = Toy(build_topology(layout), sharding_of(layout, sequence_parallel), Settings(**settings))
+    for _ in range(2):
+        toy.run()
+        toy.check()
+
+
+def step_with(layout: Layout, settings: dict[str, Any]) -> None:
+    step(layout, True, **settings)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_and_gradients_cross_every_layout(name: str, run_ranks: Callable[..., list]) -> None:
+    layout, sequence_parallel = LAYOUTS[name]
+    run_ranks(layout.world_size, step, layout, sequence_parallel)
+
+
+@pytest.mark.parametrize("run_ahead", [0, 3, 9])
+def test_any_run_ahead(run_ahead: int, run_ranks: Callable[..., list]) -> None:
+    run_ranks(4, step_with, grids({"pp": 2}, {"pp": 2}), {"run_ahead": run_ahead})
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 8])
+def test_any_number_of_microbatches(num_microbatches: int, run_ranks: Callable[..., list]) -> None:
+    run_ranks(5, step_with, grids({"dp": 2}, {"pp": 3}), {"num_microbatches": num_microbatches})
+
+
+FLOWS = {
+    "vision frozen": {"encoder_flow": False},
+    "encoder side frozen": {"bridge_flow": False},
+    "language frozen": {"language_trains": False},
+    "vision and language frozen": {"encoder_flow": False, "language_trains": False},
+    "evaluation": {"gradients": False},
+}
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        grids({"pp": 2}, {"pp": 2, "tp": 2}),
+        grids({"pp": 2, "dp": 2}, {"pp": 2, "tp": 2}, colocated=True),
+    ],
+    ids=["disjoint", "colocated"],
+)
+def test_frozen_parts_send_no_gradients(
+    flow: str, layout: Layout, run_ranks: Callable[..., list]
+) -> None:
+    run_ranks(layout.world_size, step_with, layout, FLOWS[flow])
