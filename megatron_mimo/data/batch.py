@@ -4,6 +4,7 @@ Letters: B samples, S tokens of a sequence, N images, T patches, P the patch sid
 k the patches that make a row (4 with pixel shuffle, else 1).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +18,7 @@ class TextBatch:
     """Tokens of one lane's microbatch.
 
     Attributes:
-        sample_keys: Keys of the B samples.
+        sample_keys: Keys of the B samples, one for each sequence.
         input_ids: int64 [B, S]; image tokens stand where rows go.
         labels: int64 [B, S], already shifted: `labels[:, i]` is the target of position `i`.
         loss_mask: float32 [B, S], 1 where the target is part of an answer.
@@ -58,12 +59,14 @@ class Microbatch:
     Attributes:
         index: Position within the step.
         manifest: Images of the lanes that this rank reads, in canonical order.
+        keys: Lane -> keys of its samples, one for each sequence, of the lanes that this rank reads.
         text: Tokens, on ranks of the language model.
         images: Patches, on ranks of the encoder; None when no image is assigned to this one.
     """
 
     index: int
     manifest: Manifest
+    keys: Mapping[int, tuple[str, ...]]
     text: TextBatch | None
     images: PackedImages | None
 
@@ -74,7 +77,7 @@ class StepData:
 
     Attributes:
         microbatches: In order.
-        lane_digest: Lane -> 63-bit hash of the step's sample keys, in order.
+        lane_digest: Lane -> 63-bit hash of the step's sample keys and of where rows go.
         lane_target_tokens: Lane -> target tokens of the step.
     """
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megatron_mimo.bridge.manifest import ManifestEntry
 from megatron_mimo.data.batch import Microbatch, StepData, StepLoader, TextBatch
@@ -169,6 +170,7 @@ class StreamLoader(StepLoader):
         self._config = config
         self._role = role
         self._pad_id = tokenizer.pad_id
+        self._image_token_id = tokenizer.image_token_id
         self._num_microbatches = config.num_microbatches(role.num_lanes)
         self._trace = trace
         self.num_skipped = 0
@@ -189,14 +191,12 @@ class StreamLoader(StepLoader):
                 lane: [self._draw(lane) for _ in range(self._config.micro_batch_size)]
                 for lane in sorted(self._role.lanes)
             }
+            microbatch = self._collate(index, samples)
             for lane, drawn in samples.items():
-                for sample in drawn:
-                    encoded = sample.key.encode()
-                    # The length keeps ("ab", "c") apart from ("a", "bc").
-                    digests[lane].update(len(encoded).to_bytes(8, "little") + encoded)
-                    keys[lane].append(sample.key)
-                    targets[lane] += sample.target_tokens
-            microbatches.append(self._collate(index, samples))
+                keys[lane] += microbatch.keys[lane]
+                targets[lane] += sum(sample.target_tokens for sample in drawn)
+                digests[lane].update(_identity(microbatch, lane))
+            microbatches.append(microbatch)
         if self._trace is not None:
             self._trace.write(keys)
         return StepData(
@@ -251,25 +251,46 @@ class StreamLoader(StepLoader):
         manifest: list[ManifestEntry] = []
         mine: list[EncodedImage] = []
         for lane, drawn in samples.items():
-            images = [image for sample in drawn for image in sample.images]
             serving = role.serving.get(lane, ())
             if not serving:
                 # The language model alone: image tokens are tokens like others.
                 continue
-            ranks = assign_images(len(images), serving, index)
-            for image, rank in zip(images, ranks, strict=True):
-                rows = rows_of(image.grid, self._config.image)
-                manifest.append(ManifestEntry(lane, rank, rows))
-                if rank == role.encoder_rank:
-                    mine.append(image)
+            ranks = iter(assign_images(sum(len(s.images) for s in drawn), serving, index))
+            for sequence, sample in enumerate(drawn):
+                positions = np.flatnonzero(sample.tokens == self._image_token_id)
+                rows = [rows_of(image.grid, self._config.image) for image in sample.images]
+                ends = np.cumsum(rows)[:-1]
+                for image, at in zip(sample.images, np.split(positions, ends), strict=False):
+                    rank = next(ranks)
+                    manifest += [
+                        ManifestEntry(lane, rank, count, sequence, start)
+                        for start, count in _runs(at)
+                    ]
+                    if rank == role.encoder_rank:
+                        mine.append(image)
         return Microbatch(
             index=index,
             manifest=tuple(manifest),
+            keys={lane: tuple(sample.key for sample in drawn) for lane, drawn in samples.items()},
             text=None
             if role.text_lane is None
             else collate_text(samples[role.text_lane], self._config.seq_length, self._pad_id),
             images=pack_images(mine, self._config.image),
         )
+
+
+def _runs(positions: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Cut ascending positions into runs of consecutive ones: (first, length)."""
+    if not len(positions):
+        return []
+    pieces = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+    return [(int(piece[0]), len(piece)) for piece in pieces]
+
+
+def _identity(microbatch: Microbatch, lane: int) -> bytes:
+    """What the readers of a lane must agree on: its samples, and where their rows go."""
+    entries = tuple(entry for entry in microbatch.manifest if entry.lane == lane)
+    return repr((microbatch.keys[lane], entries)).encode()
 
 
 def collate_text(samples: Sequence[EncodedSample], seq_length: int, pad_id: int) -> TextBatch:

@@ -1,60 +1,161 @@
-"""What every rank must agree on before a step runs: the samples and the number of targets."""
+"""What every rank must agree on before a step runs: the samples, their rows and the targets."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from megatron_mimo.bridge.plan import BridgePlanner
 from megatron_mimo.data.batch import StepData
+from megatron_mimo.schedule.executor import StepManifest
 from megatron_mimo.topology import Layout
 
 _ABSENT = torch.iinfo(torch.int64).min
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agreement:
+    """What a step needs to know of the lanes that this rank does not read.
+
+    Attributes:
+        target_tokens: In the global batch.
+        manifests: Of each microbatch.
+    """
+
+    target_tokens: int
+    manifests: tuple[StepManifest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """One sample as one rank read it; readers of a lane are compared by all but the rank."""
+
+    microbatch: int
+    sequence: int
+    key: str
+    rows: tuple[tuple[int, int, int], ...]
+
+    def __str__(self) -> str:
+        images = [f"{count} rows at {start} from dp {dp}" for dp, start, count in self.rows]
+        return f"{self.key!r} with {', '.join(images) or 'no rows'}"
 
 
 def agree_on_step(
     step: StepData,
     where: str,
     layout: Layout,
+    planner: BridgePlanner,
     control: dist.ProcessGroup,
     *,
     validate: bool,
-) -> int:
-    """Spread the target tokens of every lane, and check that its readers drew the same samples.
+) -> Agreement:
+    """Spread what ranks must know of every lane, and check that its readers drew the same samples.
 
-    One reduction of three integers per lane over the world, on the host: each lane's largest and
-    smallest digest and its tokens. It runs before any row moves, because readers that disagree
+    One reduction over the world, on the host, of three integers per lane: its largest and smallest
+    digest and its target tokens; and, where encoder ranks share the sending to several lanes, one
+    per microbatch and lane: its rows. It runs before any row moves, because readers that disagree
     would also disagree about how many rows to expect.
 
     Args:
         step: This rank's data.
         where: Which step this is, for errors: "iteration 7".
         layout: Both grids.
+        planner: Of the rows.
         control: gloo group of the world.
         validate: Compare the digests.
 
-    Returns:
-        Number of target tokens in the global batch.
-
     Raises:
-        RuntimeError: The encoder and the language model read other samples for a lane, or the
-            global batch has no target token.
+        RuntimeError: The encoder and the language model read other samples for a lane; names the
+            first. Or the global batch has no target token.
     """
     numbers = torch.full((3, layout.num_lanes), _ABSENT, dtype=torch.int64)
     for lane, digest in step.lane_digest.items():
         numbers[0, lane] = digest
         numbers[1, lane] = -digest
         numbers[2, lane] = step.lane_target_tokens[lane]
-    dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=control)
-    largest, negated_smallest, tokens = numbers
+    pairs = _pairs(layout) if planner.needs_network_rows else []
+    rows = _network_rows(step, planner, pairs)
+    message = torch.cat([numbers.flatten(), rows.flatten()])
+    dist.all_reduce(message, op=dist.ReduceOp.MAX, group=control)
+    largest, negated_smallest, tokens = message[: numbers.numel()].view_as(numbers)
     parted = torch.nonzero(largest != -negated_smallest).flatten().tolist()
     if validate and parted:
-        raise RuntimeError(
-            f"{where}: the encoder and the language model read other samples for "
-            f"lanes {', '.join(map(str, parted))}: expected the same keys in the same order; "
-            f"write both sides' keys with --sample-trace-dir and compare them"
-        )
+        raise RuntimeError(f"{where}: {_difference(step, parted, layout, control)}")
     total = int(tokens.sum())
     if total <= 0:
         raise RuntimeError(
             f"{where}: no target token in the global batch, so its loss has no "
             f"mean: check the answers of the dataset, or raise --global-batch-size"
         )
-    return total
+    counts = message[numbers.numel() :].view_as(rows).tolist()
+    return Agreement(
+        target_tokens=total,
+        manifests=tuple(
+            StepManifest(
+                entries=microbatch.manifest,
+                network_rows=dict(zip(pairs, counts[i], strict=True)) if pairs else None,
+            )
+            for i, microbatch in enumerate(step.microbatches)
+        ),
+    )
+
+
+def _pairs(layout: Layout) -> list[tuple[int, int]]:
+    """(encoder dp rank, lane) of whoever serves whom."""
+    return [(dp, lane) for lane in range(layout.num_lanes) for dp in layout.serving(lane)]
+
+
+def _network_rows(
+    step: StepData, planner: BridgePlanner, pairs: list[tuple[int, int]]
+) -> torch.Tensor:
+    """Rows of each microbatch that each pair exchanges, int64 [M, pairs]; absent when unknown."""
+    table = torch.full((len(step.microbatches), len(pairs)), _ABSENT, dtype=torch.int64)
+    if pairs:
+        for i, microbatch in enumerate(step.microbatches):
+            known = planner.network_rows(microbatch.manifest)
+            for j, (dp, lane) in enumerate(pairs):
+                if lane in step.lane_digest:
+                    table[i, j] = known.get((dp, lane), 0)
+    return table
+
+
+def _difference(
+    step: StepData, lanes: list[int], layout: Layout, control: dist.ProcessGroup
+) -> str:
+    """Where the readers of some lanes part, in words. Collective over the world."""
+    mine = {lane: list(_readings(step, lane)) for lane in lanes if lane in step.lane_digest}
+    everyone: list[dict[int, list[_Reading]]] = [{} for _ in range(layout.world_size)]
+    dist.all_gather_object(everyone, mine, group=control)
+    parts = []
+    for lane in lanes:
+        readers = [(rank, views[lane]) for rank, views in enumerate(everyone) if lane in views]
+        first_rank, first = readers[0]
+        for rank, other in readers[1:]:
+            apart = next(
+                (pair for pair in zip(first, other, strict=False) if len(set(pair)) > 1), None
+            )
+            if apart is not None:
+                here, there = apart
+                parts.append(
+                    f"lane {lane}, microbatch {here.microbatch}, sample {here.sequence}: rank "
+                    f"{first_rank} ({layout.describe_rank(first_rank)}) read {here}, but rank "
+                    f"{rank} ({layout.describe_rank(rank)}) read {there}"
+                )
+                break
+    return (
+        f"the encoder and the language model read other samples for lanes "
+        f"{', '.join(map(str, lanes))}: {'; '.join(parts)}. Expected the same keys and rows in the "
+        f"same order; write both sides' keys with --sample-trace-dir and compare them"
+    )
+
+
+def _readings(step: StepData, lane: int) -> Iterator[_Reading]:
+    for microbatch in step.microbatches:
+        for sequence, key in enumerate(microbatch.keys[lane]):
+            rows = tuple(
+                (entry.encoder_rank, entry.start, entry.rows)
+                for entry in microbatch.manifest
+                if entry.lane == lane and entry.sequence == sequence
+            )
+            yield _Reading(microbatch.index, sequence, key, rows)

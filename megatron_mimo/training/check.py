@@ -22,7 +22,7 @@ def check(config: TrainConfig) -> None:
     Raises:
         ValueError: Names the flags.
     """
-    _check_numbers(config.training, config.watching, config.runtime)
+    _check_numbers(config.grids, config.training, config.watching, config.runtime)
     _check_schedule(config.training)
     _check_images(config.model)
     _check_data_source(config.data)
@@ -90,9 +90,13 @@ def _check_sequence_parallel(grid: GridSection) -> None:
 
 
 def _check_numbers(
-    training: TrainingSection, watching: WatchingSection, runtime: RuntimeSection
+    grids: GridSection,
+    training: TrainingSection,
+    watching: WatchingSection,
+    runtime: RuntimeSection,
 ) -> None:
     least: dict[str, tuple[float | None, float]] = {
+        "--encoder-run-ahead": (grids.encoder_run_ahead, 0),
         "--train-iters": (training.train_iters, 1),
         "--exit-interval": (training.exit_interval, 1),
         "--lr": (training.lr, 0),

@@ -41,6 +41,10 @@ class GridSection:
         llm_only: Train the language model alone; image tokens are tokens like others.
         sequence_parallel: Shard the language model's activations along the sequence between
             tensor-parallel regions; left out: on when --llm-tp is above 1.
+        encoder_run_ahead: Microbatches that the encoder may be ahead of the language model, so that
+            it works while the language model does.
+        check_bridge: Send sample keys and checksums with all rows and gradients, and stop where
+            both ends disagree; slow, for finding faults.
     """
 
     encoder_offset: Number = None
@@ -59,6 +63,8 @@ class GridSection:
     llm_expt_tp: int = 1
     llm_only: Switch = False
     sequence_parallel: Choice = None
+    encoder_run_ahead: int = 1
+    check_bridge: Switch = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

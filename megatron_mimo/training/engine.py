@@ -6,8 +6,9 @@ from megatron_mimo.model.mimo import BuildConfig, build_model
 from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
 from megatron_mimo.optim.mimo_optimizer import MimoOptimizer, build_scheduler
 from megatron_mimo.runtime import Device
+from megatron_mimo.schedule.actions import GradientFlow
 from megatron_mimo.schedule.executor import BoundaryConfig, Executor
-from megatron_mimo.topology import Layout
+from megatron_mimo.topology import Layout, SequenceSharding
 from megatron_mimo.topology.groups import build_topology
 from megatron_mimo.training.step import Engine
 
@@ -20,6 +21,7 @@ def build_engine(
     adam: AdamConfig,
     schedule: ScheduleConfig,
     *,
+    run_ahead: int,
     image_token_id: int,
     validate_data: bool,
     device: Device,
@@ -33,6 +35,7 @@ def build_engine(
         build: How to build.
         adam: Optimizer.
         schedule: Learning rate.
+        run_ahead: Microbatches that the encoder may be ahead of the language model.
         image_token_id: Token that rows replace.
         validate_data: Check each step that both grids read the same samples.
         device: Of this rank.
@@ -44,10 +47,21 @@ def build_engine(
     model = build_model(architecture, freeze, build, topology, device)
     optimizer = MimoOptimizer(model, adam, topology.control)
     boundary = BoundaryConfig(
-        width=model.row_width,
+        sharding=SequenceSharding(
+            seq_length=build.seq_length,
+            cp=layout.llm.cp,
+            tp=layout.llm.tp,
+            sequence_parallel=build.sequence_parallel and layout.llm.tp > 1,
+        ),
+        row_width=model.row_width,
+        encoder_width=architecture.vision.hidden_size,
         dtype=model.row_dtype,
         device=model.device,
-        encoder_trains=model.encoder_trains,
+        flow=GradientFlow(
+            encoder=model.encoder_trains and not freeze.vision, bridge=model.encoder_trains
+        ),
+        language_trains=not freeze.language,
+        run_ahead=run_ahead,
     )
     return Engine(
         topology=topology,

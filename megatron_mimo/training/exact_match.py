@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_mimo.data import DataConfig, DataRole, RawSample, Tokenizer, build_list_loader
 from megatron_mimo.model.generate import Answer, GreedyStep
-from megatron_mimo.training.step import Engine
+from megatron_mimo.training.step import Engine, agree
 
 _MICRO_BATCH_SIZE = 32
 
@@ -51,7 +51,8 @@ def write_answers(
             eos_id=tokenizer.eos_id,
             max_new_tokens=longest + 1,
         )
-        engine.executor.run(program, [m.manifest for m in step.microbatches], gradients=False)
+        agreement = agree(engine, step, "evaluation by exact match")
+        engine.executor.run(program, agreement.manifests, gradients=False)
         answers += program.answers
     engine.model.train()
     return _gather(engine, answers)

@@ -13,7 +13,7 @@ from megatron_mimo.model.program import MimoStep
 from megatron_mimo.optim.mimo_optimizer import MimoOptimizer, Update, finalize_gradients
 from megatron_mimo.schedule.executor import Executor
 from megatron_mimo.topology.groups import Topology
-from megatron_mimo.training.agreement import agree_on_step
+from megatron_mimo.training.agreement import Agreement, agree_on_step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class StepMetrics:
 
     Attributes:
         loss: float64 scalar on the device, mean cross entropy per target token; meaningful on the
-            language model's ranks.
+            ranks of the language model's last stage.
         learning_rate: Of the next update.
         update: What the optimizer did.
     """
@@ -70,16 +70,11 @@ def train_step(
         RuntimeError: The grids read other samples, or no gradient reaches a trainable encoder.
     """
     data = loader.next_step()
-    num_tokens = agree_on_step(
-        data,
-        f"iteration {iteration}",
-        engine.topology.layout,
-        engine.topology.control,
-        validate=engine.validate_data,
-    )
+    agreement = agree(engine, data, f"iteration {iteration}")
+    num_tokens = agreement.target_tokens
     for replica in engine.model.replicas:
         replica.zero_grad()
-    loss_sum = _run(engine, data, gradients=True)
+    loss_sum = _run(engine, data, agreement, gradients=True)
     finalize_gradients(engine.model, num_tokens)
     update = engine.optimizer.step()
     _require_encoder_gradient(engine, data, update, iteration)
@@ -106,31 +101,37 @@ def evaluate(engine: Engine, loader: StepLoader, num_steps: int) -> Tensor:
     loss_sum, tokens = None, 0
     for index in range(num_steps):
         data = loader.next_step()
-        tokens += agree_on_step(
-            data,
-            f"evaluation step {index + 1}",
-            engine.topology.layout,
-            engine.topology.control,
-            validate=engine.validate_data,
-        )
-        step_sum = _run(engine, data, gradients=False)
+        agreement = agree(engine, data, f"evaluation step {index + 1}")
+        tokens += agreement.target_tokens
+        step_sum = _run(engine, data, agreement, gradients=False)
         loss_sum = step_sum if loss_sum is None else loss_sum + step_sum
     engine.model.train()
     assert loss_sum is not None
     return _mean_loss(engine.topology, loss_sum, tokens)
 
 
-def _run(engine: Engine, data: StepData, *, gradients: bool) -> Tensor:
+def agree(engine: Engine, data: StepData, where: str) -> Agreement:
+    """`agree_on_step` over the engine's topology."""
+    return agree_on_step(
+        data,
+        where,
+        engine.topology.layout,
+        engine.executor.planner,
+        engine.topology.control,
+        validate=engine.validate_data,
+    )
+
+
+def _run(engine: Engine, data: StepData, agreement: Agreement, *, gradients: bool) -> Tensor:
     program = MimoStep(engine.model, data.microbatches, engine.image_token_id)
-    manifests = [microbatch.manifest for microbatch in data.microbatches]
-    engine.executor.run(program, manifests, gradients=gradients)
+    engine.executor.run(program, agreement.manifests, gradients=gradients)
     return program.loss_sum
 
 
 def _mean_loss(topology: Topology, loss_sum: Tensor, num_tokens: int) -> Tensor:
-    """Sum over the lanes; the tp ranks of a lane already hold the same sum."""
+    """Sum over the lanes and their cp ranks; tp ranks already hold the same sum."""
     if topology.llm is not None:
-        dist.all_reduce(loss_sum, group=topology.llm.pg_collection.dp)
+        dist.all_reduce(loss_sum, group=topology.llm.pg_collection.dp_cp)
     return loss_sum / num_tokens
 
 

@@ -22,7 +22,9 @@ def beside(encoder: dict[str, int], llm: dict[str, int]) -> Layout:
     return layout(encoder, llm | {"offset": ModuleGridSpec(name="encoder", **encoder).size})
 
 
-def small_engine(chosen, *, freeze=None, sequence_parallel=True, bf16=False, lr=1e-3, steps=20):
+def small_engine(
+    chosen, *, freeze=None, sequence_parallel=True, bf16=False, lr=1e-3, steps=20, run_ahead=1
+):
     """This rank's engine over a narrow mock model, every weight drawn by name."""
     import torch
 
@@ -50,6 +52,7 @@ def small_engine(chosen, *, freeze=None, sequence_parallel=True, bf16=False, lr=
             lr=lr, min_lr=lr / 10, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_grad=1.0
         ),
         ScheduleConfig(style="cosine", warmup_samples=16, decay_samples=steps * 8),
+        run_ahead=run_ahead,
         image_token_id=ByteTokenizer.image_token_id,
         validate_data=True,
         device=Device("cpu"),
