@@ -83,8 +83,13 @@ def test_both_ends_describe_the_same_images(sizes: tuple[int, int], batch: int) 
                 assert there.images is None
     for tokens in llm_data:
         for microbatch in tokens.microbatches:
-            rows = sum(entry.rows for entry in microbatch.manifest)
-            assert (microbatch.text.input_ids == TOKENIZER.image_token_id).sum() == rows
+            places = [
+                (entry.sequence, entry.start + row)
+                for entry in microbatch.manifest
+                for row in range(entry.rows)
+            ]
+            is_image = microbatch.text.input_ids == TOKENIZER.image_token_id
+            assert places == [tuple(place) for place in is_image.nonzero().tolist()]
     for rank, pixels in enumerate(encoder_data):
         for microbatch in pixels.microbatches:
             mine = [entry for entry in microbatch.manifest if entry.encoder_rank == rank]

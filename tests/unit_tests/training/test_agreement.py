@@ -1,7 +1,11 @@
 """Both grids must read the same samples; disagreement is found before any row moves."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import pytest
+
+from megatron_mimo.bridge.manifest import ManifestEntry
 from megatron_mimo.topology import Layout, ModuleGridSpec
 
 LAYOUT = Layout(
@@ -9,43 +13,108 @@ LAYOUT = Layout(
     llm=ModuleGridSpec(name="llm", offset=1, dp=2),
     world_size=3,
 )
+# Two encoder ranks share the sending to two lanes, which must know of each other.
+SHARED = Layout(
+    encoder=ModuleGridSpec(name="encoder", tp=2),
+    llm=ModuleGridSpec(name="llm", offset=2, dp=2),
+    world_size=4,
+)
+# What a rank read of a lane: keys, and the rows of its images.
+Reading = tuple[tuple[str, ...], tuple[ManifestEntry, ...]]
+ROWS = {lane: (ManifestEntry(lane, 0, 3 + lane, 0, 2),) for lane in range(2)}
+KEYS = {0: ("a", "b"), 1: ("c", "d")}
+SAME: dict[int, Reading] = {lane: (KEYS[lane], ROWS[lane]) for lane in range(2)}
 
 
-def agree(digests: Mapping[int, Mapping[int, int]], tokens: int, validate: bool) -> int | str:
-    """Run the agreement with each rank's digests by lane; the error's text if it fails."""
+def agree(
+    layout: Layout, read: Mapping[int, Mapping[int, Reading]], tokens: int, validate: bool
+) -> Any:
+    """Run the agreement with what each rank read by lane; the error's text if it fails."""
+    import hashlib
+
     import torch.distributed as dist
 
-    from megatron_mimo.data.batch import StepData
+    from megatron_mimo.bridge.plan import BridgePlanner
+    from megatron_mimo.data.batch import Microbatch, StepData
+    from megatron_mimo.topology import SequenceSharding
     from megatron_mimo.training.agreement import agree_on_step
 
-    mine = dict(digests[dist.get_rank()])
-    step = StepData(
-        microbatches=(), lane_digest=mine, lane_target_tokens=dict.fromkeys(mine, tokens)
+    mine = read[dist.get_rank()]
+    digests = {
+        lane: int.from_bytes(hashlib.blake2b(repr(it).encode(), digest_size=7).digest())
+        for lane, it in mine.items()
+    }
+    microbatch = Microbatch(
+        index=0,
+        manifest=tuple(entry for lane in sorted(mine) for entry in mine[lane][1]),
+        keys={lane: keys for lane, (keys, _) in mine.items()},
+        text=None,
+        images=None,
     )
+    step = StepData(
+        microbatches=(microbatch,),
+        lane_digest=digests,
+        lane_target_tokens=dict.fromkeys(mine, tokens),
+    )
+    planner = BridgePlanner(layout, SequenceSharding(seq_length=16))
     try:
-        return agree_on_step(step, "iteration 7", LAYOUT, dist.group.WORLD, validate=validate)
+        agreement = agree_on_step(
+            step, "iteration 7", layout, planner, dist.group.WORLD, validate=validate
+        )
     except RuntimeError as error:
         return str(error)
+    (manifest,) = agreement.manifests
+    assert manifest.entries == microbatch.manifest
+    return agreement.target_tokens, manifest.network_rows
 
 
-SAME = {0: {0: 11, 1: 22}, 1: {0: 11}, 2: {1: 22}}
-OTHER = {0: {0: 11, 1: 22}, 1: {0: 11}, 2: {1: 23}}
+def readers(encoder: Mapping[int, Reading], *lanes: Reading) -> dict[int, dict[int, Reading]]:
+    """What ranks of `LAYOUT` read: the encoder's, then one for each lane."""
+    return {0: dict(encoder), 1: {0: lanes[0]}, 2: {1: lanes[1]}}
 
 
 def test_every_rank_learns_the_target_tokens_of_all_lanes(run_ranks: Callable[..., list]) -> None:
-    assert run_ranks(3, agree, SAME, 5, True) == [10, 10, 10]
+    read = readers(SAME, SAME[0], SAME[1])
+    assert run_ranks(3, agree, LAYOUT, read, 5, True) == [(10, None)] * 3
 
 
-def test_a_lane_read_differently_is_named_on_every_rank(run_ranks: Callable[..., list]) -> None:
-    for message in run_ranks(3, agree, OTHER, 5, True):
+def test_lanes_learn_of_each_others_rows_where_senders_share(
+    run_ranks: Callable[..., list],
+) -> None:
+    read = {0: SAME, 1: SAME, 2: {0: SAME[0]}, 3: {1: SAME[1]}}
+    assert run_ranks(4, agree, SHARED, read, 5, True) == [(10, {(0, 0): 3, (0, 1): 4})] * 4
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (
+            (("c", "x"), ROWS[1]),
+            "sample 1: rank 0 (encoder dp 0) read 'd' with no rows, but rank 2 (llm dp 1) read 'x'",
+        ),
+        (
+            (KEYS[1], (ManifestEntry(1, 0, 9, 0, 2),)),
+            "sample 0: rank 0 (encoder dp 0) read 'c' with 4 rows at 2 from dp 0, but rank 2 (llm "
+            "dp 1) read 'c' with 9 rows at 2 from dp 0",
+        ),
+    ],
+    ids=["key", "rows"],
+)
+def test_the_first_sample_that_differs_is_named_on_every_rank(
+    other: Reading, said: str, run_ranks: Callable[..., list]
+) -> None:
+    for message in run_ranks(3, agree, LAYOUT, readers(SAME, SAME[0], other), 5, True):
         assert "iteration 7" in message
-        assert "read other samples for lanes 1:" in message
+        assert "read other samples for lanes 1: lane 1, microbatch 0, " in message
+        assert said in message
 
 
 def test_the_check_can_be_switched_off(run_ranks: Callable[..., list]) -> None:
-    assert run_ranks(3, agree, OTHER, 5, False) == [10, 10, 10]
+    other = (("c", "x"), ROWS[1])
+    read = readers(SAME, SAME[0], other)
+    assert run_ranks(3, agree, LAYOUT, read, 5, False) == [(10, None)] * 3
 
 
 def test_a_batch_without_targets_is_an_error(run_ranks: Callable[..., list]) -> None:
-    for message in run_ranks(3, agree, SAME, 0, True):
+    for message in run_ranks(3, agree, LAYOUT, readers(SAME, SAME[0], SAME[1]), 0, True):
         assert "no target token in the global batch" in message

@@ -15,6 +15,7 @@ from megatron_mimo.training.flags import CommandLine, parse, to_yaml
 FLAGS = """
     encoder-offset encoder-tp encoder-cp encoder-pp encoder-dp encoder-ep encoder-expt-tp
     llm-offset llm-tp llm-cp llm-pp llm-dp llm-ep llm-expt-tp llm-only sequence-parallel
+    encoder-run-ahead check-bridge
     model-provider override training-stage freeze-vit freeze-lm freeze-projection
     tokenizer-model image-token seq-length dynamic-resolution dynamic-resolution-min-patches
     dynamic-resolution-max-patches img-h img-w patch-dim pixel-shuffle bf16 fp32 init
