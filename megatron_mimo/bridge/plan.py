@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_mimo.bridge.manifest import Manifest, ManifestEntry
-from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding
+from megatron_mimo.topology import Layout, SequenceSharding
 from megatron_mimo.topology.sequence import Interval, cut
 
 # Rows that an encoder dp rank sends to a lane, over all of the lane's receivers, by
@@ -77,10 +77,10 @@ class BridgePlanner:
         self._encoder_ranks: list[list[int]] = []
         if encoder is not None:
             last = encoder.pp - 1
-            self._encoder_ranks = [_stage_ranks(encoder, dp, last) for dp in range(encoder.dp)]
+            self._encoder_ranks = [encoder.stage_ranks(dp=dp, pp=last) for dp in range(encoder.dp)]
         self._shard_ranks: dict[tuple[int, int], list[int]] = {}
         for lane in range(llm.dp):
-            for rank in _stage_ranks(llm, lane, 0):
+            for rank in llm.stage_ranks(dp=lane, pp=0):
                 self._shard_ranks.setdefault((lane, self._shard_of(rank)), []).append(rank)
 
     @property
@@ -283,8 +283,3 @@ def _extend(runs: list[Interval], start: int, stop: int) -> None:
 
 def _length(runs: Iterable[Interval]) -> int:
     return sum(stop - start for start, stop in runs)
-
-
-def _stage_ranks(grid: ModuleGridSpec, dp: int, pp: int) -> list[int]:
-    """The cp and tp ranks of one dp rank on a pipeline stage, ascending."""
-    return [grid.rank(dp=dp, pp=pp, cp=cp, tp=tp) for cp in range(grid.cp) for tp in range(grid.tp)]

@@ -7,6 +7,7 @@ in order: two such ranks that each posted their receive first would wait for eac
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -44,9 +45,21 @@ class Incoming:
     num_rows: int
 
 
+class Pending(Protocol):
+    """Rows on their way."""
+
+    def wait(self) -> Tensor | None:
+        """Block (on a GPU: block the stream) until every row is there: [R, width], local order."""
+        ...
+
+    def release(self) -> None:
+        """Give the memory of the rows to later microbatches; nobody may read them any more."""
+        ...
+
+
 @dataclass(slots=True)
 class Arrival:
-    """Rows on their way.
+    """Implements `Pending`.
 
     Attributes:
         rows: [R, width] in local order; undefined until `wait` returns.
@@ -59,15 +72,16 @@ class Arrival:
     _works: list[dist.Work] = field(default_factory=list)
 
     def wait(self) -> Tensor:
-        """Block (on a GPU: block the stream) until every row is there."""
+        """See `Pending.wait`; waiting again costs nothing."""
         for work in self._works:
             work.wait()
         for message, landing in self._landings:
             _scatter_runs(self.rows, message.runs, landing)
+        self._works, self._landings = [], []
         return self.rows
 
     def release(self) -> None:
-        """Give the memory of `rows` to later microbatches; nobody may read them any more."""
+        """See `Pending.release`."""
         for buffer in self._buffers:
             self._pool.give(buffer)
 
@@ -112,7 +126,7 @@ class Channel:
 
     def post(
         self, microbatch: int, outgoing: Outgoing | None, incoming: Incoming | None
-    ) -> Arrival | None:
+    ) -> Pending | None:
         """Post what this rank sends and receives of a microbatch as one batch.
 
         Args:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_mimo.bridge.plan import Message, ModulePlan
-from megatron_mimo.bridge.transport import Arrival, Channel, Incoming, Outgoing
+from megatron_mimo.bridge.transport import Channel, Incoming, Outgoing, Pending
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +40,8 @@ class Boundary:
         self._channels = channels
         self._source = source
         self._target = target
-        self._rows: dict[int, Arrival] = {}
-        self._gradients: dict[int, Arrival] = {}
+        self._rows: dict[int, Pending] = {}
+        self._gradients: dict[int, Pending] = {}
 
     def post_forward(self, m: int, rows: Tensor | None) -> None:
         """Post the rows of a microbatch: those that leave, if given, and those that arrive."""

@@ -1,28 +1,25 @@
 """Run a rank's actions: call the model, move rows and gradients, run autograd at the boundaries."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mimo.bridge.check import View
 from megatron_mimo.bridge.manifest import Manifest
 from megatron_mimo.bridge.plan import BridgePlanner, ModulePlan, NetworkRows
-from megatron_mimo.bridge.transport import Channel
-from megatron_mimo.schedule.actions import (
-    Action,
-    GradientFlow,
-    Kind,
-    Module,
-    build_schedule,
-    role_of,
+from megatron_mimo.schedule.actions import Action, Kind, Module, build_schedule, role_of
+from megatron_mimo.schedule.boundary import Boundary, neighbour_plan
+from megatron_mimo.schedule.channels import (
+    BoundaryConfig,
+    begin_check,
+    bridge_channels,
+    pipeline_channels,
 )
-from megatron_mimo.schedule.boundary import Boundary, Channels, neighbour_plan
 from megatron_mimo.schedule.stage import Stage
-from megatron_mimo.topology import SequenceSharding
-from megatron_mimo.topology.groups import BoundaryGroups, ModuleGroups, Topology
+from megatron_mimo.topology.groups import ModuleGroups, Topology
 
 
 class StepProgram(Protocol):
@@ -68,35 +65,12 @@ class StepManifest:
     Attributes:
         entries: Of every lane that the rank takes part in.
         network_rows: Of every lane, where `BridgePlanner.needs_network_rows`.
+        keys: Lane -> keys of its samples; the check compares them.
     """
 
     entries: Manifest
     network_rows: NetworkRows | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BoundaryConfig:
-    """What crosses between stages, the same on every rank.
-
-    Attributes:
-        sharding: Which positions of a sequence each rank of the language model holds.
-        row_width: H of the language model: elements of a row, and of its hidden states.
-        encoder_width: Elements of the encoder's hidden states between its stages.
-        dtype: Of all of them.
-        device: Where they live.
-        flow: Where gradients go back.
-        language_trains: Whether the language model has anything to train.
-        run_ahead: Microbatches that the encoder may be ahead of the language model.
-    """
-
-    sharding: SequenceSharding
-    row_width: int
-    encoder_width: int
-    dtype: torch.dtype
-    device: torch.device
-    flow: GradientFlow
-    language_trains: bool
-    run_ahead: int = 1
+    keys: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Executor:
@@ -108,18 +82,8 @@ class Executor:
         self._role = role_of(topology.layout, topology.rank)
         self._schedules: dict[tuple[int, bool], tuple[Action, ...]] = {}
         self.planner = BridgePlanner(topology.layout, config.sharding)
-        self._bridge = self._channels("rows", topology.bridge, config.row_width)
-        self._pipelines = {
-            name: tuple(
-                self._channels(
-                    f"hidden states of the {name}",
-                    groups,
-                    config.encoder_width if name == Module.ENCODER else config.row_width,
-                )
-                for groups in pair
-            )
-            for name, pair in topology.pipelines.items()
-        }
+        self._bridge = bridge_channels(topology, config)
+        self._pipelines = pipeline_channels(topology, config)
 
     def run(
         self, program: StepProgram, manifests: Sequence[StepManifest], *, gradients: bool
@@ -135,6 +99,7 @@ class Executor:
             RuntimeError: The model produced another number of rows than a manifest names, or no
                 gradient reached them.
         """
+        begin_check(self._bridge, lambda m, lane, rows: _view(manifests[m], lane, rows))
         stages = self._stages(program, manifests, gradients)
         handlers = {module: _handlers(stage) for module, stage in stages.items()}
         with torch.set_grad_enabled(gradients):
@@ -239,21 +204,19 @@ class Executor:
             after = Boundary(channels, source=plans(place.pp + 1), target=None, returns=returns)
         return before, after
 
-    def _channels(self, what: str, groups: BoundaryGroups, width: int) -> Channels:
-        def channel(name: str, group: dist.ProcessGroup) -> Channel:
-            return Channel(
-                name,
-                group,
-                rank=self._topology.rank,
-                width=width,
-                dtype=self._config.dtype,
-                device=self._config.device,
-            )
 
-        return Channels(
-            forward=channel(what, groups.forward),
-            backward=channel(f"gradients of {what}", groups.backward),
-        )
+def _view(manifest: StepManifest, lane: int, rows: int) -> View:
+    """What this rank believes of a message of a lane's rows."""
+    return View(
+        lane=lane,
+        keys=manifest.keys.get(lane, ()),
+        images=tuple(
+            (entry.encoder_rank, entry.rows, entry.sequence, entry.start)
+            for entry in manifest.entries
+            if entry.lane == lane
+        ),
+        rows=rows,
+    )
 
 
 def _handlers(stage: Stage) -> dict[Kind, Callable[[int], None]]:

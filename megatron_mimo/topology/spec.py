@@ -115,6 +115,12 @@ class ModuleGridSpec:
             stride *= size
         return self.offset + index
 
+    def stage_ranks(self, *, dp: int, pp: int) -> list[int]:
+        """The cp and tp ranks of one dp rank on a pipeline stage, ascending."""
+        return [
+            self.rank(dp=dp, pp=pp, cp=cp, tp=tp) for cp in range(self.cp) for tp in range(self.tp)
+        ]
+
     def groups(self, *axes: str) -> Iterator[tuple[int, ...]]:
         """Global ranks of every group that spans `axes` of the dense view, each ascending."""
         seen: dict[tuple[int, ...], list[int]] = {}

@@ -95,6 +95,7 @@ def agree_on_step(
             StepManifest(
                 entries=microbatch.manifest,
                 network_rows=dict(zip(pairs, counts[i], strict=True)) if pairs else None,
+                keys=microbatch.keys,
             )
             for i, microbatch in enumerate(step.microbatches)
         ),

@@ -7,7 +7,8 @@ from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
 from megatron_mimo.optim.mimo_optimizer import MimoOptimizer, build_scheduler
 from megatron_mimo.runtime import Device
 from megatron_mimo.schedule.actions import GradientFlow
-from megatron_mimo.schedule.executor import BoundaryConfig, Executor
+from megatron_mimo.schedule.channels import BoundaryConfig
+from megatron_mimo.schedule.executor import Executor
 from megatron_mimo.topology import Layout, SequenceSharding
 from megatron_mimo.topology.groups import build_topology
 from megatron_mimo.training.step import Engine
@@ -22,6 +23,7 @@ def build_engine(
     schedule: ScheduleConfig,
     *,
     run_ahead: int,
+    check_bridge: bool,
     image_token_id: int,
     validate_data: bool,
     device: Device,
@@ -36,6 +38,7 @@ def build_engine(
         adam: Optimizer.
         schedule: Learning rate.
         run_ahead: Microbatches that the encoder may be ahead of the language model.
+        check_bridge: Compare sample keys and checksums of all that crosses the bridge.
         image_token_id: Token that rows replace.
         validate_data: Check each step that both grids read the same samples.
         device: Of this rank.
@@ -62,6 +65,7 @@ def build_engine(
         ),
         language_trains=not freeze.language,
         run_ahead=run_ahead,
+        check=check_bridge,
     )
     return Engine(
         topology=topology,

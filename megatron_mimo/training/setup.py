@@ -77,6 +77,7 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
         resolved.adam,
         resolved.schedule,
         run_ahead=resolved.config.grids.encoder_run_ahead,
+        check_bridge=resolved.config.grids.check_bridge,
         image_token_id=tokenizer.image_token_id,
         validate_data=resolved.config.data.validate_data_alignment,
         device=context.device,

@@ -23,7 +23,15 @@ def beside(encoder: dict[str, int], llm: dict[str, int]) -> Layout:
 
 
 def small_engine(
-    chosen, *, freeze=None, sequence_parallel=True, bf16=False, lr=1e-3, steps=20, run_ahead=1
+    chosen,
+    *,
+    freeze=None,
+    sequence_parallel=True,
+    bf16=False,
+    lr=1e-3,
+    steps=20,
+    run_ahead=1,
+    check_bridge=False,
 ):
     """This rank's engine over a narrow mock model, every weight drawn by name."""
     import torch
@@ -53,6 +61,7 @@ def small_engine(
         ),
         ScheduleConfig(style="cosine", warmup_samples=16, decay_samples=steps * 8),
         run_ahead=run_ahead,
+        check_bridge=check_bridge,
         image_token_id=ByteTokenizer.image_token_id,
         validate_data=True,
         device=Device("cpu"),

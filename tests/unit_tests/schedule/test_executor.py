@@ -36,7 +36,7 @@ LAYOUTS = {
 }
 
 
-def step(layout: Layout, sequence_parallel: bool, **settings: Any) -> None:
+def step(layout: Layout, sequence_parallel: bool = True, **settings: Any) -> None:
     """Run a step twice, so that buffers are used again, and check this rank's gradients."""
     from megatron_mimo.topology.groups import build_topology
     from tests.unit_tests.schedule.toy_program import Settings, Toy
@@ -48,13 +48,20 @@ def step(layout: Layout, sequence_parallel: bool, **settings: Any) -> None:
 
 
 def step_with(layout: Layout, settings: dict[str, Any]) -> None:
-    step(layout, True, **settings)
+    step(layout, **settings)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_rows_and_gradients_cross_every_layout(name: str, run_ranks: Callable[..., list]) -> None:
     layout, sequence_parallel = LAYOUTS[name]
     run_ranks(layout.world_size, step, layout, sequence_parallel)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_both_ends_agree_when_they_compare(name: str, run_ranks: Callable[..., list]) -> None:
+    layout, sequence_parallel = LAYOUTS[name]
+    settings = {"check": True, "sequence_parallel": sequence_parallel}
+    run_ranks(layout.world_size, step_with, layout, settings)
 
 
 @pytest.mark.parametrize("run_ahead", [0, 3, 9])

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megatron_mimo.bridge.manifest import ManifestEntry
 from megatron_mimo.schedule.actions import GradientFlow, Module
-from megatron_mimo.schedule.executor import BoundaryConfig, Executor, StepManifest
+from megatron_mimo.schedule.channels import BoundaryConfig
+from megatron_mimo.schedule.executor import Executor, StepManifest
 from megatron_mimo.topology import SequenceSharding
 from megatron_mimo.topology.groups import Topology
 from tests.unit_tests.schedule.toy import WIDTH, manifests, name_of
@@ -57,6 +58,7 @@ class Toy:
                 flow=self.flow,
                 language_trains=settings.language_trains,
                 run_ahead=settings.run_ahead,
+                check=settings.check,
             ),
         )
 
