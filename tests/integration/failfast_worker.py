@@ -3,7 +3,8 @@
     failfast_worker.py HOW RANK FOLDER
 
 Each rank writes its process id to FOLDER/pid-RANK when it takes part, and the failing rank the
-time to FOLDER/failed. HOW is a key of `FAILURES`, "usage", or "hold", which ends well.
+time to FOLDER/failed. HOW is a key of `FAILURES`, "usage", "hold", which ends well, or "transfer":
+rank 0 sends rows to rank 1 over a bridge, and one of the two is killed in the middle of a message.
 """
 
 import ctypes
@@ -18,6 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_mimo.bridge.plan import Message
+from megatron_mimo.bridge.transport import Channel, Incoming, Outgoing
 from megatron_mimo.runtime.environment import first_node, read_environment
 from megatron_mimo.runtime.failfast import guard_rank
 
@@ -83,6 +86,38 @@ def sum_for_ever(how: str, failing_rank: int, folder: Path) -> None:
                 wait_in_python()
 
 
+def send_for_ever(failing_rank: int, folder: Path) -> None:
+    rank = dist.get_rank()
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    num_rows, width = 16384, 2688
+    channel = Channel(
+        "rows",
+        dist.group.WORLD,
+        rank=rank,
+        width=width,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    rows = torch.ones(num_rows, width)
+    whole = ((0, num_rows),)
+    for m in range(1_000_000):
+        if rank > 1:
+            # Waits for what never ends.
+            dist.barrier()
+        pending = channel.post(
+            m,
+            Outgoing((Message(1, whole),), rows) if rank == 0 else None,
+            Incoming((Message(0, whole),), num_rows) if rank == 1 else None,
+        )
+        if m == 3 and rank == failing_rank:
+            (folder / "failed").write_text(str(time.time()))
+            kill_myself()
+        if pending is not None:
+            pending.wait()
+            pending.release()
+        channel.drain()
+
+
 def main() -> None:
     how, failing_rank, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     environment = read_environment(os.environ)
@@ -97,7 +132,10 @@ def main() -> None:
             world_size=environment.world_size,
             timeout=timedelta(minutes=10),
         )
-        sum_for_ever(how, failing_rank, folder)
+        if how == "transfer":
+            send_for_ever(failing_rank, folder)
+        else:
+            sum_for_ever(how, failing_rank, folder)
         dist.destroy_process_group()
     print(f"rank {environment.rank} done", flush=True)
 

@@ -154,6 +154,15 @@ def test_without_a_launcher_that_watches(how: str, rank: int, tmp_path: Path) ->
     assert CAUSES[how] in block
 
 
+@pytest.mark.parametrize("rank", [0, 1], ids=["sender", "receiver"])
+def test_a_peer_dies_in_the_middle_of_a_transfer(rank: int, tmp_path: Path) -> None:
+    outcome = run_slurm("transfer", rank, tmp_path)
+    assert_all_ended(outcome)
+    block = last_block(outcome.output)
+    assert block.startswith(f"rank {rank} (encoder dp 0 tp {rank}) on ")
+    assert CAUSES["kill"] in block
+
+
 def test_wrong_usage_is_one_line_and_code_2(tmp_path: Path) -> None:
     outcome = run_launch("usage", 0, tmp_path)
     assert outcome.codes == [2]
