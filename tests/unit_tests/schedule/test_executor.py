@@ -96,3 +96,22 @@ def test_frozen_parts_send_no_gradients(
     flow: str, layout: Layout, run_ranks: Callable[..., list]
 ) -> None:
     run_ranks(layout.world_size, step_with, layout, FLOWS[flow])
+
+
+def buffers_left(layout: Layout, gradients: bool) -> int:
+    """Buffers of rows that a rank made for 8 microbatches and got back."""
+    from megatron_mimo.topology.groups import build_topology
+    from tests.unit_tests.schedule.toy_program import Settings, Toy
+
+    settings = Settings(num_microbatches=8, gradients=gradients)
+    toy = Toy(build_topology(layout), sharding_of(layout, False), settings)
+    toy.run()
+    return len(toy.executor._bridge.forward._pool._free)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_no_more_buffers_than_microbatches_in_flight(
+    gradients: bool, run_ranks: Callable[..., list]
+) -> None:
+    """Of three microbatches in a row only two have rows, so at most two are on this rank."""
+    assert run_ranks(3, buffers_left, grids({}, {"pp": 2}), gradients) == [0, 2, 0]
