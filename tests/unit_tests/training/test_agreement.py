@@ -83,6 +83,9 @@ def test_lanes_learn_of_each_others_rows_where_senders_share(
 ) -> None:
     read = {0: SAME, 1: SAME, 2: {0: SAME[0]}, 3: {1: SAME[1]}}
     assert run_ranks(4, agree, SHARED, read, 5, True) == [(10, {(0, 0): 3, (0, 1): 4})] * 4
+    bare = {0: SAME[0], 1: (KEYS[1], ())}
+    read = {0: bare, 1: bare, 2: {0: bare[0]}, 3: {1: bare[1]}}
+    assert run_ranks(4, agree, SHARED, read, 5, True) == [(10, {(0, 0): 3, (0, 1): 0})] * 4
 
 
 @pytest.mark.parametrize(
