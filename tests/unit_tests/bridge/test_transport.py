@@ -1,6 +1,7 @@
 """Channels over real process groups, and their buffers."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -35,29 +36,39 @@ def test_an_outgrown_buffer_makes_room_for_its_successor() -> None:
     assert len(pool._free) == 1
 
 
+def channel_of_world() -> Any:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_mimo.bridge.transport import Channel
+
+    return Channel(
+        "rows",
+        dist.group.WORLD,
+        rank=dist.get_rank(),
+        width=WIDTH,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
 def send_and_receive(runs: list[tuple[tuple[int, int], ...]]) -> None:
     """Rank 0 sends named rows to rank 1 microbatch by microbatch; buffers come back each time."""
     import torch
     import torch.distributed as dist
 
     from megatron_mimo.bridge.plan import Message
-    from megatron_mimo.bridge.transport import Channel, Incoming, Outgoing
+    from megatron_mimo.bridge.transport import Incoming, Outgoing
 
     rank = dist.get_rank()
-    channel = Channel(
-        "rows",
-        dist.group.WORLD,
-        rank=rank,
-        width=WIDTH,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    channel = channel_of_world()
     rows = torch.arange(12.0).unsqueeze(1).expand(-1, WIDTH).contiguous()
     places = set()
     for m, cuts in enumerate(runs):
         picked = torch.cat([rows[start:stop] for start, stop in cuts])
         if rank == 0:
             assert channel.post(m, Outgoing((Message(1, cuts),), rows), None) is None
+            channel.wait_sent(m)
         else:
             # Where they land mirrors where they came from.
             pending = channel.post(m, None, Incoming((Message(0, cuts),), 12))
@@ -69,6 +80,9 @@ def send_and_receive(runs: list[tuple[tuple[int, int], ...]]) -> None:
             pending.release()
     channel.drain()
     assert len(places) == rank
+    # One for what arrives, and one where pieces are put together.
+    staging = any(len(cuts) > 1 for cuts in runs)
+    assert len(channel._pool._free) == rank + staging
 
 
 @pytest.mark.parametrize(
@@ -85,21 +99,38 @@ def test_rows_arrive_where_the_plan_says(
     run_ranks(2, send_and_receive, runs)
 
 
-def keep_for_itself() -> None:
+def send_before_anyone_receives() -> None:
     import torch
     import torch.distributed as dist
 
     from megatron_mimo.bridge.plan import Message
-    from megatron_mimo.bridge.transport import Channel, Incoming, Outgoing
+    from megatron_mimo.bridge.transport import Incoming, Outgoing
 
-    channel = Channel(
-        "rows",
-        dist.group.WORLD,
-        rank=0,
-        width=WIDTH,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    channel, rank = channel_of_world(), dist.get_rank()
+    pieces = ((0, 1), (2, 3))
+    if rank == 0:
+        for m in range(3):
+            rows = torch.full((4, WIDTH), float(m))
+            channel.post(m, Outgoing((Message(1, pieces),), rows), None)
+    dist.barrier()
+    if rank == 1:
+        for m in range(3):
+            pending = channel.post(m, None, Incoming((Message(0, ((0, 2),)),), 2))
+            assert torch.equal(pending.wait(), torch.full((2, WIDTH), float(m)))
+    channel.drain()
+
+
+def test_rows_on_their_way_keep_their_memory(run_ranks: Callable[..., list]) -> None:
+    run_ranks(2, send_before_anyone_receives)
+
+
+def keep_for_itself() -> None:
+    import torch
+
+    from megatron_mimo.bridge.plan import Message
+    from megatron_mimo.bridge.transport import Incoming, Outgoing
+
+    channel = channel_of_world()
     rows = torch.randn(8, WIDTH)
     own = Message(0, ((0, 8),))
     pending = channel.post(0, Outgoing((own,), rows), Incoming((own,), 8))
