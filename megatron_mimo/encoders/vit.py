@@ -8,12 +8,19 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
 from megatron_mimo.encoders.config import VitConfig
-from megatron_mimo.runtime.engine import transformer_config
+from megatron_mimo.runtime.engine import (
+    is_first_stage,
+    is_last_stage,
+    require_equal_stages,
+    transformer_config,
+)
 from megatron_mimo.runtime.specs import transformer_block_spec
 
 
 class PackedVit(nn.Module):
-    """Patches of many images in, rows for the projector out, in one thd sequence.
+    """A pipeline stage of the encoder: patches of many images in, rows for the projector out.
+
+    All images form one thd sequence. The first stage embeds patches, the last picks rows.
 
     Position is the sum of a learned embedding of the patch's row and one of its column, so that an
     image of any aspect ratio needs no interpolation. Attention stays inside an image.
@@ -32,6 +39,8 @@ class PackedVit(nn.Module):
     ) -> None:
         super().__init__()
         self.vit_config = config
+        self.is_first, self.is_last = is_first_stage(pg_collection), is_last_stage(pg_collection)
+        require_equal_stages(config.num_layers, pg_collection, "vision", "--encoder-pp")
         # Sequence parallelism stays off: packed lengths do not divide by the tp size.
         self.config = transformer_config(
             pg_collection,
@@ -44,23 +53,28 @@ class PackedVit(nn.Module):
             layernorm_epsilon=config.layernorm_epsilon,
             init_method_std=config.init_method_std,
         )
-        patch_size = 3 * config.patch_dim**2
-        self.patch_embedding = nn.Linear(patch_size, config.hidden_size, dtype=params_dtype)
-        self.row_embedding = nn.Embedding(config.max_grid, config.hidden_size, dtype=params_dtype)
-        self.column_embedding = nn.Embedding(
-            config.max_grid, config.hidden_size, dtype=params_dtype
-        )
-        for table in (self.row_embedding, self.column_embedding):
-            nn.init.normal_(table.weight, std=config.position_init_std)
+        if self.is_first:
+            width, dtype = config.hidden_size, params_dtype
+            self.patch_embedding = nn.Linear(3 * config.patch_dim**2, width, dtype=dtype)
+            self.row_embedding = nn.Embedding(config.max_grid, width, dtype=dtype)
+            self.column_embedding = nn.Embedding(config.max_grid, width, dtype=dtype)
+            for table in (self.row_embedding, self.column_embedding):
+                nn.init.normal_(table.weight, std=config.position_init_std)
         self.decoder = TransformerBlock(
             self.config,
-            transformer_block_spec(self.config, attn_mask_type=AttnMaskType.no_mask),
+            transformer_block_spec(
+                self.config,
+                attn_mask_type=AttnMaskType.no_mask,
+                pp_rank=pg_collection.pp.rank(),
+            ),
+            pre_process=self.is_first,
+            post_process=self.is_last,
             pg_collection=pg_collection,
         )
 
     def forward(
         self,
-        patches: Tensor,
+        inputs: Tensor,
         positions: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
@@ -69,17 +83,20 @@ class PackedVit(nn.Module):
         """Encode packed images.
 
         Args:
-            patches: [T, 3*P*P], normalised pixels of every patch.
+            inputs: [T, 3*P*P], normalised pixels of every patch; on later stages the hidden states
+                [T, H] of the stage before.
             positions: int64 [T, 2], row and column of each patch in its image.
             cu_seqlens: int32 [N+1], first patch of each image, and T.
             max_seqlen: Patches of the largest image.
             row_index: int64 [R*k], the patches that rows concatenate; k = 4 with pixel shuffle.
 
         Returns:
-            [R, k*H].
+            [R, k*H]; before the last stage hidden states [T, H].
         """
-        x = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
-        x = x + self.row_embedding(positions[:, 0]) + self.column_embedding(positions[:, 1])
+        x = inputs
+        if self.is_first:
+            x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
+            x = x + self.row_embedding(positions[:, 0]) + self.column_embedding(positions[:, 1])
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
@@ -87,6 +104,9 @@ class PackedVit(nn.Module):
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
         )
-        x = self.decoder(x.unsqueeze(1), attention_mask=None, packed_seq_params=packed).squeeze(1)
-        rows: Tensor = x[row_index].view(-1, self.vit_config.row_size)
-        return rows
+        x = x.unsqueeze(1)
+        if not self.is_first:
+            # Later stages take their input from here, whatever they are called with.
+            self.decoder.set_input_tensor(x)
+        hidden: Tensor = self.decoder(x, attention_mask=None, packed_seq_params=packed).squeeze(1)
+        return hidden[row_index].view(-1, self.vit_config.row_size) if self.is_last else hidden

@@ -16,6 +16,7 @@ class GptConfig:
         rotary_base: Base period of the rotary position embedding.
         layernorm_epsilon: Of every LayerNorm.
         init_method_std: Standard deviation of the initial weights.
+        share_embeddings_and_output_weights: Tie the output layer to the word embeddings.
     """
 
     num_layers: int = 4
@@ -26,3 +27,4 @@ class GptConfig:
     rotary_base: int = 10000
     layernorm_epsilon: float = 1e-5
     init_method_std: float = 0.02
+    share_embeddings_and_output_weights: bool = False

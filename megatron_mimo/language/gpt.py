@@ -6,7 +6,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_mimo.language.config import GptConfig
-from megatron_mimo.runtime.engine import transformer_config
+from megatron_mimo.runtime.engine import (
+    is_first_stage,
+    is_last_stage,
+    require_equal_stages,
+    transformer_config,
+)
 from megatron_mimo.runtime.specs import transformer_block_spec
 
 
@@ -19,13 +24,14 @@ def build_gpt(
     params_dtype: torch.dtype,
     sequence_parallel: bool,
 ) -> GPTModel:
-    """Build this rank's shard.
+    """Build this rank's shard of its pipeline stage.
 
-    Embeddings are not scattered over the sequence inside the model: rows are merged into the whole
-    sequence first (`model.merge`).
+    Under sequence parallelism the embedding scatters over the sequence itself, so that each rank
+    embeds, and merges rows into (`model.merge`), its own shard only.
 
     Raises:
-        ValueError: The vocabulary or the sequence does not divide by the tensor-parallel size.
+        ValueError: The vocabulary does not divide by the tensor-parallel size, or the layers not
+            by the number of stages.
     """
     tp = pg_collection.tp.size()
     if vocab_size % tp:
@@ -33,11 +39,7 @@ def build_gpt(
             f"vocabulary of {vocab_size} does not divide by --llm-tp {tp}: "
             f"choose a tensor-parallel size that divides it"
         )
-    if sequence_parallel and seq_length % tp:
-        raise ValueError(
-            f"--seq-length {seq_length} does not divide by --llm-tp {tp}: sequence parallelism "
-            f"cuts the sequence evenly; change one, or pass --no-sequence-parallel"
-        )
+    require_equal_stages(config.num_layers, pg_collection, "language", "--llm-pp")
     engine_config = transformer_config(
         pg_collection,
         params_dtype=params_dtype,
@@ -53,13 +55,14 @@ def build_gpt(
     return GPTModel(
         config=engine_config,
         transformer_layer_spec=transformer_block_spec(
-            engine_config, attn_mask_type=AttnMaskType.causal
+            engine_config, attn_mask_type=AttnMaskType.causal, pp_rank=pg_collection.pp.rank()
         ),
         vocab_size=vocab_size,
         max_sequence_length=seq_length,
         position_embedding_type="rope",
         rotary_base=config.rotary_base,
-        share_embeddings_and_output_weights=False,
-        scatter_embedding_sequence_parallel=False,
+        pre_process=is_first_stage(pg_collection),
+        post_process=is_last_stage(pg_collection),
+        share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
         pg_collection=pg_collection,
     )

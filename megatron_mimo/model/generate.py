@@ -8,9 +8,10 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from megatron_mimo.data.batch import Microbatch, TextBatch
-from megatron_mimo.model.merge import row_positions
+from megatron_mimo.model.merge import positions_in, row_positions
 from megatron_mimo.model.mimo import MimoModel
 from megatron_mimo.model.program import MimoStep
+from megatron_mimo.topology import ModuleGridSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,17 +50,19 @@ class GreedyStep(MimoStep):
         max_new_tokens: int,
     ) -> None:
         super().__init__(model, microbatches, image_token_id)
+        if model.language is not None:
+            _require_whole_sequences(model.language.groups.spec)
         self._pad_id = pad_id
         self._eos_id = eos_id
         self._max_new_tokens = max_new_tokens
         self.answers: list[Answer] = []
 
     @torch.no_grad()
-    def forward(self, microbatch: int, rows: Tensor | None) -> Tensor:
+    def forward(self, microbatch: int, inputs: Tensor | None) -> Tensor:
         """Append this microbatch's answers; returns a zero."""
         text = self._microbatches[microbatch].text
         assert text is not None
-        written = self._decode(text, rows)
+        written = self._decode(text, inputs)
         for i, key in enumerate(text.sample_keys):
             targets = text.labels[i][text.loss_mask[i] > 0]
             self.answers.append(
@@ -83,7 +86,9 @@ class GreedyStep(MimoStep):
         # prompts go on while longer ones are full; what those write lands behind the sequence.
         room = [min(self._max_new_tokens, length - p) for p in last.tolist()]
         steps = max(room)
-        positions = row_positions(prompt, self._image_token_id).to(device)
+        sharding, place = self._model.sharding, language.groups.place
+        shard = sharding.intervals(sharding.shard(cp_rank=place.cp, tp_rank=place.tp))
+        positions = row_positions(prompt, self._image_token_id, positions_in(shard)).to(device)
         tokens = torch.nn.functional.pad(prompt, (0, steps), value=self._pad_id).to(device)
         last, position_ids = last.to(device), text.position_ids.to(device)
         sample = torch.arange(batch, device=device)
@@ -100,3 +105,13 @@ class GreedyStep(MimoStep):
     def _until_eos(self, tokens: list[int]) -> tuple[int, ...]:
         stop = tokens.index(self._eos_id) + 1 if self._eos_id in tokens else len(tokens)
         return tuple(tokens[:stop])
+
+
+def _require_whole_sequences(llm: ModuleGridSpec) -> None:
+    """Each new token needs the logits of the one before it, on the ranks that embed it."""
+    for axis in ("pp", "cp"):
+        if getattr(llm, axis) > 1:
+            raise ValueError(
+                f"{llm.flag(axis)} {getattr(llm, axis)}: answers are written with {llm.flag(axis)} "
+                f"1 only; evaluate the loss instead, or on another layout"
+            )

@@ -4,6 +4,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 _RESIDUAL_PROJECTION = re.compile(
     r"decoder\.layers\.\d+\.(self_attention\.linear_proj|mlp\.linear_fc2)\.weight$"
 )
+
+_LAYER = re.compile(r"(.*\bdecoder\.layers\.)\d+\.")
 
 
 def transformer_std(name: str, std: float, num_layers: int) -> float:
@@ -30,6 +33,7 @@ def initialize_topology_invariant(
     name: str,
     seed: int,
     initial_std: Callable[[str], float],
+    initial_name: Callable[[str], str],
     tp_group: dist.ProcessGroup,
 ) -> None:
     """Draw every weight matrix from (seed, its name) alone, and keep this rank's shard.
@@ -42,6 +46,7 @@ def initialize_topology_invariant(
         name: Prefix of the parameters' names, unique among modules.
         seed: Run seed.
         initial_std: Standard deviation of a weight, by the parameter's name within the module.
+        initial_name: The name to draw a weight by, from its own; equal names get equal weights.
         tp_group: Tensor-parallel group of the module.
     """
     for parameter_name, parameter in module.named_parameters():
@@ -49,9 +54,20 @@ def initialize_topology_invariant(
             continue
         shape, axis = _full_shape(parameter, tp_group.size())
         full = torch.empty(shape, dtype=torch.float32)
-        generator = _generator(seed, f"{name}.{parameter_name}")
+        drawn_by = initial_name(_global_name(module, parameter_name))
+        generator = _generator(seed, f"{name}.{drawn_by}")
         full.normal_(0.0, initial_std(parameter_name), generator=generator)
         parameter.copy_(_shard(full, axis, parameter, tp_group))
+
+
+def _global_name(module: nn.Module, name: str) -> str:
+    """A parameter's name with its layer counted over all pipeline stages."""
+    match = _LAYER.match(name)
+    if match is None:
+        return name
+    # Counted from 1 over all stages.
+    number = cast(int, module.get_submodule(match[0].removesuffix(".")).layer_number)
+    return f"{match[1]}{number - 1}.{name[match.end() :]}"
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

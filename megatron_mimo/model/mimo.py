@@ -11,6 +11,7 @@ from megatron_mimo.model.config import FreezeConfig, ModelConfig
 from megatron_mimo.model.initialize import initialize_topology_invariant
 from megatron_mimo.model.modules import EncoderModule, LanguageModule
 from megatron_mimo.runtime import Device, seed_everything
+from megatron_mimo.topology import SequenceSharding
 from megatron_mimo.topology.groups import ModuleGroups, Topology
 
 
@@ -76,6 +77,7 @@ class MimoModel:
         row_dtype: Dtype of a row.
         device: Where tensors live.
         encoder_trains: Whether gradients of rows go back over the bridge.
+        sharding: Which positions of a sequence each rank of the language model holds.
     """
 
     encoder: ModuleReplica | None
@@ -84,6 +86,7 @@ class MimoModel:
     row_dtype: torch.dtype
     device: torch.device
     encoder_trains: bool
+    sharding: SequenceSharding
 
     @property
     def replicas(self) -> tuple[ModuleReplica, ...]:
@@ -117,6 +120,13 @@ def build_model(
             + " frozen; drop one of --freeze-lm, --freeze-vit, --freeze-projection, or choose "
             "another --training-stage"
         )
+    llm = topology.layout.llm
+    sharding = SequenceSharding(
+        seq_length=build.seq_length,
+        cp=llm.cp,
+        tp=llm.tp,
+        sequence_parallel=build.sequence_parallel and llm.tp > 1,
+    )
     encoder = language = None
     if topology.encoder is not None:
         _seed(topology.encoder, build.seed)
@@ -145,6 +155,7 @@ def build_model(
         row_dtype=build.params_dtype,
         device=device.torch,
         encoder_trains=topology.layout.encoder is not None and freeze.encoder_trains,
+        sharding=sharding,
     )
 
 
@@ -172,6 +183,7 @@ def _initialize(
             name=name,
             seed=build.seed,
             initial_std=module.initial_std,
+            initial_name=module.initial_name,
             tp_group=groups.pg_collection.tp,
         )
 

@@ -2,7 +2,6 @@
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -13,9 +12,15 @@ from megatron_mimo.model.config import FreezeConfig, ModelConfig
 from megatron_mimo.model.initialize import transformer_std
 from megatron_mimo.model.merge import merge_rows
 
+_EMBEDDING = "model.embedding.word_embeddings.weight"
+_OUTPUT = "model.output_layer.weight"
+
 
 class EncoderModule(MegatronModule):
-    """Vision encoder and projector: packed images in, rows of the language model's width out."""
+    """A stage of vision encoder and projector: images in, rows of the language model's width out.
+
+    The projector stands on the last stage.
+    """
 
     def __init__(
         self,
@@ -28,15 +33,20 @@ class EncoderModule(MegatronModule):
         super().__init__(config=vision.config)
         self.architecture = config
         self.vision = vision
-        self.projector = Projector(
-            config.projector,
-            config.vision.row_size,
-            config.language.hidden_size,
-            pg_collection,
-            params_dtype,
+        self.projector = (
+            Projector(
+                config.projector,
+                config.vision.row_size,
+                config.language.hidden_size,
+                pg_collection,
+                params_dtype,
+            )
+            if vision.is_last
+            else None
         )
         self.vision.requires_grad_(not freeze.vision)
-        self.projector.requires_grad_(not freeze.projector)
+        if self.projector is not None:
+            self.projector.requires_grad_(not freeze.projector)
 
     def initial_std(self, name: str) -> float:
         """Standard deviation of an initial weight, for `initialize_topology_invariant`."""
@@ -47,23 +57,25 @@ class EncoderModule(MegatronModule):
             return vision.position_init_std
         return transformer_std(name, vision.init_method_std, vision.num_layers)
 
+    def initial_name(self, name: str) -> str:
+        """The name that an initial weight is drawn by."""
+        return name
+
     def forward(
         self,
-        patches: Tensor,
+        inputs: Tensor,
         positions: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
         row_index: Tensor,
     ) -> Tensor:
-        """Encode packed images (see `PackedVit.forward`) to rows [R, H_llm]."""
-        rows: Tensor = self.projector(
-            self.vision(patches, positions, cu_seqlens, max_seqlen, row_index)
-        )
-        return rows
+        """Encode packed images (see `PackedVit.forward`) to rows [R, H_llm], or hidden states."""
+        output: Tensor = self.vision(inputs, positions, cu_seqlens, max_seqlen, row_index)
+        return output if self.projector is None else self.projector(output)
 
 
 class LanguageModule(MegatronModule):
-    """Language model that takes rows at its image tokens."""
+    """A stage of the language model; the first takes rows at its image tokens."""
 
     def __init__(
         self,
@@ -87,8 +99,15 @@ class LanguageModule(MegatronModule):
         super().__init__(config=model.config)
         self.architecture = config.language
         self.model = model
-        self.tp_group = pg_collection.tp
+        # megatron-core reduces the gradients of tied embeddings and looks for these.
+        self.pre_process, self.post_process = model.pre_process, model.post_process
+        self.share_embeddings_and_output_weights = model.share_embeddings_and_output_weights
         self.requires_grad_(not freeze.language)
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """The tied weight of this stage; megatron-core's name for it."""
+        weight: Tensor = self.model.shared_embedding_or_output_weight()
+        return weight
 
     def initial_std(self, name: str) -> float:
         """Standard deviation of an initial weight, for `initialize_topology_invariant`."""
@@ -96,33 +115,42 @@ class LanguageModule(MegatronModule):
             name, self.architecture.init_method_std, self.architecture.num_layers
         )
 
+    def initial_name(self, name: str) -> str:
+        """The name that an initial weight is drawn by: the last stage's copy of a tied one's."""
+        tied = self.share_embeddings_and_output_weights
+        return _EMBEDDING if tied and name == _OUTPUT else name
+
     def forward(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        rows: Tensor | None,
+        inputs: Tensor | None,
         positions: Tensor,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """Per-token losses, or logits when there are no labels.
+        """Per-token losses, logits when there are no labels, or hidden states.
+
+        S is this cp rank's part of the sequence, s its shard of that under sequence parallelism.
 
         Args:
             input_ids: int64 [B, S].
             position_ids: int64 [B, S].
-            rows: [R, H], rows of the image tokens, sample by sample; None without images.
-            positions: int64 [R], where they go (`row_positions`).
+            inputs: On the first stage rows [R, H] of the shard's image tokens, None without
+                images; on later stages the hidden states [s, B, H] of the stage before.
+            positions: int64 [R], where the rows go (`row_positions`).
             labels: int64 [B, S], target of each position.
 
         Returns:
             With labels: float32 [B, S], cross entropy of each position. Without: this tp rank's
-            shard of the logits, [B, S, V/tp].
+            shard of the logits, [B, S, V/tp]. Before the last stage: hidden states [s, B, H].
         """
-        # The embedding is [S, B, H] here: the whole sequence, also under sequence parallelism.
-        embeddings = self.model.embedding(input_ids=input_ids, position_ids=position_ids)
-        if rows is not None:
-            embeddings = merge_rows(embeddings, rows, positions)
-        if self.config.sequence_parallel:
-            embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.tp_group)
+        embeddings = None
+        if self.pre_process:
+            embeddings = self.model.embedding(input_ids=input_ids, position_ids=position_ids)
+            if inputs is not None:
+                embeddings = merge_rows(embeddings, inputs, positions)
+        else:
+            self.model.set_input_tensor(inputs)
         output: Tensor = self.model(
             input_ids, position_ids, attention_mask=None, decoder_input=embeddings, labels=labels
         )

@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 
 from megatron_mimo.data.batch import Microbatch
-from megatron_mimo.model.merge import row_positions
+from megatron_mimo.model.merge import positions_in, row_positions
 from megatron_mimo.model.mimo import MimoModel
+from megatron_mimo.schedule.actions import Module
 
 
 class MimoStep:
     """Implements `schedule.executor.StepProgram`.
 
     Attributes:
-        loss_sum: float64 scalar, summed cross entropy of this rank's target tokens so far.
+        loss_sum: float64 scalar, summed cross entropy of this rank's target tokens so far; 0 before
+            the language model's last stage.
     """
 
     def __init__(
@@ -25,31 +27,49 @@ class MimoStep:
         self._image_token_id = image_token_id
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
 
-    def encode(self, microbatch: int) -> Tensor:
-        """Rows [R, H] of the images that this rank runs."""
+    def encode(self, microbatch: int, hidden: Tensor | None) -> Tensor:
+        """Rows [R, H] of the images that this rank runs, or hidden states [T, H_vit]."""
         encoder, images = self._model.encoder, self._microbatches[microbatch].images
         assert encoder is not None and images is not None
         device = self._model.device
         return encoder(
-            images.patches.to(device),
+            images.patches.to(device) if hidden is None else hidden,
             images.positions.to(device),
             images.cu_seqlens.to(device),
             images.max_seqlen,
             images.row_index.to(device),
         )
 
-    def forward(self, microbatch: int, rows: Tensor | None) -> Tensor:
-        """Summed cross entropy of the lane's target tokens, float32."""
+    def forward(self, microbatch: int, inputs: Tensor | None) -> Tensor:
+        """Summed cross entropy of the lane's target tokens, float32, or hidden states [s*B, H]."""
         language, text = self._model.language, self._microbatches[microbatch].text
         assert language is not None and text is not None
-        device = self._model.device
-        losses = language(
-            text.input_ids.to(device),
-            text.position_ids.to(device),
-            rows,
-            row_positions(text.input_ids, self._image_token_id).to(device),
-            text.labels.to(device),
+        sharding, place, device = self._model.sharding, language.groups.place, self._model.device
+        shard = sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
+        mine = positions_in(sharding.cp_intervals(place.cp))
+        batch = text.input_ids.shape[0]
+        if inputs is not None and not language.groups.is_first_stage:
+            inputs = inputs.view(sharding.shard_length, batch, -1)
+        output = language(
+            text.input_ids[:, mine].to(device),
+            text.position_ids[:, mine].to(device),
+            inputs,
+            row_positions(
+                text.input_ids, self._image_token_id, positions_in(sharding.intervals(shard))
+            ).to(device),
+            text.labels[:, mine].to(device),
         )
-        loss = (losses.float() * text.loss_mask.to(device)).sum()
+        if not language.groups.is_last_stage:
+            return output.flatten(0, 1)
+        loss = (output.float() * text.loss_mask[:, mine].to(device)).sum()
         self.loss_sum += loss.detach()
         return loss
+
+    def hidden_rows(self, module: Module, microbatch: int) -> int:
+        """N of the hidden states [N, width] that the stages of a module hand on."""
+        drawn = self._microbatches[microbatch]
+        if module is Module.ENCODER:
+            assert drawn.images is not None
+            return drawn.images.patches.shape[0]
+        assert drawn.text is not None
+        return drawn.text.input_ids.shape[0] * self._model.sharding.shard_length

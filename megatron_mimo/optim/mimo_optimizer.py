@@ -12,6 +12,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megatron_mimo.model.mimo import MimoModel, ModuleReplica
 from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
@@ -67,8 +68,8 @@ class MimoOptimizer:
     def step(self) -> Update:
         """Clip by the one global norm and update every module.
 
-        The gradients must be finalised. Collectives: one norm reduction per module over its own
-        grid, then one reduction of five numbers over the world, on the host.
+        The gradients must be finalised. One reduction of a few numbers over the world, on the host,
+        agrees on the norms; a stage without anything to train takes part in it like the others.
         """
         for optimizer in self._optimizers.values():
             # Without loss scaling this only moves gradients to the fp32 main parameters.
@@ -93,18 +94,19 @@ class MimoOptimizer:
     def _agree(self) -> tuple[dict[str, float], list[int]]:
         """Norm and zero count of every module, on every rank.
 
-        Each rank of a module knows its numbers; the others hold 0, so a maximum spreads them. NaN
-        does not survive a maximum everywhere, so it travels as infinity.
+        Optimizer shards hold every gradient of a module once, so squares and zeros just add up.
         """
         numbers = torch.zeros(2, len(_MODULES), dtype=torch.float64)
         for name, optimizer in self._optimizers.items():
             column = _MODULES.index(name)
-            norm = float(optimizer.get_grad_norm())
-            numbers[0, column] = norm if math.isfinite(norm) else math.inf
+            gradients = _own_gradients(optimizer)
+            numbers[0, column] = _sum_of_squares(gradients)
             if self._config.log_num_zeros:
-                numbers[1, column] = float(optimizer.count_zeros())
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._control)
-        norms, zeros = numbers.tolist()
+                numbers[1, column] = sum(int((grad == 0).sum()) for grad in gradients)
+        dist.all_reduce(numbers, op=dist.ReduceOp.SUM, group=self._control)
+        squares, zeros = numbers.tolist()
+        # NaN survives a sum, but not a comparison of losses; infinity says the same.
+        norms = [math.sqrt(s) if math.isfinite(s) else math.inf for s in squares]
         return dict(zip(_MODULES, norms, strict=True)), [int(count) for count in zeros]
 
 
@@ -140,6 +142,20 @@ def build_scheduler(
     )
 
 
+def _own_gradients(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """Gradients that this rank alone counts: no copies of tensor-parallel peers or tied weights."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [grad for part in parts for grad in part.get_grads_for_grad_norm()]
+
+
+def _sum_of_squares(gradients: list[Tensor]) -> float:
+    """Of all elements; the only wait for the device, and in float64 past each tensor's norm."""
+    if not gradients:
+        return 0.0
+    norms = torch.stack(torch._foreach_norm([grad.float() for grad in gradients]))
+    return float(norms.double().square().sum())
+
+
 def _build(replica: ModuleReplica, config: AdamConfig) -> MegatronOptimizer:
     dtype = replica.module.config.params_dtype
     optimizer_config = OptimizerConfig(
@@ -156,7 +172,8 @@ def _build(replica: ModuleReplica, config: AdamConfig) -> MegatronOptimizer:
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    with world_is(replica.groups.everyone):
+    # The agreement that this replaces stays within a stage: another may have nothing to train.
+    with world_is(replica.groups.pg_collection.tp_dp_cp):
         return get_megatron_optimizer(
             optimizer_config,
             [replica.ddp],

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -36,7 +37,7 @@ class SdpaCoreAttention(MegatronModule):
         attention_dropout: Overrides the configuration's.
         softmax_scale: Overrides 1 / sqrt(D).
         cp_comm_type: Takes no part here.
-        pg_collection: Takes no part here: heads are sharded by the caller.
+        pg_collection: Its cp group shares the sequence; heads are sharded by the caller.
 
     Raises:
         ValueError: The configuration asks for what this attention does not have.
@@ -55,6 +56,11 @@ class SdpaCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         _require_supported(config)
+        self.cp_group: Any = None
+        if config.context_parallel_size > 1:
+            if pg_collection is None:
+                raise ValueError("context parallelism needs pg_collection, the module's groups")
+            self.cp_group = pg_collection.cp
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -113,6 +119,8 @@ class SdpaCoreAttention(MegatronModule):
         mask_type: AttnMaskType,
         dropout: float,
     ) -> Tensor:
+        if self.config.context_parallel_size > 1:
+            return self._context_parallel(query, key, value, mask_type, dropout)
         causal = mask_type in _CAUSAL
         visible = None
         if attention_mask is not None and mask_type in _MASKED:
@@ -131,6 +139,36 @@ class SdpaCoreAttention(MegatronModule):
         )
         return output.permute(2, 0, 1, 3).flatten(2)
 
+    def _context_parallel(
+        self, query: Tensor, key: Tensor, value: Tensor, mask_type: AttnMaskType, dropout: float
+    ) -> Tensor:
+        """Attend from this rank's part of the sequence to all of it.
+
+        Keys and values are gathered over the cp ranks, in their order; a query sees what stands
+        before it in the whole sequence. Backward scatters the gradients of keys and values.
+        """
+        if mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
+            raise ValueError(
+                f"mask type `{mask_type.name}` with context parallelism: expected causal or "
+                f"no_mask; others need Transformer Engine on a GPU"
+            )
+        visible = None
+        if mask_type == AttnMaskType.causal:
+            parts = [
+                _zig_zag(rank, self.cp_group.size(), query.size(0), query.device)
+                for rank in range(self.cp_group.size())
+            ]
+            visible = parts[self.cp_group.rank()].unsqueeze(1) >= torch.cat(parts)
+        key = gather_from_sequence_parallel_region(key.contiguous(), group=self.cp_group)
+        value = gather_from_sequence_parallel_region(value.contiguous(), group=self.cp_group)
+        output = self._attend(
+            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+            visible=visible,
+            causal=False,
+            dropout=dropout,
+        )
+        return output.permute(2, 0, 1, 3).flatten(2)
+
     def _packed(
         self,
         query: Tensor,
@@ -144,6 +182,11 @@ class SdpaCoreAttention(MegatronModule):
             raise ValueError(
                 f"mask type `{mask_type.name}` with a packed sequence: "
                 f"expected causal, padding_causal, no_mask or padding"
+            )
+        if self.config.context_parallel_size > 1:
+            raise ValueError(
+                "packed sequences with context parallelism need Transformer Engine on a GPU: here "
+                "the parts of each segment would have to be put together first; set --llm-cp 1"
             )
         plan = _plan(packed, query.size(0), key.size(0))
         if not plan.groups:
@@ -199,7 +242,6 @@ class SdpaCoreAttention(MegatronModule):
 
 def _require_supported(config: TransformerConfig) -> None:
     wants: dict[str, Any] = {
-        "context_parallel_size": (config.context_parallel_size, 1),
         "window_size": (config.window_size, None),
         "softmax_type": (config.softmax_type, "vanilla"),
     }
@@ -217,6 +259,13 @@ def _lower_triangle(
     """Where a query may look, bool [Sq, Sk]; `at_end` aligns the last query and key."""
     shift = num_keys - num_queries if at_end else 0
     return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(shift)
+
+
+def _zig_zag(rank: int, size: int, length: int, device: torch.device) -> Tensor:
+    """Positions that a cp rank holds, int64 [length]: chunks `rank` and `2 * size - 1 - rank`."""
+    chunk = length // 2
+    first = torch.arange(chunk, device=device)
+    return torch.cat([first + rank * chunk, first + (2 * size - 1 - rank) * chunk])
 
 
 def _take(tokens: Tensor, order: Tensor | None) -> Tensor:

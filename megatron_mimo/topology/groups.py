@@ -168,7 +168,11 @@ def _build_module(spec: ModuleGridSpec, rank: int) -> ModuleGroups | None:
     groups: dict[str, dist.ProcessGroup | None] = {
         name: grid.create_pg(list(axes), view=view) for name, view, axes in _FIELDS
     }
-    groups |= _embedding_groups(spec)
+    if spec.name == "llm":
+        groups |= _embedding_groups(spec)
+    else:
+        # Only a language model may tie its embeddings; None tells megatron-core so.
+        groups |= {"embd": None, "pos_embd": None}
     if rank not in spec.ranks:
         return None
     groups |= {name: groups[source] for name, source in _SYNONYMS.items()}

@@ -9,7 +9,7 @@ from megatron_mimo.runtime import Device
 from megatron_mimo.schedule.actions import GradientFlow
 from megatron_mimo.schedule.channels import BoundaryConfig
 from megatron_mimo.schedule.executor import Executor
-from megatron_mimo.topology import Layout, SequenceSharding
+from megatron_mimo.topology import Layout
 from megatron_mimo.topology.groups import build_topology
 from megatron_mimo.training.step import Engine
 
@@ -50,12 +50,7 @@ def build_engine(
     model = build_model(architecture, freeze, build, topology, device)
     optimizer = MimoOptimizer(model, adam, topology.control)
     boundary = BoundaryConfig(
-        sharding=SequenceSharding(
-            seq_length=build.seq_length,
-            cp=layout.llm.cp,
-            tp=layout.llm.tp,
-            sequence_parallel=build.sequence_parallel and layout.llm.tp > 1,
-        ),
+        sharding=model.sharding,
         row_width=model.row_width,
         encoder_width=architecture.vision.hidden_size,
         dtype=model.row_dtype,

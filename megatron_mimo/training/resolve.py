@@ -240,18 +240,17 @@ def _refuse_unsupported(layout: Layout) -> None:
     """Name the parallel sizes that training cannot use yet.
 
     Raises:
-        ValueError: A grid has pipeline stages or context parallelism, or experts although the
+        ValueError: The encoder has context parallelism, or a grid expert parallelism although the
             models are dense.
     """
     for grid in layout.grids:
         for axis, what in (
-            ("pp", "more than one pipeline stage"),
             ("cp", "context parallelism"),
             ("ep", "expert parallelism"),
             ("expt_tp", "expert tensor parallelism"),
         ):
             size = getattr(grid, axis)
-            if size > 1:
+            if size > 1 and (grid.name, axis) != ("llm", "cp"):
                 raise ValueError(
                     f"{grid.flag(axis)} {size}: {what} is not supported for this model; set it to 1"
                 )

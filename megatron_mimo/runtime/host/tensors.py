@@ -1,6 +1,7 @@
 """Tensor factories and `Tensor` methods that read a CUDA device as the host.
 
-Only a CUDA device is rewritten: "cpu", "meta" and no device at all go through unchanged.
+Only a CUDA device is rewritten: "cpu", "meta" and no device at all go through unchanged. Nothing is
+pinned.
 """
 
 from collections.abc import Callable
@@ -58,6 +59,8 @@ def _with_host_device(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("device") is not None:
             kwargs["device"] = _host(kwargs["device"])
+        # Memory is pinned for a GPU to copy from.
+        kwargs.pop("pin_memory", None)
         return function(*args, **kwargs)
 
     return wrapped
