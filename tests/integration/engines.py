@@ -32,6 +32,8 @@ def small_engine(
     steps=20,
     run_ahead=1,
     check_bridge=False,
+    tied_embeddings=False,
+    seq_length=SEQ_LENGTH,
 ):
     """This rank's engine over a narrow mock model, every weight drawn by name."""
     import torch
@@ -46,14 +48,21 @@ def small_engine(
 
     return build_engine(
         chosen,
-        model_config("mock", ["language.hidden_size=64", "vision.hidden_size=64"]),
+        model_config(
+            "mock",
+            [
+                "language.hidden_size=64",
+                "vision.hidden_size=64",
+                f"language.share_embeddings_and_output_weights={str(tied_embeddings).lower()}",
+            ],
+        ),
         freeze or FreezeConfig(),
         BuildConfig(
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             seed=7,
             init="topology-invariant",
             vocab_size=ByteTokenizer.vocab_size,
-            seq_length=SEQ_LENGTH,
+            seq_length=seq_length,
             sequence_parallel=sequence_parallel,
         ),
         AdamConfig(
@@ -90,3 +99,34 @@ def mock_loader(chosen, config):
     from megatron_mimo.training.engine import data_role
 
     return build_train_loader(config, data_role(chosen, dist.get_rank()), ByteTokenizer())
+
+
+def list_loader(chosen, *, seq_length, micro_batch_size, global_batch_size):
+    """Samples of which every other has no image, and the others one of 500 rows."""
+    import numpy as np
+    import torch.distributed as dist
+
+    from megatron_mimo.data import ByteTokenizer, DataConfig, ImageConfig, RawSample
+    from megatron_mimo.data.loader import build_list_loader
+    from megatron_mimo.training.engine import data_role
+
+    config = DataConfig(
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        # Patches of 8 x 8 pixels, four to a row: 320 x 400 pixels make 500.
+        image=ImageConfig(max_grid=64, max_patches=2000),
+    )
+    random = np.random.default_rng(3)
+    samples = [
+        RawSample(key=f"text-{i}", question=f"say {i}", answer=f"it is {i}")
+        if i % 2
+        else RawSample(
+            key=f"image-{i}",
+            question="<image> what?",
+            answer=f"this is {i}",
+            images=(random.integers(0, 256, (320, 400, 3), dtype=np.uint8),),
+        )
+        for i in range(8)
+    ]
+    return build_list_loader(samples, config, data_role(chosen, dist.get_rank()), ByteTokenizer())

@@ -2,15 +2,23 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 
 from megatron_mimo.topology import Layout
-from tests.integration.engines import beside, layout, mock_data, mock_loader, small_engine
+from tests.integration.engines import (
+    beside,
+    layout,
+    list_loader,
+    mock_data,
+    mock_loader,
+    small_engine,
+)
 
-STEPS = 20
-GLOBAL_BATCH_SIZE = 8
-
+STEPS = 50
+# Divides by 1, 2 and 3 lanes.
+GLOBAL_BATCH_SIZE = 6
 
 ONE_RANK = layout({}, {})
 LAYOUTS = {
@@ -18,47 +26,48 @@ LAYOUTS = {
     "encoder dp 1, llm dp 2 (fan-out)": beside({}, {"dp": 2}),
     "encoder dp 2, llm dp 1 (fan-in)": beside({"dp": 2}, {}),
     "encoder dp 2, llm dp 2": beside({"dp": 2}, {"dp": 2}),
+    "encoder dp 2, llm dp 3": beside({"dp": 2}, {"dp": 3}),
+    "encoder dp 3, llm dp 2": beside({"dp": 3}, {"dp": 2}),
+    "encoder tp 2, llm dp 2": beside({"tp": 2}, {"dp": 2}),
+    "encoder pp 2": beside({"pp": 2}, {}),
+    "encoder pp 2 dp 2, llm dp 2": beside({"pp": 2, "dp": 2}, {"dp": 2}),
     "llm tp 2": beside({}, {"tp": 2}),
     "llm tp 2, encoder dp 2": beside({"dp": 2}, {"tp": 2}),
-    "encoder tp 2": beside({"tp": 2}, {}),
-    "encoder tp 2, llm tp 2": beside({"tp": 2}, {"tp": 2}),
-    "encoder tp 2, llm dp 2": beside({"tp": 2}, {"dp": 2}),
+    "llm tp 2, encoder tp 2": beside({"tp": 2}, {"tp": 2}),
+    "llm pp 2": beside({}, {"pp": 2}),
+    "llm tp 2 pp 2": beside({}, {"tp": 2, "pp": 2}),
+    "llm pp 2, encoder pp 2": beside({"pp": 2}, {"pp": 2}),
+    "llm cp 2": beside({}, {"cp": 2}),
+    "llm cp 2 tp 2": beside({}, {"cp": 2, "tp": 2}),
+    "llm cp 2 pp 2, encoder tp 2": beside({"tp": 2}, {"cp": 2, "pp": 2}),
     "the llm first, the encoder behind": layout({"offset": 2}, {"dp": 2}),
     "colocated, dp 2 each": layout({"dp": 2}, {"dp": 2}),
     "colocated, encoder dp 2, llm tp 2": layout({"dp": 2}, {"tp": 2}),
+    "colocated, encoder dp 2, llm pp 2": layout({"dp": 2}, {"pp": 2}),
     "colocated, encoder dp 4, llm tp 2 dp 2": layout({"dp": 4}, {"tp": 2, "dp": 2}),
     "colocated, encoder tp 2, llm dp 2": layout({"tp": 2}, {"dp": 2}),
 }
 
 
-def curve(chosen: Layout, text_only_fraction: float, sequence_parallel: bool) -> list[list[float]]:
+def curve(chosen: Layout, data: dict[str, Any], engine: dict[str, Any]) -> list[list[float]]:
     """Train on mock data; (loss, gradient norm, encoder's norm) of each step on this rank."""
     from megatron_mimo.training.step import train_step
 
-    engine = small_engine(chosen, sequence_parallel=sequence_parallel, steps=STEPS)
-    loader = mock_loader(chosen, mock_data(text_only_fraction=text_only_fraction))
-    points = []
-    for iteration in range(1, STEPS + 1):
-        metrics = train_step(engine, loader, iteration, GLOBAL_BATCH_SIZE)
-        update = metrics.update
-        points.append([float(metrics.loss), update.grad_norm, update.module_norms["encoder"]])
-    return points if engine.topology.llm is not None else [[]]
+    built = small_engine(chosen, steps=STEPS, **engine)
+    loader = mock_loader(chosen, mock_data(global_batch_size=GLOBAL_BATCH_SIZE, **data))
+    return [point(built, train_step(built, loader, i + 1, GLOBAL_BATCH_SIZE)) for i in range(STEPS)]
 
 
-@pytest.fixture(scope="session")
-def one_rank(run_ranks: Callable[..., list]) -> Callable[[float], list[list[float]]]:
-    """The curve of one rank, by the fraction of text-only samples; each is run once."""
-
-    @cache
-    def reference(text_only_fraction: float) -> list[list[float]]:
-        (points,) = run_ranks(1, curve, ONE_RANK, text_only_fraction, True)
-        return points
-
-    return reference
+def point(engine: Any, metrics: Any) -> list[float]:
+    """Loss and norms; ranks without a loss report none."""
+    llm, update = engine.topology.llm, metrics.update
+    if llm is None or not llm.is_last_stage:
+        return []
+    return [float(metrics.loss), update.grad_norm, update.module_norms["encoder"]]
 
 
 def assert_same(found: list[list[list[float]]], reference: list[list[float]]) -> None:
-    curves = [points for points in found if points != [[]]]
+    curves = [points for points in found if points[0]]
     assert curves
     for points in curves:
         losses, norms, encoder_norms = zip(*points, strict=True)
@@ -68,35 +77,104 @@ def assert_same(found: list[list[list[float]]], reference: list[list[float]]) ->
         assert encoder_norms == pytest.approx(want_encoder_norms, rel=1e-4)
 
 
+Reference = Callable[..., list[list[float]]]
+
+
+@pytest.fixture(scope="session")
+def one_rank(run_ranks: Callable[..., list]) -> Reference:
+    """The curve of one rank; each is run once."""
+
+    @cache
+    def reference(text_only_fraction: float = 0.0, tied: bool = False) -> list[list[float]]:
+        data = {"text_only_fraction": text_only_fraction}
+        (points,) = run_ranks(1, curve, ONE_RANK, data, {"tied_embeddings": tied})
+        return points
+
+    return reference
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_curve_is_that_of_one_rank(
-    name: str,
-    run_ranks: Callable[..., list],
-    one_rank: Callable[[float], list[list[float]]],
+    name: str, run_ranks: Callable[..., list], one_rank: Reference
 ) -> None:
     chosen = LAYOUTS[name]
-    assert_same(run_ranks(chosen.world_size, curve, chosen, 0.0, True), one_rank(0.0))
+    assert_same(run_ranks(chosen.world_size, curve, chosen, {}, {}), one_rank())
 
 
-@pytest.mark.parametrize("name", ["encoder dp 2, llm dp 2", "encoder dp 2, llm dp 1 (fan-in)"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder dp 2, llm dp 3",
+        "encoder dp 3, llm dp 2",
+        "llm tp 2 pp 2",
+        "llm cp 2",
+        "colocated, encoder dp 2, llm pp 2",
+    ],
+)
 def test_text_only_samples_change_nothing(
-    name: str,
-    run_ranks: Callable[..., list],
-    one_rank: Callable[[float], list[list[float]]],
+    name: str, run_ranks: Callable[..., list], one_rank: Reference
 ) -> None:
     chosen = LAYOUTS[name]
-    assert_same(run_ranks(chosen.world_size, curve, chosen, 0.5, True), one_rank(0.5))
+    found = run_ranks(chosen.world_size, curve, chosen, {"text_only_fraction": 0.5}, {})
+    assert_same(found, one_rank(0.5))
+
+
+@pytest.mark.parametrize("run_ahead", [0, 3])
+@pytest.mark.parametrize("name", ["encoder dp 2, llm dp 1 (fan-in)", "llm pp 2, encoder pp 2"])
+def test_run_ahead_changes_nothing(
+    name: str, run_ahead: int, run_ranks: Callable[..., list], one_rank: Reference
+) -> None:
+    chosen = LAYOUTS[name]
+    found = run_ranks(chosen.world_size, curve, chosen, {}, {"run_ahead": run_ahead})
+    assert_same(found, one_rank())
 
 
 def test_without_sequence_parallelism_too(
-    run_ranks: Callable[..., list], one_rank: Callable[[float], list[list[float]]]
+    run_ranks: Callable[..., list], one_rank: Reference
 ) -> None:
-    assert_same(run_ranks(3, curve, LAYOUTS["llm tp 2"], 0.0, False), one_rank(0.0))
+    found = run_ranks(3, curve, LAYOUTS["llm tp 2"], {}, {"sequence_parallel": False})
+    assert_same(found, one_rank())
 
 
-def test_the_loss_falls_and_the_encoder_learns(
-    one_rank: Callable[[float], list[list[float]]],
+def test_tied_embeddings_on_two_stages(run_ranks: Callable[..., list], one_rank: Reference) -> None:
+    found = run_ranks(3, curve, LAYOUTS["llm pp 2"], {}, {"tied_embeddings": True})
+    assert_same(found, one_rank(tied=True))
+
+
+def test_checking_the_bridge_changes_nothing(
+    run_ranks: Callable[..., list], one_rank: Reference
 ) -> None:
-    points = one_rank(0.0)
-    assert points[-1][0] < 0.8 * points[0][0]
+    chosen = LAYOUTS["encoder tp 2, llm dp 2"]
+    assert_same(run_ranks(4, curve, chosen, {}, {"check_bridge": True}), one_rank())
+
+
+def uneven_curve(chosen: Layout) -> list[list[float]]:
+    """Microbatches of one sample without rows and one with 500."""
+    from megatron_mimo.training.step import train_step
+
+    engine = small_engine(chosen, seq_length=560)
+    loader = list_loader(chosen, seq_length=560, micro_batch_size=2, global_batch_size=4)
+    return [point(engine, train_step(engine, loader, i + 1, 4)) for i in range(4)]
+
+
+@pytest.fixture(scope="session")
+def uneven_one_rank(run_ranks: Callable[..., list]) -> list[list[float]]:
+    """The curve of one rank on uneven samples."""
+    (points,) = run_ranks(1, uneven_curve, ONE_RANK)
+    return points
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder dp 2, llm dp 2", "llm tp 2, encoder tp 2", "llm cp 2 tp 2"]
+)
+def test_no_rows_beside_five_hundred(
+    name: str, run_ranks: Callable[..., list], uneven_one_rank: list[list[float]]
+) -> None:
+    chosen = LAYOUTS[name]
+    assert_same(run_ranks(chosen.world_size, uneven_curve, chosen), uneven_one_rank)
+
+
+def test_the_loss_falls_and_the_encoder_learns(one_rank: Reference) -> None:
+    points = one_rank()
+    assert points[-1][0] < 0.7 * points[0][0]
     assert all(encoder_norm > 0 for _, _, encoder_norm in points)
