@@ -8,12 +8,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
 from megatron_mimo.encoders.config import VitConfig
-from megatron_mimo.runtime.engine import (
-    is_first_stage,
-    is_last_stage,
-    require_equal_stages,
-    transformer_config,
-)
+from megatron_mimo.runtime.engine import is_first_stage, is_last_stage, transformer_config
 from megatron_mimo.runtime.specs import transformer_block_spec
 
 
@@ -40,7 +35,6 @@ class PackedVit(nn.Module):
         super().__init__()
         self.vit_config = config
         self.is_first, self.is_last = is_first_stage(pg_collection), is_last_stage(pg_collection)
-        require_equal_stages(config.num_layers, pg_collection, "vision", "--encoder-pp")
         # Sequence parallelism stays off: packed lengths do not divide by the tp size.
         self.config = transformer_config(
             pg_collection,

@@ -6,12 +6,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_mimo.language.config import GptConfig
-from megatron_mimo.runtime.engine import (
-    is_first_stage,
-    is_last_stage,
-    require_equal_stages,
-    transformer_config,
-)
+from megatron_mimo.runtime.engine import is_first_stage, is_last_stage, transformer_config
 from megatron_mimo.runtime.specs import transformer_block_spec
 
 
@@ -30,8 +25,7 @@ def build_gpt(
     embeds, and merges rows into (`model.merge`), its own shard only.
 
     Raises:
-        ValueError: The vocabulary does not divide by the tensor-parallel size, or the layers not
-            by the number of stages.
+        ValueError: The vocabulary does not divide by the tensor-parallel size.
     """
     tp = pg_collection.tp.size()
     if vocab_size % tp:
@@ -39,7 +33,6 @@ def build_gpt(
             f"vocabulary of {vocab_size} does not divide by --llm-tp {tp}: "
             f"choose a tensor-parallel size that divides it"
         )
-    require_equal_stages(config.num_layers, pg_collection, "language", "--llm-pp")
     engine_config = transformer_config(
         pg_collection,
         params_dtype=params_dtype,

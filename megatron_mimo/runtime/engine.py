@@ -61,22 +61,6 @@ def is_last_stage(pg_collection: ProcessGroupCollection) -> bool:
     return bool(pg_collection.pp.rank() == pg_collection.pp.size() - 1)
 
 
-def require_equal_stages(
-    num_layers: int, pg_collection: ProcessGroupCollection, section: str, flag: str
-) -> None:
-    """Refuse layers that cannot be dealt evenly to the pipeline stages.
-
-    Raises:
-        ValueError: Names the flag and the field of the preset.
-    """
-    stages = pg_collection.pp.size()
-    if num_layers % stages:
-        raise ValueError(
-            f"{num_layers} layers do not divide by {flag} {stages}: change {flag}, or "
-            f"--override {section}.num_layers"
-        )
-
-
 @contextmanager
 def world_is(group: dist.ProcessGroup) -> Iterator[None]:
     """Let `group` stand for the world in `all_gather_object` and `get_world_size`.

@@ -9,7 +9,7 @@ from megatron_mimo.data.config import DataConfig, ImageConfig
 from megatron_mimo.model.config import FreezeConfig, ModelConfig
 from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
 from megatron_mimo.presets import model_config
-from megatron_mimo.topology import Layout, ModuleGridSpec
+from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding
 from megatron_mimo.training.check import check
 from megatron_mimo.training.config import DataSection, GridSection, ModelSection, TrainConfig
 
@@ -56,6 +56,8 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     layout = grids(config, world_size)
     _refuse_unsupported(layout)
     filled = _fill_defaults(config, world_size)
+    architecture = _architecture(filled.model)
+    _check_shards(layout, architecture, filled)
     training = filled.training
     data = _data(filled)
     data.num_microbatches(layout.num_lanes)
@@ -63,7 +65,7 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     return Resolved(
         config=filled,
         layout=layout,
-        architecture=_architecture(filled.model),
+        architecture=architecture,
         freeze=_freeze(filled.model, llm_only=layout.encoder is None),
         data=data,
         adam=AdamConfig(
@@ -254,6 +256,29 @@ def _refuse_unsupported(layout: Layout) -> None:
                 raise ValueError(
                     f"{grid.flag(axis)} {size}: {what} is not supported for this model; set it to 1"
                 )
+
+
+def _check_shards(layout: Layout, architecture: ModelConfig, filled: TrainConfig) -> None:
+    """Refuse layers and sequences that cannot be dealt evenly to the ranks.
+
+    Raises:
+        ValueError: Names the flags.
+    """
+    layers = {"llm": ("language", architecture.language.num_layers)}
+    layers["encoder"] = ("vision", architecture.vision.num_layers)
+    for grid in layout.grids:
+        section, number = layers[grid.name]
+        if number % grid.pp:
+            raise ValueError(
+                f"{grid.flag('pp')} {grid.pp} does not divide the {number} layers of the "
+                f"{grid.name}: change it, or --override {section}.num_layers"
+            )
+    SequenceSharding(
+        seq_length=filled.model.seq_length,
+        cp=layout.llm.cp,
+        tp=layout.llm.tp,
+        sequence_parallel=bool(filled.grids.sequence_parallel),
+    )
 
 
 def _or[T](value: T | None, *, default: T) -> T:
