@@ -22,49 +22,16 @@ def beside(encoder: dict[str, int], llm: dict[str, int]) -> Layout:
     return layout(encoder, llm | {"offset": ModuleGridSpec(name="encoder", **encoder).size})
 
 
-def small_engine(
-    chosen,
-    *,
-    freeze=None,
-    sequence_parallel=True,
-    bf16=False,
-    lr=1e-3,
-    steps=20,
-    run_ahead=1,
-    check_bridge=False,
-    tied_embeddings=False,
-    seq_length=SEQ_LENGTH,
-):
-    """This rank's engine over a narrow mock model, every weight drawn by name."""
-    import torch
-
+def small_engine(chosen, *, lr=1e-3, steps=20, run_ahead=1, check_bridge=False, **model):
+    """This rank's engine over a narrow mock model; other arguments are `small_parts`'s."""
     from megatron_mimo.data import ByteTokenizer
-    from megatron_mimo.model.config import FreezeConfig
-    from megatron_mimo.model.mimo import BuildConfig
     from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
-    from megatron_mimo.presets import model_config
     from megatron_mimo.runtime import Device
     from megatron_mimo.training.engine import build_engine
 
     return build_engine(
         chosen,
-        model_config(
-            "mock",
-            [
-                "language.hidden_size=64",
-                "vision.hidden_size=64",
-                f"language.share_embeddings_and_output_weights={str(tied_embeddings).lower()}",
-            ],
-        ),
-        freeze or FreezeConfig(),
-        BuildConfig(
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            seed=7,
-            init="topology-invariant",
-            vocab_size=ByteTokenizer.vocab_size,
-            seq_length=seq_length,
-            sequence_parallel=sequence_parallel,
-        ),
+        *small_parts(**model),
         AdamConfig(
             lr=lr, min_lr=lr / 10, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_grad=1.0
         ),
@@ -75,6 +42,49 @@ def small_engine(
         validate_data=True,
         device=Device("cpu"),
     )
+
+
+def small_model(topology, **model):
+    """This rank's modules of the narrow mock model."""
+    from megatron_mimo.model.mimo import build_model
+    from megatron_mimo.runtime import Device
+
+    return build_model(*small_parts(**model), topology, Device("cpu"))
+
+
+def small_parts(
+    *,
+    freeze=None,
+    sequence_parallel=True,
+    bf16=False,
+    tied_embeddings=False,
+    seq_length=SEQ_LENGTH,
+):
+    """Architecture, what is frozen, and how to build; every weight is drawn by name."""
+    import torch
+
+    from megatron_mimo.data import ByteTokenizer
+    from megatron_mimo.model.config import FreezeConfig
+    from megatron_mimo.model.mimo import BuildConfig
+    from megatron_mimo.presets import model_config
+
+    architecture = model_config(
+        "mock",
+        [
+            "language.hidden_size=64",
+            "vision.hidden_size=64",
+            f"language.share_embeddings_and_output_weights={str(tied_embeddings).lower()}",
+        ],
+    )
+    build = BuildConfig(
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        seed=7,
+        init="topology-invariant",
+        vocab_size=ByteTokenizer.vocab_size,
+        seq_length=seq_length,
+        sequence_parallel=sequence_parallel,
+    )
+    return architecture, freeze or FreezeConfig(), build
 
 
 def mock_data(*, text_only_fraction=0.0, micro_batch_size=1, global_batch_size=8):

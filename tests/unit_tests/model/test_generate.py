@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import pytest
+
 SEQ_LENGTH = 16
 EOS, PAD, VOCAB = 20, 0, 24
 
@@ -15,9 +17,16 @@ def count_up(prompts: list[tuple[int, int]], max_new_tokens: int) -> list[tuple[
 
     from megatron_mimo.data.batch import Microbatch, TextBatch
     from megatron_mimo.model.generate import GreedyStep
+    from megatron_mimo.topology import ModuleGridSpec, SequenceSharding
+
+    spec = ModuleGridSpec(name="llm")
 
     class Counter:
-        groups = SimpleNamespace(pg_collection=SimpleNamespace(tp=dist.group.WORLD))
+        groups = SimpleNamespace(
+            pg_collection=SimpleNamespace(tp=dist.group.WORLD),
+            spec=spec,
+            place=spec.coordinates(0),
+        )
 
         def __call__(self, tokens, position_ids, rows, positions):
             assert tokens.shape == (len(prompts), SEQ_LENGTH)
@@ -36,10 +45,14 @@ def count_up(prompts: list[tuple[int, int]], max_new_tokens: int) -> list[tuple[
         loss_mask=mask,
         position_ids=torch.arange(SEQ_LENGTH).expand(len(prompts), -1),
     )
-    model = SimpleNamespace(language=Counter(), device=torch.device("cpu"))
+    model = SimpleNamespace(
+        language=Counter(),
+        device=torch.device("cpu"),
+        sharding=SequenceSharding(seq_length=SEQ_LENGTH),
+    )
     step = GreedyStep(
         model,
-        [Microbatch(index=0, manifest=(), text=text, images=None)],
+        [Microbatch(index=0, manifest=(), keys={}, text=text, images=None)],
         image_token_id=VOCAB - 1,
         pad_id=PAD,
         eos_id=EOS,
@@ -62,3 +75,21 @@ def test_the_last_position_predicts_one_more_token(run_ranks: Callable[..., list
 def test_the_limit_holds_without_an_end(run_ranks: Callable[..., list]) -> None:
     (found,) = run_ranks(1, count_up, [(1, 0), (10, SEQ_LENGTH - 1)], 3)
     assert found == [(2, 3, 4), (11,)]
+
+
+def refusal(axis: str) -> str:
+    """What asking for answers on a layout says."""
+    from megatron_mimo.model.generate import _require_whole_sequences
+    from megatron_mimo.topology import ModuleGridSpec
+
+    try:
+        _require_whole_sequences(ModuleGridSpec(name="llm", **{axis: 2}))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("axis", ["pp", "cp"])
+def test_layouts_that_cannot_write_are_refused(axis: str, run_ranks: Callable[..., list]) -> None:
+    (said,) = run_ranks(1, refusal, axis)
+    assert said.startswith(f"--llm-{axis} 2: answers are written with --llm-{axis} 1 only")

@@ -30,7 +30,12 @@ def draw(seed: int, name: str) -> dict[str, torch.Tensor]:
         module.register_parameter(key, parameter)
     module.register_parameter("norm", nn.Parameter(torch.ones(6)))
     initialize_topology_invariant(
-        module, name=name, seed=seed, initial_std=lambda _: 0.5, tp_group=dist.group.WORLD
+        module,
+        name=name,
+        seed=seed,
+        initial_std=lambda _: 0.5,
+        initial_name=lambda key: key,
+        tp_group=dist.group.WORLD,
     )
     return {key: value.detach().clone() for key, value in module.named_parameters()}
 
@@ -59,3 +64,41 @@ def test_seed_and_module_name_change_the_draw(run_ranks: Callable[..., list]) ->
     )
     assert not torch.equal(whole["whole"], seed["whole"])
     assert not torch.equal(whole["whole"], name["whole"])
+
+
+def stage_weights(tied: bool) -> dict[str, torch.Tensor]:
+    """Weights of this rank's stage of a language model, layers counted over all stages."""
+    import torch.distributed as dist
+
+    from megatron_mimo.topology import Layout, ModuleGridSpec
+    from megatron_mimo.topology.groups import build_topology
+    from tests.integration.engines import small_model
+
+    size = dist.get_world_size()
+    llm = ModuleGridSpec(name="llm", pp=size)
+    topology = build_topology(Layout(encoder=None, llm=llm, world_size=size))
+    language = small_model(topology, tied_embeddings=tied).language
+    # A stage of two has one layer.
+    first = language.module.model.decoder.layers[0].layer_number - 1
+    return {
+        name.replace("layers.0.", f"layers.{first}."): value.detach().clone()
+        for name, value in language.module.named_parameters()
+        if value.ndim > 1
+    }
+
+
+def test_stages_are_parts_of_the_whole(run_ranks: Callable[..., list]) -> None:
+    (whole,) = run_ranks(1, stage_weights, False)
+    first, second = run_ranks(2, stage_weights, False)
+    assert set(first) | set(second) == set(whole)
+    assert not set(first) & set(second)
+    for name, value in (first | second).items():
+        assert torch.equal(value, whole[name]), name
+    layer = "model.decoder.layers.{}.mlp.linear_fc1.weight"
+    assert not torch.equal(whole[layer.format(0)], whole[layer.format(1)])
+
+
+def test_the_last_stage_copies_tied_embeddings(run_ranks: Callable[..., list]) -> None:
+    first, second = run_ranks(2, stage_weights, True)
+    embedding = first["model.embedding.word_embeddings.weight"]
+    assert torch.equal(second["model.output_layer.weight"], embedding)

@@ -1,7 +1,10 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megatron_mimo.model.merge import merge_rows, row_positions
+from megatron_mimo.model.merge import merge_rows, positions_in, row_positions
+from megatron_mimo.topology import SequenceSharding
 
 IMAGE = 9
 
@@ -31,3 +34,37 @@ def test_missing_rows_are_an_error() -> None:
     positions = row_positions(torch.tensor([[IMAGE, IMAGE]]), IMAGE)
     with pytest.raises(ValueError, match="1 rows for 2 image tokens"):
         merge_rows(torch.zeros(2, 1, 4), torch.zeros(1, 4), positions)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.data())
+def test_shards_put_together_are_the_whole(
+    cp: int, tp: int, batch: int, sequence_parallel: bool, data: st.DataObject
+) -> None:
+    """Each shard merges its own rows into its own positions, in the order of the whole."""
+    sharding = SequenceSharding(
+        seq_length=2 * cp * tp * 2, cp=cp, tp=tp, sequence_parallel=sequence_parallel
+    )
+    length = sharding.seq_length
+    tokens = st.lists(st.sampled_from([1, IMAGE]), min_size=length, max_size=length)
+    input_ids = torch.tensor([data.draw(tokens) for _ in range(batch)])
+    # Rows are named by their place in the manifest's order: sequence by sequence.
+    is_image = input_ids == IMAGE
+    names = torch.full_like(input_ids, -1)
+    names[is_image] = torch.arange(int(is_image.sum()))
+    for shard in range(sharding.num_shards):
+        held = positions_in(sharding.intervals(shard))
+        mine = names[:, held]
+        rows = mine[mine >= 0].float().unsqueeze(1)
+        merged = merge_rows(
+            torch.full((len(held), batch, 1), -1.0), rows, row_positions(input_ids, IMAGE, held)
+        )
+        assert torch.equal(merged[:, :, 0].T, mine.float())
+
+
+def test_no_rows_in_this_shard_stay_in_the_graph() -> None:
+    """Else a frozen model's collectives would run backward on some ranks and not on others."""
+    rows = torch.zeros(0, 4, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    merged = merge_rows(torch.zeros(2, 1, 4), rows, none)
+    merged.sum().backward()
+    assert rows.grad is not None and rows.grad.shape == (0, 4)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 HEADS, WIDTH = 4, 8
 
 
-def build(mask: str, **config: Any):
+def build(mask: str, pg_collection: Any = None, **config: Any):
     """An attention with HEADS heads."""
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -30,6 +30,7 @@ def build(mask: str, **config: Any):
         layer_number=1,
         attn_mask_type=AttnMaskType[mask],
         attention_type="self",
+        pg_collection=pg_collection,
     )
 
 
@@ -219,7 +220,7 @@ def message_of(config: dict[str, Any], mask: str, bounds: list[int] | None) -> s
     [
         ({"window_size": (4, 0)}, "causal", [0, 6], "window_size=(4, 0)"),
         ({"softmax_type": "off-by-one"}, "causal", [0, 6], "softmax_type='off-by-one'"),
-        ({"context_parallel_size": 2}, "causal", [0, 6], "context_parallel_size=2"),
+        ({"context_parallel_size": 2}, "causal", [0, 6], "needs pg_collection"),
         ({}, "arbitrary", [0, 6], "mask type `arbitrary` with a packed sequence"),
         ({}, "causal", [0, 7], "cu_seqlens_q spans [0, 7)"),
         ({}, "causal", None, "packed_seq_params without cu_seqlens_q"),
@@ -250,3 +251,64 @@ def dropout_streams() -> tuple[bool, bool, bool]:
 
 def test_dropout(run_ranks: RunRanks) -> None:
     assert run_ranks(1, dropout_streams) == [(True, True, True)]
+
+
+def check_context_parallel(groups: int, mask: str) -> None:
+    """This cp rank's part of the outputs and gradients against attention over the whole."""
+    from types import SimpleNamespace
+
+    import torch
+    import torch.distributed as dist
+
+    from megatron_mimo.model.merge import positions_in
+    from megatron_mimo.topology import SequenceSharding
+
+    size, rank = dist.get_world_size(), dist.get_rank()
+    length = 4 * size
+    sharding = SequenceSharding(seq_length=length, cp=size)
+    mine = positions_in(sharding.cp_intervals(rank))
+    whole = random_qkv(length, groups)
+    doubles = tuple(x.detach().double().requires_grad_() for x in whole)
+    visible = torch.ones(length, length, dtype=torch.bool)
+    wanted = reference(*doubles, visible.tril() if mask == "causal" else visible)
+    weights = torch.linspace(-1, 1, wanted.numel(), dtype=torch.float64).view_as(wanted)
+    (wanted * weights).sum().backward()
+
+    parts = tuple(x.detach()[mine].unsqueeze(1).requires_grad_() for x in whole)
+    pg_collection = SimpleNamespace(cp=dist.group.WORLD)
+    output = build(mask, pg_collection, context_parallel_size=size)(*parts, None).squeeze(1)
+    (output.double() * weights[mine]).sum().backward()
+    torch.testing.assert_close(output.double(), wanted[mine], rtol=1e-5, atol=1e-6)
+    for part, double in zip(parts, doubles, strict=True):
+        grad = part.grad.squeeze(1).double()
+        torch.testing.assert_close(grad, double.grad[mine], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("groups", "mask"), [(HEADS, "causal"), (2, "causal"), (2, "no_mask")])
+def test_context_parallel_ranks_attend_to_the_whole(
+    run_ranks: RunRanks, size: int, groups: int, mask: str
+) -> None:
+    run_ranks(size, check_context_parallel, groups, mask)
+
+
+def packed_over_context_parallel_ranks() -> str:
+    from types import SimpleNamespace
+
+    import torch
+    import torch.distributed as dist
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    bounds = torch.tensor([0, 6], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    attention = build("causal", SimpleNamespace(cp=dist.group.WORLD), context_parallel_size=2)
+    try:
+        attention(*random_qkv(6, 4), None, packed_seq_params=packed)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_packed_sequences_over_context_parallel_ranks_are_refused(run_ranks: RunRanks) -> None:
+    for message in run_ranks(2, packed_over_context_parallel_ranks):
+        assert "packed sequences with context parallelism need Transformer Engine" in message
