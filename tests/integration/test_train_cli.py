@@ -92,6 +92,18 @@ def test_one_process_needs_no_launcher() -> None:
     assert len(LOG_LINE.findall(run.stdout)) == 2
 
 
+def test_a_run_over_pipeline_stages_logs_and_evaluates(tmp_path: Path) -> None:
+    run = train(
+        *("--encoder-pp", "2", "--llm-pp", "2", "--train-iters", "2", "--log-interval", "1"),
+        *("--global-batch-size", "4", "--eval-interval", "2", "--eval-iters", "1"),
+        *("--encoder-run-ahead", "2", "--check-bridge", "--training-stage", "stage1"),
+        nproc=4,
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(LOG_LINE.findall(run.stdout)) == 2
+    assert "validation loss at iteration 2" in run.stdout
+
+
 @pytest.mark.parametrize(
     ("flags", "nproc", "message"),
     [
@@ -99,7 +111,7 @@ def test_one_process_needs_no_launcher() -> None:
         (["--llm-dp", "3"], 2, "needs ranks up to 3, but only 2"),
         (["--encoder-dp", "1", "--llm-dp", "1"], 3, r"ranks \[2, 3\) unused"),
         (["--dataset-provider", "energon", "--data-path", "/nonexistent"], None, "/nonexistent"),
-        (["--llm-pp", "2"], 3, "--llm-pp 2: more than one pipeline stage is not supported"),
+        (["--encoder-cp", "2"], 3, "--encoder-cp 2: context parallelism is not supported"),
         (["--global-batch-size", "3", "--llm-dp", "2"], 3, "--global-batch-size 3"),
         (["--freeze-vit", "--freeze-lm", "--freeze-projection"], None, "nothing is left to train"),
         (["--override", "language.num_layer=3"], None, "did you mean 'num_layers'"),

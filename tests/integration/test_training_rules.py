@@ -62,6 +62,28 @@ def test_exactly_what_is_not_frozen_moves(
     assert lanes == [trains & {"model"}] * 2
 
 
+@pytest.mark.parametrize(
+    ("freeze", "trains"),
+    [
+        (FreezeConfig(vision=True), {"projector", "model"}),
+        (FreezeConfig(vision=True, language=True), {"projector"}),
+        (FreezeConfig(language=True), {"vision", "projector"}),
+        (FreezeConfig(vision=True, projector=True), {"model"}),
+    ],
+    ids=["vision frozen", "projector alone", "language frozen", "encoder side frozen"],
+)
+def test_frozen_stages_and_shards_hold_nobody_up(
+    freeze: FreezeConfig, trains: set[str], run_ranks: Callable[..., list]
+) -> None:
+    """The first stage of a frozen encoder has no optimizer, and few shards have rows."""
+    first, last, *lane = run_ranks(4, moved_parts, beside({"pp": 2}, {"tp": 2}), freeze)
+    assert first == trains & {"vision"}
+    assert last == trains - {"model"}
+    assert lane == [trains & {"model"}] * 2
+    _, *stages = run_ranks(3, moved_parts, beside({}, {"pp": 2}), freeze)
+    assert stages == [trains & {"model"}] * 2
+
+
 def step_without_rows(chosen: Layout) -> str:
     """One step of a model that ignores the rows; the error's text."""
     from megatron_mimo.model import modules
