@@ -1,15 +1,12 @@
 """Run a rank's actions: call the model, move rows and gradients, run autograd at the boundaries."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_mimo.bridge.check import View
-from megatron_mimo.bridge.manifest import Manifest
-from megatron_mimo.bridge.plan import BridgePlanner, ModulePlan, NetworkRows
+from megatron_mimo.bridge.plan import BridgePlanner, ModulePlan
 from megatron_mimo.schedule.actions import Action, Kind, Module, build_schedule, role_of
 from megatron_mimo.schedule.boundary import Boundary, neighbour_plan
 from megatron_mimo.schedule.channels import (
@@ -18,6 +15,7 @@ from megatron_mimo.schedule.channels import (
     bridge_channels,
     pipeline_channels,
 )
+from megatron_mimo.schedule.crossing import Crossing, StepManifest, plan_crossing
 from megatron_mimo.schedule.stage import Stage
 from megatron_mimo.topology.groups import ModuleGroups, Topology
 
@@ -58,21 +56,6 @@ class StepProgram(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepManifest:
-    """What a rank knows of the rows of one microbatch.
-
-    Attributes:
-        entries: Of every lane that the rank takes part in.
-        network_rows: Of every lane, where `BridgePlanner.needs_network_rows`.
-        keys: Lane -> keys of its samples; the check compares them.
-    """
-
-    entries: Manifest
-    network_rows: NetworkRows | None = None
-    keys: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-
-
 class Executor:
     """Runs steps over one topology."""
 
@@ -85,25 +68,27 @@ class Executor:
         self._bridge = bridge_channels(topology, config)
         self._pipelines = pipeline_channels(topology, config)
 
-    def run(
-        self, program: StepProgram, manifests: Sequence[StepManifest], *, gradients: bool
-    ) -> None:
+    def plan(self, manifest: StepManifest) -> Crossing:
+        """Plan what a microbatch moves; needs no other rank, so it can be done ahead."""
+        layout, rank = self._topology.layout, self._topology.rank
+        return plan_crossing(layout, rank, self.planner, manifest)
+
+    def run(self, program: StepProgram, crossings: Sequence[Crossing], *, gradients: bool) -> None:
         """Run one step; every rank calls it with the same number of microbatches.
 
         Args:
             program: The model's part.
-            manifests: Of each microbatch, as this rank knows it.
+            crossings: Of each microbatch, from `plan`.
             gradients: False for evaluation: no backward, no autograd state.
 
         Raises:
             RuntimeError: The model produced another number of rows than a manifest names, or no
                 gradient reached them.
         """
-        begin_check(self._bridge, lambda m, lane, rows: _view(manifests[m], lane, rows))
-        stages = self._stages(program, manifests, gradients)
+        stages = self._stages(program, crossings, gradients)
         handlers = {module: _handlers(stage) for module, stage in stages.items()}
         with torch.set_grad_enabled(gradients):
-            for action in self.actions(len(manifests), gradients=gradients):
+            for action in self.actions(len(crossings), gradients=gradients):
                 handlers[action.module][action.kind](action.microbatch)
             for stage in stages.values():
                 stage.drain()
@@ -122,78 +107,71 @@ class Executor:
             self._schedules[key] = schedule[self._role]
         return self._schedules[key]
 
+    def bridge(self, crossings: Sequence[Crossing], *, gradients: bool) -> Boundary:
+        """The bridge in one step; without plans on ranks of other stages."""
+        begin_check(self._bridge, lambda m, lane, rows: crossings[m].manifest.view(lane, rows))
+        encoder, llm = self._topology.encoder, self._topology.llm
+        produces = encoder is not None and encoder.is_last_stage
+        uses = llm is not None and llm.is_first_stage
+        return Boundary(
+            self._bridge,
+            source=[crossing.source for crossing in crossings] if produces else None,
+            target=[crossing.target for crossing in crossings] if uses else None,
+            returns=[gradients and self._config.flow.bridge] * len(crossings),
+        )
+
     def _stages(
-        self, program: StepProgram, manifests: Sequence[StepManifest], gradients: bool
+        self, program: StepProgram, crossings: Sequence[Crossing], gradients: bool
     ) -> dict[Module, Stage]:
-        topology, flow = self._topology, self._config.flow
-        num = len(manifests)
-        # Which microbatches this rank's encoder has rows of, and which its lane takes rows in.
-        busy, fed = [False] * num, [False] * num
-        if topology.encoder is not None:
-            dp = topology.encoder.place.dp
-            busy = [any(e.rows for e in m.entries if e.encoder_rank == dp) for m in manifests]
-        if topology.llm is not None:
-            lane = topology.llm.place.dp
-            fed = [any(e.rows for e in m.entries if e.lane == lane) for m in manifests]
-        bridge = self._bridge_boundary(manifests, busy, fed, returns=gradients and flow.bridge)
-        trains = self._config.language_trains
+        topology, config, num = self._topology, self._config, len(crossings)
+        bridge = None
+        if topology.layout.encoder is not None:
+            bridge = self.bridge(crossings, gradients=gradients)
         stages = {}
         if topology.encoder is not None:
             before, after = self._neighbours(
                 topology.encoder,
-                [program.hidden_rows(Module.ENCODER, m) if busy[m] else None for m in range(num)],
-                [gradients and flow.encoder] * num,
+                lambda m: program.hidden_rows(Module.ENCODER, m) if crossings[m].encodes else None,
+                [gradients and config.flow.encoder] * num,
             )
             stages[Module.ENCODER] = Stage(
-                program.encode, busy.__getitem__, before=before, after=after or bridge
+                program.encode,
+                lambda m: crossings[m].encodes,
+                before=before,
+                after=after or bridge,
             )
         if topology.llm is not None:
+            # A frozen language model has gradients to hand back only where there are rows.
             before, after = self._neighbours(
                 topology.llm,
-                [program.hidden_rows(Module.LLM, m) for m in range(num)],
-                [gradients and (trains or (flow.bridge and it)) for it in fed],
+                lambda m: program.hidden_rows(Module.LLM, m),
+                [
+                    gradients
+                    and (config.language_trains or (config.flow.bridge and crossing.takes_rows))
+                    for crossing in crossings
+                ],
             )
             stages[Module.LLM] = Stage(
-                program.forward, lambda _: True, before=before or bridge, after=after
+                program.forward,
+                lambda _: True,
+                before=bridge if topology.llm.is_first_stage else before,
+                after=after,
             )
         return stages
 
-    def _bridge_boundary(
-        self,
-        manifests: Sequence[StepManifest],
-        busy: Sequence[bool],
-        fed: Sequence[bool],
-        *,
-        returns: bool,
-    ) -> Boundary | None:
-        encoder, llm, rank = self._topology.encoder, self._topology.llm, self._topology.rank
-        source: list[ModulePlan | None] | None = None
-        target: list[ModulePlan | None] | None = None
-        if encoder is not None and encoder.is_last_stage:
-            source = [
-                self.planner.encoder_plan(rank, m.entries) if it else None
-                for m, it in zip(manifests, busy, strict=True)
-            ]
-        if self._topology.layout.encoder is not None and llm is not None and llm.is_first_stage:
-            target = [
-                self.planner.language_plan(rank, m.entries, m.network_rows) if it else None
-                for m, it in zip(manifests, fed, strict=True)
-            ]
-        if source is None and target is None:
-            return None
-        return Boundary(
-            self._bridge, source=source, target=target, returns=[returns] * len(manifests)
-        )
-
     def _neighbours(
-        self, module: ModuleGroups, hidden_rows: Sequence[int | None], returns: Sequence[bool]
+        self,
+        module: ModuleGroups,
+        hidden_rows: Callable[[int], int | None],
+        returns: Sequence[bool],
     ) -> tuple[Boundary | None, Boundary | None]:
         """The boundaries inside a module, in front of and behind this rank's stage."""
         spec, place = module.spec, module.place
 
         def plans(stage: int) -> list[ModulePlan | None]:
             peer = spec.rank(tp=place.tp, cp=place.cp, dp=place.dp, pp=stage)
-            return [None if rows is None else neighbour_plan(peer, rows) for rows in hidden_rows]
+            counts = [hidden_rows(m) for m in range(len(returns))]
+            return [None if rows is None else neighbour_plan(peer, rows) for rows in counts]
 
         before = after = None
         if not module.is_first_stage:
@@ -203,20 +181,6 @@ class Executor:
             channels = self._pipelines[spec.name][place.pp % 2]
             after = Boundary(channels, source=plans(place.pp + 1), target=None, returns=returns)
         return before, after
-
-
-def _view(manifest: StepManifest, lane: int, rows: int) -> View:
-    """What this rank believes of a message of a lane's rows."""
-    return View(
-        lane=lane,
-        keys=manifest.keys.get(lane, ()),
-        images=tuple(
-            (entry.encoder_rank, entry.rows, entry.sequence, entry.start)
-            for entry in manifest.entries
-            if entry.lane == lane
-        ),
-        rows=rows,
-    )
 
 
 def _handlers(stage: Stage) -> dict[Kind, Callable[[int], None]]:

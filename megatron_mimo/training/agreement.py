@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_mimo.bridge.plan import BridgePlanner
 from megatron_mimo.data.batch import StepData
-from megatron_mimo.schedule.executor import StepManifest
+from megatron_mimo.schedule.crossing import StepManifest
 from megatron_mimo.topology import Layout
 
 _ABSENT = torch.iinfo(torch.int64).min

@@ -52,7 +52,8 @@ def write_answers(
             max_new_tokens=longest + 1,
         )
         agreement = agree(engine, step, "evaluation by exact match")
-        engine.executor.run(program, agreement.manifests, gradients=False)
+        crossings = [engine.executor.plan(manifest) for manifest in agreement.manifests]
+        engine.executor.run(program, crossings, gradients=False)
         answers += program.answers
     engine.model.train()
     return _gather(engine, answers)

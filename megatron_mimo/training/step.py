@@ -124,7 +124,8 @@ def agree(engine: Engine, data: StepData, where: str) -> Agreement:
 
 def _run(engine: Engine, data: StepData, agreement: Agreement, *, gradients: bool) -> Tensor:
     program = MimoStep(engine.model, data.microbatches, engine.image_token_id)
-    engine.executor.run(program, agreement.manifests, gradients=gradients)
+    crossings = [engine.executor.plan(manifest) for manifest in agreement.manifests]
+    engine.executor.run(program, crossings, gradients=gradients)
     return program.loss_sum
 
 

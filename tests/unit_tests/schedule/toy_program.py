@@ -10,7 +10,8 @@ from torch import Tensor
 from megatron_mimo.bridge.manifest import ManifestEntry
 from megatron_mimo.schedule.actions import GradientFlow, Module
 from megatron_mimo.schedule.channels import BoundaryConfig
-from megatron_mimo.schedule.executor import Executor, StepManifest
+from megatron_mimo.schedule.crossing import StepManifest
+from megatron_mimo.schedule.executor import Executor
 from megatron_mimo.topology import SequenceSharding
 from megatron_mimo.topology.groups import Topology
 from tests.unit_tests.schedule.toy import WIDTH, manifests, name_of
@@ -67,7 +68,7 @@ class Toy:
         self.seen = []
         for weight in (*self.encoder_weights, *self.llm_weights):
             weight.grad = None
-        known = [StepManifest(entries=entries) for entries in self.made]
+        known = [self.executor.plan(StepManifest(entries=entries)) for entries in self.made]
         self.executor.run(self, known, gradients=self.settings.gradients)
 
     def check(self) -> None:
