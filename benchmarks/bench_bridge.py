@@ -1,0 +1,268 @@
+"""Round trips of rows and gradients over the bridge: ours against megatron-core's.
+
+Ours is what the executor does at the bridge in training, its actions in their order, without the
+model between; the peer is megatron-core's `BridgeCommunicator`, unmodified. Both carry the same
+rows between the same grids, and both know their peers ahead:
+
+- *plain*: a microbatch's rows go forward and its gradients back before the next one starts;
+- *1f1b*: eight microbatches, the encoder one ahead, as in training.
+
+Messages and bytes are counted while one step runs, and must equal the plan's and the lower bound.
+
+    python benchmarks/bench_bridge.py [--quick] [--json FILE]
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchlib.ranks import answer, gloo_for_nccl, in_turns, is_rank, run_ranks, task
+from benchlib.report import Row, arguments, median_ratio, show, write
+
+MICROBATCHES = 8
+# Of the peer's time, in 1F1B order.
+TARGETS = {16: 0.33, 4096: 0.5}
+
+
+def cases(quick: bool) -> Iterator[tuple[tuple[int, int, int, bool], dict[str, Any]]]:
+    """Layouts, and what to run on each: (encoder dp, llm dp, llm tp, sharded)."""
+    for encoder_dp, llm_dp in ((1, 4), (2, 2), (4, 1)):
+        for tp, sharded in ((1, False), (2, False), (2, True)):
+            if quick and (encoder_dp, llm_dp, tp) not in ((1, 4, 1), (2, 2, 1), (2, 2, 2)):
+                continue
+            sizes = [(16, 256), (4096, 256)] if quick else []
+            if not quick:
+                sizes = [(rows, width) for rows in (16, 256, 4096) for width in (256, 2688)]
+            yield (
+                (encoder_dp, llm_dp, tp, sharded),
+                {
+                    "encoder_dp": encoder_dp,
+                    "llm_dp": llm_dp,
+                    "tp": tp,
+                    "sharded": sharded,
+                    "sizes": sizes,
+                },
+            )
+
+
+def main() -> None:
+    """Run every case and print the comparison."""
+    flags = arguments(__doc__.splitlines()[0])
+    rows: list[Row] = []
+    wrong: list[str] = []
+    for (encoder_dp, llm_dp, tp, sharded), given in cases(flags.quick):
+        where = f"{encoder_dp} to {llm_dp}, tp {tp}{' sharded' if sharded else ''}"
+        for found in run_ranks(__file__, encoder_dp + llm_dp * tp, given):
+            size = f"{found['rows']} x {found['width']}"
+            for order in ("plain", "1f1b"):
+                ours, peer = median_ratio(found[order]["ours"], found[order]["peer"])
+                target = TARGETS.get(found["rows"]) if order == "1f1b" else None
+                rows.append(
+                    Row(
+                        case=f"{order}: {where}, {size}",
+                        ours=ours * 1e3,
+                        peer=peer * 1e3,
+                        target=target,
+                        unit="ms",
+                    )
+                )
+            for what in ("messages", "bytes"):
+                ours, bound = found["traffic"][what], found["bound"][what]
+                if ours != bound:
+                    wrong.append(f"{where}, {size}: {what} {ours}, expected exactly {bound}")
+                rows.append(
+                    Row(
+                        case=f"{what}: {where}, {size}",
+                        ours=ours,
+                        peer=found["peer_traffic"][what],
+                        target=None,
+                        unit=what,
+                    )
+                )
+    show(__doc__.splitlines()[0], rows)
+    write(rows, flags.json)
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+def work() -> None:
+    """Measure on this rank."""
+    from megatron_mimo.runtime import initialize, shutdown
+
+    initialize("cpu")
+    given = task()
+    found = [measure(given, rows, width) for rows, width in given["sizes"]]
+    answer(found)
+    shutdown()
+
+
+def measure(given: dict[str, Any], rows: int, width: int) -> dict[str, Any]:
+    """Times and traffic of one size, on one layout."""
+    import torch
+    from benchlib.traffic import counted
+
+    from megatron_mimo.bridge.manifest import ManifestEntry
+    from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding
+    from megatron_mimo.topology.groups import build_topology
+
+    encoder = ModuleGridSpec(name="encoder", dp=given["encoder_dp"])
+    llm = ModuleGridSpec(name="llm", offset=encoder.size, dp=given["llm_dp"], tp=given["tp"])
+    layout = Layout(encoder=encoder, llm=llm, world_size=encoder.size + llm.size)
+    # `rows` is what one encoder rank and one lane exchange.
+    per_lane = max(1, encoder.dp // llm.dp)
+    sharding = SequenceSharding(
+        seq_length=rows * per_lane, tp=llm.tp, sequence_parallel=given["sharded"]
+    )
+    manifest = tuple(
+        ManifestEntry(lane, dp, rows, 0, rows * i)
+        for lane in range(llm.dp)
+        for i, dp in enumerate(layout.serving(lane))
+    )
+    topology = build_topology(layout)
+    dtype = torch.float32
+    ours, bound = our_orders(topology, sharding, manifest, width, dtype)
+    peer = peer_orders(topology, rows, width, dtype)
+    found: dict[str, Any] = {"rows": rows, "width": width, "bound": bound}
+    for order in ("plain", "1f1b"):
+        mine, theirs = in_turns(ours[order], peer[order], 5 if rows * width > 2**20 else 15)
+        found[order] = {"ours": mine, "peer": theirs}
+    for name, call in (("traffic", ours["1f1b"]), ("peer_traffic", peer["1f1b"])):
+        with counted() as traffic:
+            call()
+        whole = traffic.over_all_ranks()
+        found[name] = {
+            "messages": whole.messages + whole.broadcasts,
+            "bytes": whole.payload + whole.other,
+        }
+    return found
+
+
+Orders = dict[str, Callable[[], None]]
+
+
+def our_orders(
+    topology: Any, sharding: Any, manifest: Any, width: int, dtype: Any
+) -> tuple[Orders, dict[str, int]]:
+    """Our round trips, and what they must send at least: each row once to each that uses it."""
+    import torch
+
+    from megatron_mimo.schedule.actions import GradientFlow, Kind
+    from megatron_mimo.schedule.channels import BoundaryConfig
+    from megatron_mimo.schedule.crossing import StepManifest
+    from megatron_mimo.schedule.executor import Executor
+
+    executor = Executor(
+        topology,
+        BoundaryConfig(
+            sharding=sharding,
+            row_width=width,
+            encoder_width=width,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            flow=GradientFlow(encoder=True, bridge=True),
+            language_trains=True,
+        ),
+    )
+    layout, rank, planner = topology.layout, topology.rank, executor.planner
+    rows = gradients = None
+    if topology.encoder is not None:
+        rows = torch.ones(planner.encoder_plan(rank, manifest).num_rows, width, dtype=dtype)
+    if topology.llm is not None:
+        held = planner.language_plan(rank, manifest).num_rows
+        gradients = torch.ones(held, width, dtype=dtype)
+    crossing = executor.plan(StepManifest(entries=manifest))
+
+    def step(num_microbatches: int) -> None:
+        """What `schedule.stage.Stage` does at the bridge, in the order of the schedule."""
+        bridge = executor.bridge([crossing] * num_microbatches, gradients=True)
+
+        def wait_input(m: int) -> None:
+            bridge.wait_forward(m)
+
+        def wait_grad(m: int) -> None:
+            bridge.wait_backward(m)
+            bridge.release_backward(m)
+
+        def send_grad(m: int) -> None:
+            bridge.post_backward(m, gradients)
+            bridge.release_forward(m)
+
+        handlers: dict[Kind, Callable[[int], None]] = {
+            Kind.POST_INPUT: lambda m: bridge.post_forward(m, None),
+            Kind.WAIT_INPUT: wait_input,
+            Kind.SEND_OUTPUT: lambda m: bridge.post_forward(m, rows),
+            Kind.POST_GRAD: lambda m: bridge.post_backward(m, None),
+            Kind.WAIT_GRAD: wait_grad,
+            Kind.SEND_GRAD: send_grad,
+        }
+        for action in executor.actions(num_microbatches, gradients=True):
+            if action.kind in handlers:
+                handlers[action.kind](action.microbatch)
+        bridge.drain()
+
+    def plain() -> None:
+        for _ in range(MICROBATCHES):
+            step(1)
+
+    def one_forward_one_backward() -> None:
+        step(MICROBATCHES)
+
+    # Forward each row goes to every rank that uses it, backward to the one that produced it.
+    copies = 1 if sharding.sequence_parallel else layout.llm.tp
+    moved = sum(entry.rows for entry in manifest) * (copies + 1)
+    plans = [planner.encoder_plan(r, manifest) for r in layout.encoder.ranks]
+    plans += [planner.language_plan(r, manifest) for r in layout.llm.ranks]
+    bound = {
+        "messages": MICROBATCHES * sum(len(plan.sends) for plan in plans),
+        "bytes": MICROBATCHES * moved * width * dtype.itemsize,
+    }
+    return {"plain": plain, "1f1b": one_forward_one_backward}, bound
+
+
+def peer_orders(topology: Any, rows: int, width: int, dtype: Any) -> Orders:
+    """The peer's round trips."""
+    import torch
+    from megatron.core.hyper_comm_grid import HyperCommGrid
+    from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
+
+    layout = topology.layout
+    grids = [
+        HyperCommGrid([g.tp, g.cp, g.pp, g.dp], ["tp", "cp", "pp", "dp"], rank_offset=g.offset)
+        for g in layout.grids
+    ]
+    with gloo_for_nccl():
+        bridge = BridgeCommunicator(*grids, comm_dtype=dtype, tensor_ndim=2)
+    encoder, llm = layout.encoder, layout.llm
+    held = rows * max(
+        1,
+        (llm if topology.encoder is not None else encoder).dp
+        // (encoder if topology.encoder is not None else llm).dp,
+    )
+    tensor = torch.ones(held, width, dtype=dtype)
+
+    def plain() -> None:
+        for _ in range(MICROBATCHES):
+            if topology.encoder is not None:
+                bridge.send_forward(tensor)
+                bridge.recv_backward()
+            else:
+                bridge.recv_forward()
+                bridge.send_backward(tensor)
+
+    def one_forward_one_backward() -> None:
+        if topology.encoder is not None:
+            bridge.send_forward(tensor)
+            for _ in range(MICROBATCHES - 1):
+                bridge.send_forward_recv_backward(tensor)
+            bridge.recv_backward()
+        else:
+            bridge.recv_forward()
+            for _ in range(MICROBATCHES - 1):
+                bridge.send_backward_recv_forward(tensor)
+            bridge.send_backward(tensor)
+
+    return {"plain": plain, "1f1b": one_forward_one_backward}
+
+
+if __name__ == "__main__":
+    work() if is_rank() else main()
