@@ -131,6 +131,12 @@ def _digits(argv: Sequence[str]) -> int:
     return 0
 
 
+def _plan(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.plan import PlanConfig, run_plan
+
+    return run_plan(parse_arguments(argv, PlanConfig, prog="megatron-mimo plan"))
+
+
 _DATA_COMMANDS: dict[str, tuple[str, Command]] = {
     "digits": ("write a dataset of handwritten digits to try things on", _digits),
 }
@@ -138,6 +144,7 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     "train": ("train a model", _train),
     "demo": ("train a small model on digits, on two grids, and report", _demo),
     "data": ("write datasets", _data),
+    "plan": ("show what each rank of a layout does in a step", _plan),
 }
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         "train",
         "demo",
         "data",
+        "plan",
     ]
 
 
