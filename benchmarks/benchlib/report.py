@@ -74,7 +74,7 @@ def show(title: str, rows: Sequence[Row]) -> None:
             "" if row.target is None else ("met" if row.met else "missed"),
         )
     # A file has no width; keep each case on one line.
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     judged = [row for row in rows if row.target is not None]
     console.print(f"{sum(row.met for row in judged)} of {len(judged)} targets met")

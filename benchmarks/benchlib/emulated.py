@@ -1,0 +1,172 @@
+"""Steps whose forwards and backwards are waits; rows and gradients cross for real."""
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_pipelining_without_interleaving,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from benchlib.peer_step import VISION, communicator, groups_of
+from megatron_mimo.bridge.manifest import ManifestEntry
+from megatron_mimo.schedule.actions import (
+    Action,
+    GradientFlow,
+    Kind,
+    build_schedule,
+)
+from megatron_mimo.schedule.channels import BoundaryConfig
+from megatron_mimo.schedule.crossing import StepManifest
+from megatron_mimo.schedule.executor import Executor
+from megatron_mimo.schedule.timeline import timeline
+from megatron_mimo.topology import Layout, SequenceSharding
+from megatron_mimo.topology.groups import Topology
+
+ROWS, WIDTH = 64, 256
+# A backward takes this many forwards.
+BACKWARD = 2.0
+Waits = dict[int, list[float]]
+
+
+class _Wait(torch.autograd.Function):
+    """Passes its input on after a while, and the gradient back after a longer one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        time.sleep(BACKWARD * ctx.seconds)
+        return gradients[0], None
+
+
+def our_emulated(
+    topology: Topology, waits: Waits, run_ahead: int
+) -> tuple[Callable[[], None], float]:
+    """A step over our executor, and the length of its schedule's critical path in seconds."""
+    layout, rank = topology.layout, topology.rank
+    num = len(waits[rank])
+    executor = Executor(
+        topology,
+        BoundaryConfig(
+            sharding=SequenceSharding(seq_length=ROWS * len(layout.serving(0))),
+            row_width=WIDTH,
+            encoder_width=WIDTH,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            flow=GradientFlow(encoder=True, bridge=True),
+            language_trains=True,
+            run_ahead=run_ahead,
+        ),
+    )
+    manifest = tuple(
+        ManifestEntry(lane, dp, ROWS, 0, ROWS * i)
+        for lane in range(layout.num_lanes)
+        for i, dp in enumerate(layout.serving(lane))
+    )
+    crossings = [executor.plan(StepManifest(entries=manifest))] * num
+    leaf = torch.ones(_rows_held(layout), WIDTH, requires_grad=True)
+
+    def encode(m: int, hidden: Tensor | None) -> Tensor:
+        output: Tensor = _Wait.apply(leaf, waits[rank][m])  # type: ignore[no-untyped-call]
+        return output
+
+    def forward(m: int, inputs: Tensor | None) -> Tensor:
+        output: Tensor = _Wait.apply(inputs, waits[rank][m])  # type: ignore[no-untyped-call]
+        last = topology.llm is not None and topology.llm.is_last_stage
+        return output.sum() if last else output
+
+    program = SimpleNamespace(encode=encode, forward=forward, hidden_rows=lambda module, m: ROWS)
+
+    def duration(of: int, action: Action) -> float:
+        return waits[of][action.microbatch] * (BACKWARD if action.kind is Kind.BACKWARD else 1)
+
+    schedule = build_schedule(
+        layout,
+        num_microbatches=num,
+        run_ahead=run_ahead,
+        gradients=True,
+        flow=GradientFlow(encoder=True, bridge=True),
+    )
+    critical = timeline(layout, schedule, duration).makespan
+    return lambda: executor.run(program, crossings, gradients=True), critical
+
+
+def _rows_held(layout: Layout) -> int:
+    """Rows of an encoder rank: one share for each lane that it serves."""
+    return ROWS * len(layout.served(0))
+
+
+class _Emulated(nn.Module):
+    """One module of the peer on this rank."""
+
+    def __init__(self, topology: Topology, waits: list[float], config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._topology = topology
+        self._waits = waits
+        self._inputs: Any = None
+        self._leaf = torch.ones(_rows_held(topology.layout), WIDTH, requires_grad=True)
+
+    def set_input_tensor(self, tensors: Any) -> None:
+        """The peer hands over a list of a dict of what arrived."""
+        self._inputs = tensors[0] if isinstance(tensors, list) else tensors
+
+    def forward(self, m: int) -> Any:
+        if self._topology.encoder is not None:
+            return {VISION: _Wait.apply(self._leaf, self._waits[m])}  # type: ignore[no-untyped-call]
+        (given,) = self._inputs.values()
+        given = given[0] if isinstance(given, list) else given
+        output = _Wait.apply(given, self._waits[m])  # type: ignore[no-untyped-call]
+        assert self._topology.llm is not None
+        if self._topology.llm.is_last_stage:
+            return output
+        # Stages of the language model exchange [S, B, H].
+        return {MIMO_LANGUAGE_MODULE_KEY: output.view(ROWS, 1, WIDTH)}
+
+
+def peer_emulated(topology: Topology, waits: Waits) -> Callable[[], None]:
+    """A step over megatron-core's schedule and communicator."""
+    config = TransformerConfig(
+        num_layers=topology.layout.llm.pp,
+        hidden_size=WIDTH,
+        num_attention_heads=1,
+        pipeline_dtype=torch.float32,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        calculate_per_token_loss=True,
+        pipeline_model_parallel_size=topology.layout.llm.pp,
+    )
+    over_modules = communicator(topology.layout, config)
+    mine = waits[topology.rank]
+    model = _Emulated(topology, mine, config)
+
+    def forward_step(microbatches: Any, given: nn.Module) -> tuple[Any, Callable[..., Any]]:
+        def loss(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            total = output.sum()
+            return total, torch.ones((), dtype=torch.int), total.detach()
+
+        return given(next(microbatches)), loss
+
+    def step() -> None:
+        forward_backward_pipelining_without_interleaving(
+            forward_step_func=forward_step,
+            data_iterator=iter(range(len(mine))),
+            model=model,
+            num_microbatches=len(mine),
+            seq_length=ROWS,
+            micro_batch_size=1,
+            p2p_communicator=over_modules,
+            pg_collection=groups_of(topology),
+        )
+
+    return step
