@@ -5,7 +5,7 @@ model between; the peer is megatron-core's `BridgeCommunicator`, unmodified. Bot
 rows between the same grids, and both know their peers ahead:
 
 - *plain*: a microbatch's rows go forward and its gradients back before the next one starts;
-- *1f1b*: eight microbatches, the encoder one ahead, as in training.
+- *1f1b*: eight microbatches; our encoder runs ahead by three more, the peer's cannot.
 
 Messages and bytes are counted while one step runs, and must equal the plan's and the lower bound.
 
@@ -20,6 +20,7 @@ from benchlib.ranks import answer, gloo_for_nccl, in_turns, is_rank, run_ranks, 
 from benchlib.report import Row, arguments, median_ratio, show, write
 
 MICROBATCHES = 8
+RUN_AHEAD = 3
 # Of the peer's time, in 1F1B order.
 TARGETS = {16: 0.33, 4096: 0.5}
 
@@ -161,6 +162,7 @@ def our_orders(
             device=torch.device("cpu"),
             flow=GradientFlow(encoder=True, bridge=True),
             language_trains=True,
+            run_ahead=RUN_AHEAD,
         ),
     )
     layout, rank, planner = topology.layout, topology.rank, executor.planner

@@ -84,7 +84,7 @@ def timeline(
     Raises:
         RuntimeError: The schedule never ends; names the ranks and the actions that wait.
     """
-    feeds = _Feeds(layout, schedule)
+    feeds = _Feeds(layout)
     lists = {rank: schedule[role_of(layout, rank)] for rank in range(layout.world_size)}
     position = dict.fromkeys(lists, 0)
     events: dict[Place, Event] = {}
@@ -119,7 +119,7 @@ def timeline(
 class _Feeds:
     """Which actions of other ranks an action waits for."""
 
-    def __init__(self, layout: Layout, schedule: Mapping[Role, Sequence[Action]]) -> None:
+    def __init__(self, layout: Layout) -> None:
         self._layout = layout
         # A rank with both ends of the bridge posts what it receives when it sends.
         self._both_ends = {
