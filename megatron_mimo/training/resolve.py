@@ -3,7 +3,9 @@
 Everything here runs before the first process group, so that a wrong flag costs no start-up.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from megatron_mimo.data.config import DataConfig, ImageConfig
 from megatron_mimo.model.config import FreezeConfig, ModelConfig
@@ -15,6 +17,25 @@ from megatron_mimo.training.config import DataSection, GridSection, ModelSection
 
 _IMAGES = ImageConfig()
 _DATA = DataConfig()
+# Grid -> axis -> fields of the architecture that its ranks share out.
+_DEALT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "encoder": {
+        "pp": ("vision.num_layers",),
+        "tp": (
+            "vision.num_attention_heads",
+            "vision.ffn_hidden_size",
+            "projector.ffn_hidden_size",
+        ),
+    },
+    "llm": {
+        "pp": ("language.num_layers",),
+        "tp": (
+            "language.num_attention_heads",
+            "language.num_query_groups",
+            "language.ffn_hidden_size",
+        ),
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,20 +280,23 @@ def _refuse_unsupported(layout: Layout) -> None:
 
 
 def _check_shards(layout: Layout, architecture: ModelConfig, filled: TrainConfig) -> None:
-    """Refuse layers and sequences that cannot be dealt evenly to the ranks.
+    """Refuse layers, widths and sequences that cannot be dealt evenly to the ranks.
 
     Raises:
         ValueError: Names the flags.
     """
-    layers = {"llm": ("language", architecture.language.num_layers)}
-    layers["encoder"] = ("vision", architecture.vision.num_layers)
     for grid in layout.grids:
-        section, number = layers[grid.name]
-        if number % grid.pp:
-            raise ValueError(
-                f"{grid.flag('pp')} {grid.pp} does not divide the {number} layers of the "
-                f"{grid.name}: change it, or --override {section}.num_layers"
-            )
+        for axis, fields in _DEALT[grid.name].items():
+            ranks = getattr(grid, axis)
+            for field in fields:
+                size = attrgetter(field)(architecture)
+                # A key-value head may stand on several ranks.
+                shared = field.endswith("num_query_groups") and ranks % size == 0
+                if size % ranks and not shared:
+                    raise ValueError(
+                        f"{grid.flag(axis)} {ranks} does not divide the model's {field}, which is "
+                        f"{size}: change it, or --override {field}"
+                    )
     SequenceSharding(
         seq_length=filled.model.seq_length,
         cp=layout.llm.cp,

@@ -25,6 +25,9 @@ def run(world_size: int, flags: str = "") -> Resolved:
         (4, "--encoder-offset 2 --encoder-dp 2 --llm-offset 0 --llm-dp 2", range(2, 4), range(2)),
         (2, "--encoder-dp 2 --llm-tp 2 --llm-offset 0", range(2), range(2)),
         (2, "--llm-only --llm-dp 2", None, range(2)),
+        (6, "--encoder-pp 2 --llm-cp 2 --llm-pp 2", range(2), range(2, 6)),
+        # Two key-value heads, each on two ranks.
+        (5, "--llm-tp 4", range(1), range(1, 5)),
     ],
 )
 def test_grids(world_size: int, flags: str, encoder: range | None, llm: range) -> None:
@@ -132,8 +135,16 @@ def test_settings_reach_their_parts() -> None:
         (1, "--sequence-parallel", r"^--sequence-parallel shards along --llm-tp, which is 1"),
         (3, "--encoder-cp 2", r"^--encoder-cp 2: context parallelism is not supported"),
         (3, "--llm-ep 2 --llm-dp 2", r"^--llm-ep 2: expert parallelism is not supported"),
-        (4, "--llm-pp 3", r"^--llm-pp 3 does not divide the 2 layers of the llm: "),
-        (4, "--encoder-pp 3", r"--encoder-pp 3 .* or --override vision.num_layers$"),
+        (4, "--llm-pp 3", r"^--llm-pp 3 does not divide the model's language.num_layers, which is"),
+        (4, "--encoder-pp 3", r"^--encoder-pp 3 .* or --override vision.num_layers$"),
+        (4, "--llm-tp 3", r"^--llm-tp 3 does not divide the model's language.num_attention_heads,"),
+        (4, "--llm-tp 3 --override language.num_attention_heads=6",
+         r"^--llm-tp 3 does not divide the model's language.num_query_groups, which is 2: "),
+        (4, "--encoder-tp 3", r"^--encoder-tp 3 does not divide the model's vision.num_attention_"),
+        (3, "--encoder-tp 2 --override projector.ffn_hidden_size=33",
+         r"^--encoder-tp 2 .* projector.ffn_hidden_size, which is 33: "),
+        (9, "--llm-cp 2 --llm-tp 4 --seq-length 20",
+         r"^--seq-length 20 over --llm-cp 2 does not divide by --llm-tp 4: "),
         (3, "--llm-cp 2 --seq-length 62", r"^--seq-length 62 does not divide by 2 x --llm-cp 2"),
         (3, "--llm-tp 2 --seq-length 63", r"^--seq-length 63 does not divide by --llm-tp 2: "),
         (1, "--encoder-run-ahead -1", r"^--encoder-run-ahead is -1: expected at least 0$"),
