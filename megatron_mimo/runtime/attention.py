@@ -144,30 +144,38 @@ class SdpaCoreAttention(MegatronModule):
     ) -> Tensor:
         """Attend from this rank's part of the sequence to all of it.
 
-        Keys and values are gathered over the cp ranks, in their order; a query sees what stands
-        before it in the whole sequence. Backward scatters the gradients of keys and values.
+        Keys and values of all cp ranks are gathered; backward sums their gradients and scatters
+        them. Each of a rank's two chunks looks at what stands before its end only, so that every
+        rank computes the same share of the triangle.
         """
         if mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
             raise ValueError(
                 f"mask type `{mask_type.name}` with context parallelism: expected causal or "
                 f"no_mask; others need Transformer Engine on a GPU"
             )
-        visible = None
-        if mask_type == AttnMaskType.causal:
-            parts = [
-                _zig_zag(rank, self.cp_group.size(), query.size(0), query.device)
-                for rank in range(self.cp_group.size())
-            ]
-            visible = parts[self.cp_group.rank()].unsqueeze(1) >= torch.cat(parts)
-        key = gather_from_sequence_parallel_region(key.contiguous(), group=self.cp_group)
-        value = gather_from_sequence_parallel_region(value.contiguous(), group=self.cp_group)
-        output = self._attend(
-            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
-            visible=visible,
-            causal=False,
-            dropout=dropout,
-        )
-        return output.permute(2, 0, 1, 3).flatten(2)
+        sizes = [key.size(-1), value.size(-1)]
+        whole = _whole_sequence(torch.cat([key, value], dim=-1), self.cp_group)
+        key, value = (x.permute(1, 2, 0, 3) for x in whole.split(sizes, dim=-1))
+        query = query.permute(1, 2, 0, 3)
+        if mask_type == AttnMaskType.no_mask:
+            output = self._attend(query, key, value, visible=None, causal=False, dropout=dropout)
+            return output.permute(2, 0, 1, 3).flatten(2)
+        size, rank, outputs = self.cp_group.size(), self.cp_group.rank(), []
+        for chunk, number in zip(query.chunk(2, dim=2), (rank, 2 * size - 1 - rank), strict=True):
+            length = chunk.size(2)
+            end = (number + 1) * length
+            visible = _lower_triangle(length, end, query.device, at_end=True)
+            outputs.append(
+                self._attend(
+                    chunk,
+                    key[:, :, :end],
+                    value[:, :, :end],
+                    visible=visible,
+                    causal=False,
+                    dropout=dropout,
+                )
+            )
+        return torch.cat(outputs, dim=2).permute(2, 0, 1, 3).flatten(2)
 
     def _packed(
         self,
@@ -261,11 +269,14 @@ def _lower_triangle(
     return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(shift)
 
 
-def _zig_zag(rank: int, size: int, length: int, device: torch.device) -> Tensor:
-    """Positions that a cp rank holds, int64 [length]: chunks `rank` and `2 * size - 1 - rank`."""
-    chunk = length // 2
-    first = torch.arange(chunk, device=device)
-    return torch.cat([first + rank * chunk, first + (2 * size - 1 - rank) * chunk])
+def _whole_sequence(part: Tensor, cp_group: Any) -> Tensor:
+    """All cp ranks' parts [s, ...], in the order of positions: [S, ...].
+
+    A rank `r` of `n` holds chunks `r` and `2 * n - 1 - r`, one behind the other.
+    """
+    parts = gather_from_sequence_parallel_region(part.contiguous(), group=cp_group)
+    chunks = parts.view(cp_group.size(), 2, -1, *part.shape[1:])
+    return torch.cat([chunks[:, 0], chunks[:, 1].flip(0)]).flatten(0, 1)
 
 
 def _take(tokens: Tensor, order: Tensor | None) -> Tensor:
