@@ -8,7 +8,6 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from megatron_mimo.data.batch import Microbatch, TextBatch
-from megatron_mimo.model.merge import positions_in, row_positions
 from megatron_mimo.model.mimo import MimoModel
 from megatron_mimo.model.program import MimoStep
 from megatron_mimo.topology import ModuleGridSpec
@@ -86,9 +85,7 @@ class GreedyStep(MimoStep):
         # prompts go on while longer ones are full; what those write lands behind the sequence.
         room = [min(self._max_new_tokens, length - p) for p in last.tolist()]
         steps = max(room)
-        sharding, place = self._model.sharding, language.groups.place
-        shard = sharding.intervals(sharding.shard(cp_rank=place.cp, tp_rank=place.tp))
-        positions = row_positions(prompt, self._image_token_id, positions_in(shard)).to(device)
+        positions = self._row_positions(prompt)
         tokens = torch.nn.functional.pad(prompt, (0, steps), value=self._pad_id).to(device)
         last, position_ids = last.to(device), text.position_ids.to(device)
         sample = torch.arange(batch, device=device)

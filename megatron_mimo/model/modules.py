@@ -122,10 +122,10 @@ class LanguageModule(MegatronModule):
 
     def forward(
         self,
-        input_ids: Tensor,
-        position_ids: Tensor,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
         inputs: Tensor | None,
-        positions: Tensor,
+        positions: Tensor | None,
         labels: Tensor | None = None,
     ) -> Tensor:
         """Per-token losses, logits when there are no labels, or hidden states.
@@ -133,12 +133,12 @@ class LanguageModule(MegatronModule):
         S is this cp rank's part of the sequence, s its shard of that under sequence parallelism.
 
         Args:
-            input_ids: int64 [B, S].
-            position_ids: int64 [B, S].
+            input_ids: int64 [B, S]; None after the first stage.
+            position_ids: int64 [B, S]; None after the first stage.
             inputs: On the first stage rows [R, H] of the shard's image tokens, None without
                 images; on later stages the hidden states [s, B, H] of the stage before.
-            positions: int64 [R], where the rows go (`row_positions`).
-            labels: int64 [B, S], target of each position.
+            positions: int64 [R], where the rows go (`row_positions`); needed with rows.
+            labels: int64 [B, S], target of each position; None before the last stage.
 
         Returns:
             With labels: float32 [B, S], cross entropy of each position. Without: this tp rank's
@@ -148,6 +148,7 @@ class LanguageModule(MegatronModule):
         if self.pre_process:
             embeddings = self.model.embedding(input_ids=input_ids, position_ids=position_ids)
             if inputs is not None:
+                assert positions is not None
                 embeddings = merge_rows(embeddings, inputs, positions)
         else:
             self.model.set_input_tensor(inputs)

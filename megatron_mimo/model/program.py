@@ -26,6 +26,12 @@ class MimoStep:
         self._microbatches = microbatches
         self._image_token_id = image_token_id
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
+        if model.language is not None:
+            sharding, place = model.sharding, model.language.groups.place
+            shard = sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
+            # Positions that this cp rank reads, and those that this rank embeds; on the host.
+            self._read = positions_in(sharding.cp_intervals(place.cp))
+            self._embedded = positions_in(sharding.intervals(shard))
 
     def encode(self, microbatch: int, hidden: Tensor | None) -> Tensor:
         """Rows [R, H] of the images that this rank runs, or hidden states [T, H_vit]."""
@@ -44,24 +50,21 @@ class MimoStep:
         """Summed cross entropy of the lane's target tokens, float32, or hidden states [s*B, H]."""
         language, text = self._model.language, self._microbatches[microbatch].text
         assert language is not None and text is not None
-        sharding, place, device = self._model.sharding, language.groups.place, self._model.device
-        shard = sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
-        mine = positions_in(sharding.cp_intervals(place.cp))
-        batch = text.input_ids.shape[0]
-        if inputs is not None and not language.groups.is_first_stage:
-            inputs = inputs.view(sharding.shard_length, batch, -1)
-        output = language(
-            text.input_ids[:, mine].to(device),
-            text.position_ids[:, mine].to(device),
-            inputs,
-            row_positions(
-                text.input_ids, self._image_token_id, positions_in(sharding.intervals(shard))
-            ).to(device),
-            text.labels[:, mine].to(device),
-        )
-        if not language.groups.is_last_stage:
+        groups = language.groups
+        input_ids = position_ids = positions = labels = None
+        if groups.is_first_stage:
+            input_ids, position_ids = self._part(text.input_ids), self._part(text.position_ids)
+            positions = self._row_positions(text.input_ids)
+        else:
+            assert inputs is not None
+            batch = text.input_ids.shape[0]
+            inputs = inputs.view(self._model.sharding.shard_length, batch, -1)
+        if groups.is_last_stage:
+            labels = self._part(text.labels)
+        output = language(input_ids, position_ids, inputs, positions, labels)
+        if not groups.is_last_stage:
             return output.flatten(0, 1)
-        loss = (output.float() * text.loss_mask[:, mine].to(device)).sum()
+        loss = (output.float() * self._part(text.loss_mask)).sum()
         self.loss_sum += loss.detach()
         return loss
 
@@ -73,3 +76,12 @@ class MimoStep:
             return drawn.images.patches.shape[0]
         assert drawn.text is not None
         return drawn.text.input_ids.shape[0] * self._model.sharding.shard_length
+
+    def _part(self, tokens: Tensor) -> Tensor:
+        """This cp rank's part of [B, S], on the device."""
+        return tokens[:, self._read].to(self._model.device)
+
+    def _row_positions(self, input_ids: Tensor) -> Tensor:
+        """Where this rank's rows go, from [B, S] on the host; on the device."""
+        positions = row_positions(input_ids, self._image_token_id, self._embedded)
+        return positions.to(self._model.device)
