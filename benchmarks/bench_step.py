@@ -41,7 +41,7 @@ def main() -> None:
         rows += compute_rows(name, 3 if flags.quick else 7)
     for name in ("1 to 1",) if flags.quick else LAYOUTS:
         for kind in ("steady", "varying"):
-            rows += emulated_rows(name, kind, 3 if flags.quick else 7)
+            rows += emulated_rows(name, kind, 3)
     show(__doc__.splitlines()[0], rows)
     write(rows, flags.json)
 
