@@ -187,7 +187,7 @@ def drawn(layout: Any) -> tuple[Any, int]:
     import numpy as np
     import torch.distributed as dist
 
-    from megatron_mimo.data import ByteTokenizer, DataConfig, ImageConfig, RawSample
+    from megatron_mimo.data import ByteTokenizer, DataConfig, RawSample
     from megatron_mimo.data.loader import build_list_loader
     from megatron_mimo.training.engine import data_role
 
@@ -205,7 +205,7 @@ def drawn(layout: Any) -> tuple[Any, int]:
         seq_length=SEQ_LENGTH,
         micro_batch_size=1,
         global_batch_size=4 * layout.num_lanes,
-        image=ImageConfig(max_grid=64, max_patches=1024),
+        image=architecture().vision.image_config(max_patches=1024),
     )
     role = data_role(layout, dist.get_rank())
     data = build_list_loader(samples, config, role, ByteTokenizer()).next_step()

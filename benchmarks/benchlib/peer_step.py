@@ -31,8 +31,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from benchlib.ranks import gloo_for_nccl
-from megatron_mimo.data.batch import Microbatch, PackedImages
+from megatron_mimo.data.batch import Microbatch
 from megatron_mimo.encoders.projector import Projector
+from megatron_mimo.encoders.radio.embedding import PatchEmbedding
+from megatron_mimo.images import PackedImages
 from megatron_mimo.model.config import ModelConfig
 from megatron_mimo.topology import Layout, ModuleGridSpec
 from megatron_mimo.topology.groups import Topology
@@ -84,15 +86,13 @@ def groups_of(topology: Topology) -> MultiModuleProcessGroupCollection:
 
 
 class PeerVit(nn.Module):
-    """Patches to rows, as `PackedVit`, over images of one size batched instead of packed."""
+    """Patches to rows, as `RadioVit`, over images of one size batched instead of packed."""
 
     def __init__(self, config: Any, pg_collection: Any) -> None:
         super().__init__()
         width = config.hidden_size
         self.row_size = config.row_size
-        self.patch_embedding = nn.Linear(3 * config.patch_dim**2, width)
-        self.row_embedding = nn.Embedding(config.max_grid, width)
-        self.column_embedding = nn.Embedding(config.max_grid, width)
+        self.embedding = PatchEmbedding(config, torch.float32)
         self.config = _config(
             pg_collection,
             num_layers=config.num_layers,
@@ -106,11 +106,10 @@ class PeerVit(nn.Module):
 
     def forward(self, images: PackedImages) -> Tensor:
         """[R, k*H]."""
-        x = self.patch_embedding(images.patches)
-        x = x + self.row_embedding(images.positions[:, 0])
-        x = x + self.column_embedding(images.positions[:, 1])
-        number = images.cu_seqlens.numel() - 1
-        x = self.decoder(x.view(number, -1, x.shape[1]).transpose(0, 1), attention_mask=None)
+        x = self.embedding(images)
+        x = self.decoder(
+            x.view(len(images.lengths), -1, x.shape[1]).transpose(0, 1), attention_mask=None
+        )
         rows: Tensor = x.transpose(0, 1).flatten(0, 1)[images.row_index].view(-1, self.row_size)
         return rows
 

@@ -2,12 +2,11 @@
 
 from megatron_mimo.data.batch import (
     Microbatch,
-    PackedImages,
     StepData,
     StepLoader,
     TextBatch,
 )
-from megatron_mimo.data.config import DataConfig, DataRole, ImageConfig
+from megatron_mimo.data.config import DataConfig, DataRole
 from megatron_mimo.data.loader import (
     StreamLoader,
     build_eval_loader,
@@ -22,9 +21,7 @@ __all__ = [
     "ByteTokenizer",
     "DataConfig",
     "DataRole",
-    "ImageConfig",
     "Microbatch",
-    "PackedImages",
     "RawSample",
     "SampleTrace",
     "StepData",

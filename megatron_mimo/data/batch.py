@@ -1,7 +1,6 @@
 """What a loader hands to a training step.
 
-Letters: B samples, S tokens of a sequence, N images, T patches, P the patch side in pixels, R rows,
-k the patches that make a row (4 with pixel shuffle, else 1).
+Letters: B samples, S tokens of a sequence.
 """
 
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_mimo.bridge.manifest import Manifest
+from megatron_mimo.images import PackedImages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,26 +30,6 @@ class TextBatch:
     labels: Tensor
     loss_mask: Tensor
     position_ids: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PackedImages:
-    """The images that one encoder rank runs in a microbatch, end to end (thd).
-
-    Attributes:
-        patches: float32 [T, 3*P*P], normalised; in a patch channel-major: (channel, y, x).
-        positions: int64 [T, 2], (row, column) of each patch in its image's grid.
-        cu_seqlens: int32 [N+1], first patch of each image, and T.
-        max_seqlen: Patches of the largest image.
-        row_index: int64 [R*k], the patches that rows concatenate. Rows of an image come in raster
-            order; the four patches of a row in the order (0,0), (0,1), (1,0), (1,1).
-    """
-
-    patches: Tensor
-    positions: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    row_index: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

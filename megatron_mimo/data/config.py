@@ -4,73 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageConfig:
-    """How an image becomes patches.
-
-    Attributes:
-        patch_dim: P, side of a square patch in pixels.
-        pixel_shuffle: Merge each 2 x 2 square of patches into one row, so that a grid has even
-            sides.
-        dynamic_resolution: Keep an image near its native size and aspect ratio; else every image
-            is resized to `img_h` x `img_w`.
-        min_patches: An image with fewer patches is enlarged.
-        max_patches: An image with more patches is shrunk; 0 is uncapped.
-        max_grid: Longest side of a grid in patches, for encoders with position tables of a fixed
-            size; longer sides are squeezed. 0 is uncapped.
-        img_h: Height in pixels without dynamic resolution.
-        img_w: Width in pixels without dynamic resolution.
-    """
-
-    patch_dim: int = 8
-    pixel_shuffle: bool = True
-    dynamic_resolution: bool = True
-    min_patches: int = 4
-    max_patches: int = 256
-    max_grid: int = 0
-    img_h: int = 32
-    img_w: int = 32
-
-    def __post_init__(self) -> None:
-        if self.patch_dim < 1:
-            raise ValueError(f"--patch-dim is {self.patch_dim}: expected at least 1 pixel")
-        side = 2 if self.pixel_shuffle else 1
-        if self.dynamic_resolution:
-            self._check_bounds(side)
-        else:
-            for flag, pixels in (("--img-h", self.img_h), ("--img-w", self.img_w)):
-                if pixels < 1 or pixels % self.unit:
-                    raise ValueError(
-                        f"{flag} is {pixels}: expected a multiple of {self.unit} pixels "
-                        f"(--patch-dim {self.patch_dim}"
-                        f"{', times 2 for --pixel-shuffle' if self.pixel_shuffle else ''})"
-                    )
-        if self.max_grid and self.max_grid < side:
-            raise ValueError(f"max_grid is {self.max_grid}: expected at least {side}, or 0")
-
-    def _check_bounds(self, side: int) -> None:
-        if self.min_patches < 1:
-            raise ValueError(
-                f"--dynamic-resolution-min-patches is {self.min_patches}: expected at least 1"
-            )
-        least = max(self.min_patches, side * side)
-        if self.max_patches and self.max_patches < least:
-            raise ValueError(
-                f"--dynamic-resolution-max-patches is {self.max_patches}: expected at least "
-                f"{least} (--dynamic-resolution-min-patches, and {side * side} patches a row), "
-                f"or 0 for uncapped"
-            )
-
-    @property
-    def unit(self) -> int:
-        """Pixels by which a side grows: a patch, or the two that share a row."""
-        return self.patch_dim * (2 if self.pixel_shuffle else 1)
-
-    @property
-    def patches_per_row(self) -> int:
-        """k, the patches that make a row."""
-        return 4 if self.pixel_shuffle else 1
+from megatron_mimo.images import ImageConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

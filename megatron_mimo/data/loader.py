@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from megatron_mimo.bridge.manifest import ManifestEntry
 from megatron_mimo.data.batch import Microbatch, StepData, StepLoader, TextBatch
 from megatron_mimo.data.config import DataConfig, DataRole
-from megatron_mimo.data.images import EncodedImage, pack_images, rows_of
 from megatron_mimo.data.mock import Split, mock_sample
 from megatron_mimo.data.sample import (
     EncodedSample,
@@ -23,6 +22,7 @@ from megatron_mimo.data.sample import (
 )
 from megatron_mimo.data.tokenizer import Tokenizer
 from megatron_mimo.data.trace import SampleTrace
+from megatron_mimo.images import EncodedImage, pack_images
 from megatron_mimo.topology import assign_images
 
 _logger = logging.getLogger(__name__)
@@ -173,6 +173,7 @@ class StreamLoader(StepLoader):
         self._image_token_id = tokenizer.image_token_id
         self._num_microbatches = config.num_microbatches(role.num_lanes)
         self._trace = trace
+        self._step = 0
         self.num_skipped = 0
 
     def next_step(self) -> StepData:
@@ -199,6 +200,7 @@ class StreamLoader(StepLoader):
             microbatches.append(microbatch)
         if self._trace is not None:
             self._trace.write(keys)
+        self._step += 1
         return StepData(
             microbatches=tuple(microbatches),
             lane_digest={
@@ -245,11 +247,17 @@ class StreamLoader(StepLoader):
             self.num_skipped,
         )
 
+    def _image_seed(self, key: str, number: int) -> int:
+        """Of an image's augmentation: another in each step, the same on whichever rank runs it."""
+        name = f"{self._config.seed}/{self._step}/{key}/{number}"
+        return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
     def _collate(self, index: int, samples: Mapping[int, Sequence[EncodedSample]]) -> Microbatch:
         """One microbatch from the samples of each lane, lanes ascending."""
         role = self._role
         manifest: list[ManifestEntry] = []
         mine: list[EncodedImage] = []
+        seeds: list[int] = []
         for lane, drawn in samples.items():
             serving = role.serving.get(lane, ())
             if not serving:
@@ -258,9 +266,10 @@ class StreamLoader(StepLoader):
             ranks = iter(assign_images(sum(len(s.images) for s in drawn), serving, index))
             for sequence, sample in enumerate(drawn):
                 positions = np.flatnonzero(sample.tokens == self._image_token_id)
-                rows = [rows_of(image.grid, self._config.image) for image in sample.images]
+                rows = [image.rows for image in sample.images]
                 ends = np.cumsum(rows)[:-1]
-                for image, at in zip(sample.images, np.split(positions, ends), strict=False):
+                pieces = zip(sample.images, np.split(positions, ends), strict=False)
+                for number, (image, at) in enumerate(pieces):
                     rank = next(ranks)
                     manifest += [
                         ManifestEntry(lane, rank, count, sequence, start)
@@ -268,6 +277,7 @@ class StreamLoader(StepLoader):
                     ]
                     if rank == role.encoder_rank:
                         mine.append(image)
+                        seeds.append(self._image_seed(sample.key, number))
         return Microbatch(
             index=index,
             manifest=tuple(manifest),
@@ -275,7 +285,7 @@ class StreamLoader(StepLoader):
             text=None
             if role.text_lane is None
             else collate_text(samples[role.text_lane], self._config.seq_length, self._pad_id),
-            images=pack_images(mine, self._config.image),
+            images=pack_images(mine, self._config.image, seeds),
         )
 
 

@@ -1,16 +1,13 @@
 """One sample: from a question, an answer and images to tokens, a target mask and patches."""
 
-import io
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.images import EncodedImage, encode_image, rows_of
 from megatron_mimo.data.tokenizer import Tokenizer
+from megatron_mimo.images import BrokenImageError, EncodedImage, decode_image, encode_image
 
 _END_OF_QUESTION = "\n"
 
@@ -87,10 +84,6 @@ class RejectedSample:
 Outcome = EncodedSample | SkippedSample | RejectedSample
 
 
-class BrokenImageError(Exception):
-    """An image file that does not decode."""
-
-
 def try_encode(
     raw: RawSample, config: DataConfig, tokenizer: Tokenizer, *, with_patches: bool
 ) -> Outcome:
@@ -144,12 +137,11 @@ def encode_sample(
     prompt: list[int] = []
     for index, segment in enumerate(segments):
         if index:
-            rows = rows_of(images[index - 1].grid, config.image)
-            prompt += [tokenizer.image_token_id] * rows
+            prompt += [tokenizer.image_token_id] * images[index - 1].rows
         prompt += tokenizer.encode(segment)
     prompt += tokenizer.encode(_END_OF_QUESTION)
     tokens = prompt + tokenizer.encode(raw.answer) + [tokenizer.eos_id]
-    num_rows = sum(rows_of(image.grid, config.image) for image in images)
+    num_rows = sum(image.rows for image in images)
     _check_tokens(tokens, num_rows, where, config, tokenizer)
     return EncodedSample(
         key=raw.key,
@@ -181,26 +173,3 @@ def _check_tokens(
             f"tokens of text), more than --seq-length {config.seq_length}: raise --seq-length, "
             f"lower --dynamic-resolution-max-patches, or shorten the sample"
         )
-
-
-def decode_image(image: bytes | NDArray[np.uint8]) -> Image.Image:
-    """Decode an image file, or wrap pixels; in mode RGB.
-
-    Raises:
-        BrokenImageError: The file is corrupt, cut short, or no image.
-    """
-    if not isinstance(image, bytes):
-        return Image.fromarray(image, mode="RGB")
-    try:
-        with warnings.catch_warnings():
-            # A picture too large to be honest is broken, not worth a warning.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(image)) as opened:
-                return opened.convert("RGB")
-    except UnidentifiedImageError:
-        # Its own message names an object in memory.
-        reason = "no known image format"
-    # PIL's decoders raise nearly anything on broken bytes.
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-    raise BrokenImageError(f"image of {len(image)} bytes does not decode: {reason}")

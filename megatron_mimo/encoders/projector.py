@@ -1,7 +1,10 @@
 """From the encoder's rows to the language model's width."""
 
 import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 
@@ -9,9 +12,11 @@ from megatron_mimo.encoders.config import ProjectorConfig
 from megatron_mimo.runtime.engine import transformer_config
 from megatron_mimo.runtime.specs import norm_class, spec_provider
 
+_ACTIVATIONS = {"squared_relu": squared_relu, "gelu": F.gelu}
+
 
 class Projector(nn.Module):
-    """LayerNorm and a two-layer GELU MLP, tensor-parallel.
+    """A norm, then a tensor-parallel MLP or one affine layer.
 
     Args:
         config: The architecture.
@@ -30,7 +35,7 @@ class Projector(nn.Module):
         params_dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        mlp_config = transformer_config(
+        engine_config = transformer_config(
             pg_collection,
             params_dtype=params_dtype,
             sequence_parallel=False,
@@ -39,26 +44,52 @@ class Projector(nn.Module):
             # An MLP has no heads; the engine wants a number that its tp size divides.
             num_attention_heads=pg_collection.tp.size(),
             ffn_hidden_size=config.ffn_hidden_size,
+            add_bias_linear=config.bias,
+            activation_func=_ACTIVATIONS[config.activation],
+            # The engine knows no norm by the name of "none".
+            normalization="LayerNorm" if config.normalization == "none" else config.normalization,
             layernorm_epsilon=config.layernorm_epsilon,
             init_method_std=config.init_method_std,
         )
-        self.norm = norm_class()(
-            config=mlp_config, hidden_size=input_size, eps=config.layernorm_epsilon
+        self.norm = (
+            None
+            if config.normalization == "none"
+            else norm_class()(
+                config=engine_config, hidden_size=input_size, eps=config.layernorm_epsilon
+            )
         )
-        provider = spec_provider()
-        self.mlp = MLP(
-            mlp_config,
-            MLPSubmodules(
-                linear_fc1=provider.column_parallel_linear(),
-                linear_fc2=provider.row_parallel_linear(),
-            ),
-            input_size=input_size,
-            ffn_hidden_size=config.ffn_hidden_size,
-            tp_group=pg_collection.tp,
-        )
+        self.linear = self.mlp = None
+        if config.kind == "affine":
+            # Transformer Engine's linear layers do not gather their output.
+            self.linear = ColumnParallelLinear(
+                input_size,
+                output_size,
+                config=engine_config,
+                init_method=engine_config.init_method,
+                bias=config.bias,
+                gather_output=True,
+                skip_bias_add=False,
+                tp_group=pg_collection.tp,
+            )
+        else:
+            provider = spec_provider()
+            self.mlp = MLP(
+                engine_config,
+                MLPSubmodules(
+                    linear_fc1=provider.column_parallel_linear(),
+                    linear_fc2=provider.row_parallel_linear(),
+                ),
+                input_size=input_size,
+                ffn_hidden_size=config.ffn_hidden_size,
+                tp_group=pg_collection.tp,
+            )
 
     def forward(self, rows: Tensor) -> Tensor:
         """Project [R, input_size] to [R, output_size], the same on every tp rank."""
+        if self.norm is not None:
+            rows = self.norm(rows)
+        layer = self.linear if self.mlp is None else self.mlp
+        assert layer is not None
         output: Tensor
-        output, bias = self.mlp(self.norm(rows))
+        output, bias = layer(rows)
         return output if bias is None else output + bias

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from megatron_mimo.encoders.config import ProjectorConfig, VitConfig
+from megatron_mimo.encoders.config import ProjectorConfig
+from megatron_mimo.encoders.radio.config import RadioConfig
 from megatron_mimo.language.config import GptConfig
 
 
@@ -16,7 +17,7 @@ class ModelConfig:
         language: The language model.
     """
 
-    vision: VitConfig = field(default_factory=VitConfig)
+    vision: RadioConfig = field(default_factory=RadioConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     language: GptConfig = field(default_factory=GptConfig)
 

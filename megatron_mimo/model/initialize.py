@@ -8,7 +8,9 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+
+from megatron_mimo.runtime.shards import full_shape, take_shard
 
 _RESIDUAL_PROJECTION = re.compile(
     r"decoder\.layers\.\d+\.(self_attention\.linear_proj|mlp\.linear_fc2)\.weight$"
@@ -52,12 +54,12 @@ def initialize_topology_invariant(
     for parameter_name, parameter in module.named_parameters():
         if parameter.ndim < 2:
             continue
-        shape, axis = _full_shape(parameter, tp_group.size())
-        full = torch.empty(shape, dtype=torch.float32)
+        full = torch.empty(full_shape(parameter, tp_group.size()), dtype=torch.float32)
         drawn_by = initial_name(_global_name(module, parameter_name))
         generator = _generator(seed, f"{name}.{drawn_by}")
         full.normal_(0.0, initial_std(parameter_name), generator=generator)
-        parameter.copy_(_shard(full, axis, parameter, tp_group))
+        shard = take_shard(full, parameter, tp_rank=tp_group.rank(), tp_size=tp_group.size())
+        parameter.copy_(shard)
 
 
 def _global_name(module: nn.Module, name: str) -> str:
@@ -73,24 +75,3 @@ def _global_name(module: nn.Module, name: str) -> str:
 def _generator(seed: int, name: str) -> torch.Generator:
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def _full_shape(parameter: nn.Parameter, tp_size: int) -> tuple[list[int], int | None]:
-    shape = list(parameter.shape)
-    # megatron-core marks sharded parameters; the marks are absent on plain torch modules.
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return shape, None
-    axis: int = parameter.partition_dim  # type: ignore[attr-defined]
-    shape[axis] *= tp_size
-    return shape, axis
-
-
-def _shard(
-    full: Tensor, axis: int | None, parameter: nn.Parameter, tp_group: dist.ProcessGroup
-) -> Tensor:
-    if axis is None:
-        return full
-    # With stride s (gated linear units) a rank holds s separate pieces of the full matrix.
-    stride: int = parameter.partition_stride  # type: ignore[attr-defined]
-    pieces = full.chunk(tp_group.size() * stride, dim=axis)
-    return torch.cat(pieces[tp_group.rank() :: tp_group.size()], dim=axis)

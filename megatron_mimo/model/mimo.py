@@ -7,6 +7,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_mimo.images import PackedImages
 from megatron_mimo.model.config import FreezeConfig, ModelConfig
 from megatron_mimo.model.initialize import initialize_topology_invariant
 from megatron_mimo.model.modules import EncoderModule, LanguageModule
@@ -51,7 +52,7 @@ class ModuleReplica:
         self.module = module
         self.ddp = _wrap(groups, module)
 
-    def __call__(self, *args: Tensor | int | None) -> Tensor:
+    def __call__(self, *args: Tensor | PackedImages | None) -> Tensor:
         """Run the module's forward."""
         output: Tensor = (self.ddp or self.module)(*args)
         return output

@@ -6,7 +6,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_mimo.encoders.projector import Projector
-from megatron_mimo.encoders.vit import PackedVit
+from megatron_mimo.encoders.radio.embedding import gather_rows
+from megatron_mimo.encoders.radio.vit import RadioVit
+from megatron_mimo.images import PackedImages
 from megatron_mimo.language.gpt import build_gpt
 from megatron_mimo.model.config import FreezeConfig, ModelConfig
 from megatron_mimo.model.initialize import transformer_std
@@ -29,7 +31,7 @@ class EncoderModule(MegatronModule):
         pg_collection: ProcessGroupCollection,
         params_dtype: torch.dtype,
     ) -> None:
-        vision = PackedVit(config.vision, pg_collection, params_dtype)
+        vision = RadioVit(config.vision, pg_collection, params_dtype)
         super().__init__(config=vision.config)
         self.architecture = config
         self.vision = vision
@@ -44,7 +46,8 @@ class EncoderModule(MegatronModule):
             if vision.is_last
             else None
         )
-        self.vision.requires_grad_(not freeze.vision)
+        if freeze.vision:
+            self.vision.freeze()
         if self.projector is not None:
             self.projector.requires_grad_(not freeze.projector)
 
@@ -53,7 +56,7 @@ class EncoderModule(MegatronModule):
         if name.startswith("projector."):
             return self.architecture.projector.init_method_std
         vision = self.architecture.vision
-        if name.startswith(("vision.row_embedding.", "vision.column_embedding.")):
+        if name == "vision.embedding.position":
             return vision.position_init_std
         return transformer_std(name, vision.init_method_std, vision.num_layers)
 
@@ -63,15 +66,24 @@ class EncoderModule(MegatronModule):
 
     def forward(
         self,
-        inputs: Tensor,
-        positions: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        row_index: Tensor,
+        images: PackedImages,
+        hidden: Tensor | None = None,
     ) -> Tensor:
-        """Encode packed images (see `PackedVit.forward`) to rows [R, H_llm], or hidden states."""
-        output: Tensor = self.vision(inputs, positions, cu_seqlens, max_seqlen, row_index)
-        return output if self.projector is None else self.projector(output)
+        """Encode packed images.
+
+        Args:
+            images: On this rank's device.
+            hidden: [L, H], from the stage before; None on the first.
+
+        Returns:
+            Rows [R, H_llm]; before the last stage hidden states [L, H].
+        """
+        tokens: Tensor = self.vision(images, hidden)
+        if self.projector is None:
+            return tokens
+        row_size = self.architecture.vision.row_size
+        rows: Tensor = self.projector(gather_rows(tokens, images.row_index, row_size))
+        return rows
 
 
 class LanguageModule(MegatronModule):

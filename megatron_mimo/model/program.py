@@ -34,17 +34,10 @@ class MimoStep:
             self._embedded = positions_in(sharding.intervals(shard))
 
     def encode(self, microbatch: int, hidden: Tensor | None) -> Tensor:
-        """Rows [R, H] of the images that this rank runs, or hidden states [T, H_vit]."""
+        """Rows [R, H] of the images that this rank runs, or hidden states [L, H_vit]."""
         encoder, images = self._model.encoder, self._microbatches[microbatch].images
         assert encoder is not None and images is not None
-        device = self._model.device
-        return encoder(
-            images.patches.to(device) if hidden is None else hidden,
-            images.positions.to(device),
-            images.cu_seqlens.to(device),
-            images.max_seqlen,
-            images.row_index.to(device),
-        )
+        return encoder(images.to(self._model.device), hidden)
 
     def forward(self, microbatch: int, inputs: Tensor | None) -> Tensor:
         """Summed cross entropy of the lane's target tokens, float32, or hidden states [s*B, H]."""
@@ -73,7 +66,7 @@ class MimoStep:
         drawn = self._microbatches[microbatch]
         if module is Module.ENCODER:
             assert drawn.images is not None
-            return drawn.images.patches.shape[0]
+            return drawn.images.num_tokens
         assert drawn.text is not None
         return drawn.text.input_ids.shape[0] * self._model.sharding.shard_length
 

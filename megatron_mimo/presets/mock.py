@@ -1,6 +1,7 @@
 """A small dense ViT and a small dense GPT, for learning, tests and demos on a laptop."""
 
-from megatron_mimo.encoders.config import ProjectorConfig, VitConfig
+from megatron_mimo.encoders.config import ProjectorConfig
+from megatron_mimo.encoders.radio.config import RadioConfig
 from megatron_mimo.language.config import GptConfig
 from megatron_mimo.model.config import ModelConfig
 
@@ -12,15 +13,25 @@ _INIT_STD = 0.06
 def mock() -> ModelConfig:
     """Two layers of width 128 on each side of a 512-wide projector."""
     return ModelConfig(
-        vision=VitConfig(
+        vision=RadioConfig(
             num_layers=2,
             hidden_size=128,
             num_attention_heads=4,
             ffn_hidden_size=512,
             patch_dim=8,
+            class_token_len=2,
+            num_registers=1,
+            position_grid=16,
+            init_method_std=_INIT_STD,
+            position_init_std=0.3,
+        ),
+        projector=ProjectorConfig(
+            normalization="LayerNorm",
+            activation="gelu",
+            ffn_hidden_size=512,
+            bias=True,
             init_method_std=_INIT_STD,
         ),
-        projector=ProjectorConfig(ffn_hidden_size=512, init_method_std=_INIT_STD),
         language=GptConfig(
             num_layers=2,
             hidden_size=128,

@@ -5,6 +5,7 @@ sequence, B batch, T packed tokens, A query heads and G key-value heads of this 
 """
 
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,7 +19,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_mimo.runtime.segments import SegmentPlan, Span, plan_segments, spans
+from megatron_mimo.runtime.packed import PackedSegments
+from megatron_mimo.runtime.segments import (
+    SegmentPlan,
+    Span,
+    plan_segments,
+    spans,
+)
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 _MASKED = (AttnMaskType.padding, AttnMaskType.padding_causal, AttnMaskType.arbitrary)
@@ -284,6 +291,10 @@ def _take(tokens: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _plan(packed: PackedSeqParams, num_q: int, num_kv: int) -> SegmentPlan:
+    if isinstance(packed, PackedSegments):
+        boundaries = (0, *accumulate(packed.lengths))
+        segments = spans(boundaries, None, num_q, "lengths")
+        return plan_segments(segments, segments, num_q)
     q_spans = _spans(packed.cu_seqlens_q, packed.cu_seqlens_q_padded, num_q, "cu_seqlens_q")
     kv_spans = _spans(packed.cu_seqlens_kv, packed.cu_seqlens_kv_padded, num_kv, "cu_seqlens_kv")
     return plan_segments(q_spans, kv_spans, num_q)

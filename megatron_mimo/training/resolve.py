@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
-from megatron_mimo.data.config import DataConfig, ImageConfig
+from megatron_mimo.data.config import DataConfig
+from megatron_mimo.images import ImageConfig
 from megatron_mimo.model.config import FreezeConfig, ModelConfig
 from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
 from megatron_mimo.presets import model_config
@@ -220,13 +221,10 @@ def _data(config: TrainConfig) -> DataConfig:
         global_batch_size=_given(training.global_batch_size),
         num_workers=data.num_workers,
         shuffle_buffer_size=_or(data.shuffle_buffer_size, default=_DATA.shuffle_buffer_size),
-        image=ImageConfig(
-            patch_dim=vision.patch_dim,
-            pixel_shuffle=vision.pixel_shuffle,
+        image=vision.image_config(
             dynamic_resolution=model.dynamic_resolution,
             min_patches=_or(model.dynamic_resolution_min_patches, default=_IMAGES.min_patches),
             max_patches=_or(model.dynamic_resolution_max_patches, default=_IMAGES.max_patches),
-            max_grid=vision.max_grid,
             img_h=_or(model.img_h, default=_IMAGES.img_h),
             img_w=_or(model.img_w, default=_IMAGES.img_w),
         ),

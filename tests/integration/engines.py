@@ -89,7 +89,8 @@ def small_parts(
 
 def mock_data(*, text_only_fraction=0.0, micro_batch_size=1, global_batch_size=8):
     """Settings of mock samples that fit the small engine."""
-    from megatron_mimo.data import DataConfig, ImageConfig
+    from megatron_mimo.data import DataConfig
+    from megatron_mimo.presets import model_config
 
     return DataConfig(
         seed=7,
@@ -97,7 +98,7 @@ def mock_data(*, text_only_fraction=0.0, micro_batch_size=1, global_batch_size=8
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         text_only_fraction=text_only_fraction,
-        image=ImageConfig(max_grid=64),
+        image=model_config("mock").vision.image_config(),
     )
 
 
@@ -116,8 +117,9 @@ def list_loader(chosen, *, seq_length, micro_batch_size, global_batch_size):
     import numpy as np
     import torch.distributed as dist
 
-    from megatron_mimo.data import ByteTokenizer, DataConfig, ImageConfig, RawSample
+    from megatron_mimo.data import ByteTokenizer, DataConfig, RawSample
     from megatron_mimo.data.loader import build_list_loader
+    from megatron_mimo.presets import model_config
     from megatron_mimo.training.engine import data_role
 
     config = DataConfig(
@@ -125,7 +127,7 @@ def list_loader(chosen, *, seq_length, micro_batch_size, global_batch_size):
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         # Patches of 8 x 8 pixels, four to a row: 320 x 400 pixels make 500.
-        image=ImageConfig(max_grid=64, max_patches=2000),
+        image=model_config("mock").vision.image_config(max_patches=2000),
     )
     random = np.random.default_rng(3)
     samples = [

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mimo.data.batch import StepData
-from megatron_mimo.data.config import DataConfig, DataRole, ImageConfig
-from megatron_mimo.data.images import pack_images
+from megatron_mimo.data.config import DataConfig, DataRole
 from megatron_mimo.data.loader import (
     StreamLoader,
     build_eval_loader,
@@ -25,6 +24,7 @@ from megatron_mimo.data.mock import Split, mock_sample
 from megatron_mimo.data.sample import EncodedSample, Outcome, RejectedSample, SkippedSample
 from megatron_mimo.data.tokenizer import ByteTokenizer
 from megatron_mimo.data.trace import SampleTrace
+from megatron_mimo.images import ImageConfig, pack_images
 from megatron_mimo.topology import Layout, ModuleGridSpec
 
 TOKENIZER = ByteTokenizer()

@@ -2,10 +2,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mimo.data.config import DataConfig, ImageConfig
+from megatron_mimo.data.config import DataConfig
 from megatron_mimo.data.mock import Split, mock_sample
 from megatron_mimo.data.sample import RawSample, encode_sample
 from megatron_mimo.data.tokenizer import ByteTokenizer
+from megatron_mimo.images import ImageConfig
 
 indices = st.integers(0, 10**6)
 

@@ -7,12 +7,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_mimo.model.config import FreezeConfig
+    from megatron_mimo.model.config import FreezeConfig, ModelConfig
     from megatron_mimo.model.mimo import MimoModel, ModuleReplica
     from megatron_mimo.topology.groups import Topology
 
 VOCAB, IMAGE, WIDTH, LAYERS = 64, 63, 32, 4
 LENGTH = 24
+
+
+def small_config(*, tied: bool = False) -> "ModelConfig":
+    """Each module has four layers of four heads, the llm two key-value heads."""
+    from megatron_mimo.presets import model_config
+
+    sizes = {"num_layers": LAYERS, "hidden_size": WIDTH, "ffn_hidden_size": 48}
+    overrides = [f"{part}.{key}={n}" for part in ("vision", "language") for key, n in sizes.items()]
+    overrides.append(f"language.share_embeddings_and_output_weights={str(tied).lower()}")
+    return model_config("mock", [*overrides, "vision.patch_dim=2", "projector.ffn_hidden_size=48"])
 
 
 def small_model(
@@ -23,19 +33,15 @@ def small_model(
     tied: bool = False,
     init: str = "topology-invariant",
 ) -> "MimoModel":
-    """This rank's modules: each has four layers of four heads, the llm two key-value heads."""
+    """This rank's modules."""
     import torch
 
     from megatron_mimo.model.config import FreezeConfig
     from megatron_mimo.model.mimo import BuildConfig, build_model
-    from megatron_mimo.presets import model_config
     from megatron_mimo.runtime import Device
 
-    sizes = {"num_layers": LAYERS, "hidden_size": WIDTH, "ffn_hidden_size": 48}
-    overrides = [f"{part}.{key}={n}" for part in ("vision", "language") for key, n in sizes.items()]
-    overrides.append(f"language.share_embeddings_and_output_weights={str(tied).lower()}")
     return build_model(
-        model_config("mock", [*overrides, "vision.patch_dim=2", "projector.ffn_hidden_size=48"]),
+        small_config(tied=tied),
         freeze or FreezeConfig(),
         BuildConfig(
             params_dtype=torch.float32,

@@ -12,7 +12,7 @@ from tests.unit_tests.model.by_hand import WIDTH, assert_close
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_mimo.data.batch import PackedImages
+    from megatron_mimo.images import PackedImages
 
 Found = tuple["Tensor | None", dict[str, "Tensor"]]
 GRIDS = ((4, 6), (2, 2), (6, 4))
@@ -30,12 +30,12 @@ def packed_images() -> "PackedImages":
     """Noise, the same on every rank."""
     import numpy as np
 
-    from megatron_mimo.data import ImageConfig
-    from megatron_mimo.data.images import EncodedImage, pack_images
+    from megatron_mimo.images import EncodedImage, pack_images
+    from tests.unit_tests.model.by_hand import small_config
 
-    random, config = np.random.default_rng(4), ImageConfig(patch_dim=2)
+    random, config = np.random.default_rng(4), small_config().vision.image_config()
     images = [
-        EncodedImage(grid, random.integers(0, 256, (grid[0] * grid[1], 12), dtype=np.uint8))
+        EncodedImage((grid,), 0, random.integers(0, 256, (grid[0] * grid[1], 12), dtype=np.uint8))
         for grid in GRIDS
     ]
     packed = pack_images(images, config)

@@ -79,7 +79,9 @@ def test_model_and_data_agree_on_patches() -> None:
         assert resolved.architecture.vision.patch_dim == resolved.data.image.patch_dim == patch_dim
         assert not resolved.architecture.vision.pixel_shuffle
         assert not resolved.data.image.pixel_shuffle
-        assert resolved.data.image.max_grid == resolved.architecture.vision.max_grid
+        vision = resolved.architecture.vision
+        assert resolved.data.image.position_grid == vision.position_grid
+        assert resolved.data.image.class_token_len == vision.class_token_len == 2
 
 
 @pytest.mark.parametrize(

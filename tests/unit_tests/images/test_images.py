@@ -5,32 +5,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from megatron_mimo.data.config import ImageConfig
-from megatron_mimo.data.images import (
+from megatron_mimo.images import (
     EncodedImage,
+    ImageConfig,
     encode_image,
+    image_grids,
     pack_images,
-    patch_positions,
-    patchify,
-    row_index,
     rows_for,
-    target_grid,
 )
+from megatron_mimo.images.encode import patchify
+from megatron_mimo.images.grid import native_grid
+from megatron_mimo.images.packing import pack_patches
 
 sides = st.integers(1, 3000)
 configs = st.builds(
-    lambda patch, shuffle, least, extra, grid: ImageConfig(
+    lambda patch, shuffle, least, extra: ImageConfig(
         patch_dim=patch,
         pixel_shuffle=shuffle,
         min_patches=least,
         max_patches=0 if extra is None else max(least, 4) + extra,
-        max_grid=grid,
     ),
     st.sampled_from([8, 14, 16]),
     st.booleans(),
     st.integers(1, 64),
     st.none() | st.integers(0, 4000),
-    st.sampled_from([0, 2, 7, 64]),
 )
 grids = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=5)
 
@@ -39,47 +37,45 @@ grids = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, ma
 def test_grid_respects_the_maximum_and_whole_rows(
     width: int, height: int, config: ImageConfig
 ) -> None:
-    grid = target_grid(width, height, config)
+    grid = native_grid(width, height, config)
     side = 2 if config.pixel_shuffle else 1
     assert min(grid) >= side
     assert grid[0] % side == grid[1] % side == 0
     if config.max_patches:
         assert grid[0] * grid[1] <= config.max_patches
-    if config.max_grid:
-        assert max(grid) <= config.max_grid
     assert rows_for(width, height, config) * config.patches_per_row == grid[0] * grid[1]
 
 
 @given(sides, sides, st.integers(1, 64), st.booleans())
 def test_grid_reaches_the_minimum(width: int, height: int, least: int, shuffle: bool) -> None:
     config = ImageConfig(pixel_shuffle=shuffle, min_patches=least, max_patches=0)
-    grid_h, grid_w = target_grid(width, height, config)
+    grid_h, grid_w = native_grid(width, height, config)
     assert grid_h * grid_w >= least
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_image_of_whole_units_keeps_its_size(units_h: int, units_w: int) -> None:
     config = ImageConfig(patch_dim=8, pixel_shuffle=True, min_patches=1, max_patches=0)
-    assert target_grid(units_w * 16, units_h * 16, config) == (2 * units_h, 2 * units_w)
+    assert native_grid(units_w * 16, units_h * 16, config) == (2 * units_h, 2 * units_w)
 
 
 @given(st.integers(100, 3000), st.integers(100, 3000))
 def test_shrinking_keeps_the_aspect_ratio(width: int, height: int) -> None:
     config = ImageConfig(patch_dim=8, pixel_shuffle=False, max_patches=256)
-    grid_h, grid_w = target_grid(width, height, config)
+    grid_h, grid_w = native_grid(width, height, config)
     # The true grid lies within a patch of each side, before and after scaling.
     assert (grid_h - 1) / (grid_w + 2) <= height / width <= (grid_h + 2) / max(1e-9, grid_w - 1)
 
 
 def test_long_image_uses_the_patches_it_may_have() -> None:
     config = ImageConfig(patch_dim=8, pixel_shuffle=False, min_patches=1, max_patches=100)
-    assert target_grid(8 * 5000, 8, config) == (1, 100)
-    assert target_grid(8, 8 * 5000, config) == (100, 1)
+    assert native_grid(8 * 5000, 8, config) == (1, 100)
+    assert native_grid(8, 8 * 5000, config) == (100, 1)
 
 
 def test_fixed_resolution_ignores_the_image() -> None:
     config = ImageConfig(dynamic_resolution=False, patch_dim=8, img_h=32, img_w=64)
-    assert target_grid(999, 3, config) == (4, 8)
+    assert image_grids(999, 3, config) == ((4, 8),)
     assert rows_for(999, 3, config) == 8
 
 
@@ -99,10 +95,10 @@ def test_patches_put_back_together_are_the_image(grid_h: int, grid_w: int, patch
     np.testing.assert_array_equal(rebuilt, pixels)
 
 
-@given(grids)
-def test_positions_count_through_every_grid(grids: list[tuple[int, int]]) -> None:
-    expected = [(r, c) for height, width in grids for r in range(height) for c in range(width)]
-    assert list(map(tuple, patch_positions(grids).tolist())) == expected
+def packed(grids: list[tuple[int, int]], **fields: object):
+    config = ImageConfig(**fields)  # type: ignore[arg-type]
+    patches = torch.zeros(sum(height * width for height, width in grids), 3 * 64)
+    return pack_patches(patches, grids, config)
 
 
 @given(grids)
@@ -116,13 +112,13 @@ def test_rows_gather_squares_in_raster_order(halves: list[tuple[int, int]]) -> N
                     start + (row + dy) * width + column + dx for dy in (0, 1) for dx in (0, 1)
                 ]
         start += height * width
-    assert row_index(grids, ImageConfig(pixel_shuffle=True)).tolist() == expected
+    assert packed(grids, pixel_shuffle=True).row_index.tolist() == expected
 
 
 @given(grids)
 def test_without_pixel_shuffle_each_patch_is_a_row(grids: list[tuple[int, int]]) -> None:
     total = sum(height * width for height, width in grids)
-    assert row_index(grids, ImageConfig(pixel_shuffle=False)).tolist() == list(range(total))
+    assert packed(grids, pixel_shuffle=False).row_index.tolist() == list(range(total))
 
 
 def encoded(width: int, height: int, config: ImageConfig, colour: tuple[int, int, int]):
@@ -132,18 +128,18 @@ def encoded(width: int, height: int, config: ImageConfig, colour: tuple[int, int
 def test_packing_concatenates_and_normalises() -> None:
     config = ImageConfig(patch_dim=8, pixel_shuffle=True)
     images = [encoded(16, 32, config, (255, 0, 0)), encoded(48, 16, config, (0, 0, 255))]
-    packed = pack_images(images, config)
-    assert packed is not None
-    assert packed.patches.shape == (8 + 12, 3 * 64)
-    assert packed.patches.dtype == torch.float32
-    assert packed.cu_seqlens.tolist() == [0, 8, 20]
-    assert packed.cu_seqlens.dtype == torch.int32
-    assert packed.max_seqlen == 12
-    assert packed.positions.dtype == packed.row_index.dtype == torch.int64
+    found = pack_images(images, config)
+    assert found is not None
+    assert found.patches.shape == (8 + 12, 3 * 64)
+    assert found.patches.dtype == torch.float32
+    assert found.cu_seqlens.tolist() == [0, 8, 20]
+    assert found.cu_seqlens.dtype == torch.int32
+    assert found.max_seqlen == 12
+    assert found.patch_slots.dtype == found.row_index.dtype == torch.int64
     # The constants that transformers gives for CLIP.
     red = [(1 - 0.48145466) / 0.26862954, -0.4578275 / 0.26130258, -0.40821073 / 0.27577711]
     for channel, value in enumerate(red):
-        part = packed.patches[:8, channel * 64 : (channel + 1) * 64]
+        part = found.patches[:8, channel * 64 : (channel + 1) * 64]
         torch.testing.assert_close(part, torch.full_like(part, value))
 
 
@@ -153,12 +149,12 @@ def test_packing_no_image_is_none() -> None:
 
 def test_packing_needs_pixels() -> None:
     with pytest.raises(AssertionError, match="without patches"):
-        pack_images([EncodedImage((2, 2), None)], ImageConfig())
+        pack_images([EncodedImage(((2, 2),), 1, None)], ImageConfig())
 
 
 def test_pixels_stay_away_where_only_rows_are_needed() -> None:
     image = encode_image(Image.new("RGB", (32, 32)), ImageConfig(), with_patches=False)
-    assert image == EncodedImage((4, 4), None)
+    assert image == EncodedImage(((4, 4),), 4, None)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +165,6 @@ def test_pixels_stay_away_where_only_rows_are_needed() -> None:
         ({"min_patches": 9, "max_patches": 8}, "--dynamic-resolution-max-patches is 8: .* 9"),
         ({"min_patches": 1, "max_patches": 2}, "--dynamic-resolution-max-patches is 2: .* 4"),
         ({"dynamic_resolution": False, "img_h": 40}, "--img-h is 40: expected a multiple of 16"),
-        ({"max_grid": 1}, "max_grid is 1: expected at least 2"),
     ],
 )
 def test_bad_settings_name_the_flag(fields: dict[str, int], message: str) -> None:

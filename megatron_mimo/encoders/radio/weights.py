@@ -1,0 +1,291 @@
+"""RADIO weights as transformers' `RadioModel` stores them: tables of names, import and export."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_mimo.encoders.radio.config import RadioConfig
+from megatron_mimo.runtime.shards import full_shape, take_shard
+from megatron_mimo.weights.folder import WeightFolder, require_names
+from megatron_mimo.weights.table import Entry, interleaved_qkv
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Names:
+    """What a checkpoint calls the parts of RADIO.
+
+    Attributes:
+        root: In front of the buffers.
+        patches: Embedding of patches.
+        position: Table of position embeddings, [1, cells, H].
+        class_token: Class tokens and registers.
+        layers: In front of a layer's number.
+        qkv: In a layer, query, key and value, or all in one.
+        proj: In a layer, the projection behind attention.
+        final_norm: Behind the last layer; transformers' `RadioModel` has none.
+    """
+
+    root: str
+    patches: str
+    position: str
+    class_token: str
+    layers: str
+    qkv: tuple[str, ...]
+    proj: str
+    final_norm: str
+
+    @property
+    def mean(self) -> str:
+        """Buffer of the channels' mean."""
+        return f"{self.root}input_conditioner.norm_mean"
+
+    @property
+    def std(self) -> str:
+        """Buffer of the channels' standard deviation."""
+        return f"{self.root}input_conditioner.norm_std"
+
+    @property
+    def summary(self) -> str:
+        """Buffer of the class tokens that `RadioModel` sums an image up by; nothing reads it."""
+        return f"{self.root}summary_idxs"
+
+
+# As published, and as transformers writes.
+PUBLISHED = Names(
+    root="radio_model.",
+    patches="radio_model.model.patch_generator.embedder",
+    position="radio_model.model.patch_generator.pos_embed",
+    class_token="radio_model.model.patch_generator.cls_token.token",
+    layers="radio_model.model.blocks",
+    qkv=("attn.qkv",),
+    proj="attn.proj",
+    final_norm="radio_model.model.norm",
+)
+# As the modules of transformers' `RadioModel` are called.
+MODULES = Names(
+    root="",
+    patches="embeddings.patch_projection",
+    position="embeddings.position_embedding",
+    class_token="embeddings.cls_register_token",
+    layers="encoder.layer",
+    qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    proj="attention.o_proj",
+    final_norm="final_layernorm",
+)
+_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "fast_gelu", "gelu_new": "fast_gelu"}
+# What the architecture here does not have, with the value that means it is absent.
+_ABSENT: Mapping[str, Any] = {
+    "use_swiglu_ffn": False,
+    "qkv_bias": True,
+    "num_channels": 3,
+    "attention_probs_dropout_prob": 0.0,
+    "drop_path_rate": 0.0,
+}
+# Transformer Engine holds a norm with the linear layer behind it.
+_FUSED = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+def names_of(folder: WeightFolder) -> Names:
+    """Which names a folder's weights go by."""
+    return PUBLISHED if PUBLISHED.position in folder.names else MODULES
+
+
+def read_config(folder: WeightFolder) -> RadioConfig:
+    """The architecture that a folder holds.
+
+    Whether there is a final norm, and how pixels are normalised, the weights say.
+
+    Raises:
+        ValueError: The folder holds another kind of model, or one with parts that are not here.
+    """
+    found = folder.config
+    where = folder.path / "config.json"
+    if found.get("model_type") != "radio":
+        raise ValueError(
+            f"{where} describes a model of type {found.get('model_type')!r}: expected 'radio', "
+            f"transformers' RadioModel"
+        )
+    for field, value in _ABSENT.items():
+        if found.get(field, value) != value:
+            raise ValueError(f"{where}: {field} is {found[field]!r}, only {value!r} is supported")
+    activation = found.get("hidden_act", "gelu")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(
+            f"{where}: hidden_act is {activation!r}: expected one of {', '.join(_ACTIVATIONS)}"
+        )
+    names = names_of(folder)
+    width, patch_dim = found.get("hidden_size", 1280), found.get("patch_size", 16)
+    registers = found.get("num_registers", 7)
+    defaults = RadioConfig()
+    return RadioConfig(
+        num_layers=found.get("num_hidden_layers", 32),
+        hidden_size=width,
+        num_attention_heads=found.get("num_attention_heads", 16),
+        ffn_hidden_size=int(width * found.get("mlp_ratio", 4.0)),
+        activation=_ACTIVATIONS[activation],  # type: ignore[arg-type]
+        layernorm_epsilon=found.get("layer_norm_eps", 1e-6),
+        final_layernorm=f"{names.final_norm}.weight" in folder.names,
+        patch_dim=patch_dim,
+        class_token_len=found.get("num_cls_tokens", 3) + registers,
+        num_registers=registers,
+        position_grid=found.get("max_img_size", 2048) // patch_dim,
+        pixel_mean=_triple(folder, names.mean, found.get("norm_mean", defaults.pixel_mean)),
+        pixel_std=_triple(folder, names.std, found.get("norm_std", defaults.pixel_std)),
+    )
+
+
+def write_config(config: RadioConfig) -> dict[str, Any]:
+    """config.json of an architecture."""
+    names = {"gelu": "gelu", "fast_gelu": "gelu_pytorch_tanh"}
+    return {
+        "architectures": ["RadioModel"],
+        "model_type": "radio",
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "mlp_ratio": config.ffn_hidden_size / config.hidden_size,
+        "hidden_act": names[config.activation],
+        "layer_norm_eps": config.layernorm_epsilon,
+        "patch_size": config.patch_dim,
+        "max_img_size": config.position_grid * config.patch_dim,
+        "num_cls_tokens": config.class_token_len - config.num_registers,
+        "num_registers": config.num_registers,
+        "norm_mean": list(config.pixel_mean),
+        "norm_std": list(config.pixel_std),
+    }
+
+
+def name_table(config: RadioConfig, names: "Names") -> tuple[Entry, ...]:
+    """Every weight of an architecture, by its name here and in a checkpoint."""
+    return tuple(_entries(config, names))
+
+
+def _entries(config: RadioConfig, names: "Names") -> Iterator[Entry]:
+    yield Entry("embedding.projection.weight", (f"{names.patches}.weight",))
+    if config.patch_bias:
+        yield Entry("embedding.projection.bias", (f"{names.patches}.bias",))
+    yield Entry(
+        "embedding.position",
+        (names.position,),
+        join=lambda tensors: tensors[0][0],
+        split=lambda tensor: (tensor[None],),
+    )
+    yield Entry("embedding.class_token", (names.class_token,))
+    heads = config.num_attention_heads
+    for layer in range(config.num_layers):
+        ours, theirs = f"decoder.layers.{layer}", f"{names.layers}.{layer}"
+        for kind in ("weight", "bias"):
+            yield interleaved_qkv(
+                f"{ours}.self_attention.linear_qkv.{kind}",
+                tuple(f"{theirs}.{part}.{kind}" for part in names.qkv),
+                groups=heads,
+                head_dim=config.hidden_size // heads,
+            )
+            for here, there in (
+                ("input_layernorm", "norm1"),
+                ("self_attention.linear_proj", names.proj),
+                ("pre_mlp_layernorm", "norm2"),
+                ("mlp.linear_fc1", "mlp.fc1"),
+                ("mlp.linear_fc2", "mlp.fc2"),
+            ):
+                yield Entry(f"{ours}.{here}.{kind}", (f"{theirs}.{there}.{kind}",))
+    if config.final_layernorm:
+        for kind in ("weight", "bias"):
+            yield Entry(f"decoder.final_layernorm.{kind}", (f"{names.final_norm}.{kind}",))
+
+
+@torch.no_grad()
+def load_weights(
+    module: nn.Module, config: RadioConfig, folder: WeightFolder, *, tp_rank: int, tp_size: int
+) -> None:
+    """Fill this rank's shard of a `RadioVit` stage from a folder.
+
+    One whole weight is in memory at a time.
+
+    Raises:
+        ValueError: A weight is missing, unexpected or of another shape; lists them.
+    """
+    names = names_of(folder)
+    table = {entry.ours: entry for entry in name_table(config, names)}
+    scales = _layer_scales(config, names)
+    wanted = {name for entry in table.values() for name in entry.theirs}
+    require_names(
+        folder.path,
+        wanted,
+        folder.names,
+        optional={names.mean, names.std, names.summary, *scales.values()},
+    )
+    for name, parameter in module.named_parameters():
+        entry = table[_table_name(module, name)]
+        parts = [_scaled(folder, theirs, scales) for theirs in entry.theirs]
+        full = entry.join(parts)
+        shape = full_shape(parameter, tp_size)
+        if list(full.shape) != shape:
+            raise ValueError(
+                f"{folder.path}: {' + '.join(entry.theirs)} has shape {list(full.shape)}, but the "
+                f"architecture of its config.json gives {entry.ours} the shape {shape}"
+            )
+        parameter.copy_(take_shard(full, parameter, tp_rank=tp_rank, tp_size=tp_size))
+
+
+def export_weights(module: nn.Module, config: RadioConfig) -> dict[str, Tensor]:
+    """The weights of a whole `RadioVit` by their names in transformers, buffers included."""
+    names = PUBLISHED
+    table = {entry.ours: entry for entry in name_table(config, names)}
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        entry = table[_table_name(module, name)]
+        tensors |= dict(zip(entry.theirs, entry.split(parameter.detach()), strict=True))
+    dtype = tensors[names.position].dtype
+    for scale in _layer_scales(config, names).values():
+        tensors[scale] = torch.ones(config.hidden_size, dtype=dtype)
+    tensors[names.mean] = torch.tensor(config.pixel_mean).view(-1, 1, 1)
+    tensors[names.std] = torch.tensor(config.pixel_std).view(-1, 1, 1)
+    tensors[names.summary] = torch.tensor([0, 1])
+    return tensors
+
+
+def _layer_scales(config: RadioConfig, names: Names) -> dict[str, str]:
+    """Weight -> the per-channel scale that `RadioModel` multiplies its output by."""
+    scales = {}
+    for layer in range(config.num_layers):
+        prefix = f"{names.layers}.{layer}"
+        for number, linear in ((1, names.proj), (2, "mlp.fc2")):
+            for kind in ("weight", "bias"):
+                scales[f"{prefix}.{linear}.{kind}"] = f"{prefix}.layer_scale{number}.lambda1"
+    return scales
+
+
+def _scaled(folder: WeightFolder, name: str, scales: Mapping[str, str]) -> Tensor:
+    """A tensor, with the scale behind it folded in."""
+    tensor = folder.tensor(name)
+    if name in scales and scales[name] in folder.names:
+        scale = folder.tensor(scales[name])
+        tensor = tensor * scale.view(-1, *[1] * (tensor.dim() - 1)).to(tensor.dtype)
+    return tensor
+
+
+def _table_name(module: nn.Module, name: str) -> str:
+    """A parameter's name in the table: its layer counted over all stages, its norm on its own."""
+    for fused, separate in _FUSED.items():
+        name = name.replace(fused, separate)
+    head, layers, rest = name.partition("decoder.layers.")
+    if not layers:
+        return name
+    index, _, rest = rest.partition(".")
+    number = module.get_submodule(f"{head}{layers}{index}").layer_number
+    return f"{head}{layers}{int(number) - 1}.{rest}"  # type: ignore[arg-type]
+
+
+def _triple(
+    folder: WeightFolder, name: str, otherwise: tuple[float, ...] | list[float]
+) -> tuple[float, float, float]:
+    values = folder.tensor(name).flatten().tolist() if name in folder.names else otherwise
+    red, green, blue = values
+    return red, green, blue
