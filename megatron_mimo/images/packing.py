@@ -31,11 +31,12 @@ class PackedImages:
     """Images that one encoder rank runs in a microbatch, end to end.
 
     N pieces (images, or tiles of them), T patches, L = T + N*c tokens: each piece's c class tokens
-    stand in front of its patches.
+    stand in front of its patches. Patches and rows follow the order of images; tokens have the
+    shortest piece first.
 
     Attributes:
         patches: float32 [T, 3*P*P], normalised; in a patch channel-major: (channel, y, x).
-        lengths: Tokens of each piece, known to the host.
+        lengths: Tokens of each piece, ascending; known to the host.
         cu_seqlens: int32 [N+1], first token of each piece, and L.
         patch_slots: int64 [T], the token of each patch.
         class_slots: int64 [N*c], the tokens of the class tokens, piece by piece.
@@ -127,8 +128,11 @@ def pack_patches(
     """
     sizes = np.array(grids, dtype=np.int64).reshape(-1, 2)
     counts, extra = sizes.prod(axis=1), config.class_token_len
-    lengths = counts + extra
-    starts = np.cumsum(lengths) - lengths
+    # Shortest first: attention runs neighbours of equal length as one batch.
+    order = np.argsort(counts, kind="stable")
+    lengths = counts[order] + extra
+    starts = np.empty_like(counts)
+    starts[order] = np.cumsum(lengths) - lengths
     place, piece = _ramps(counts)
     if draws is None:
         index, weight = position_taps(sizes, config.position_grid)
@@ -137,7 +141,7 @@ def pack_patches(
     return PackedImages(
         patches=patches,
         lengths=tuple(lengths.tolist()),
-        cu_seqlens=torch.from_numpy(np.append(starts, lengths.sum()).astype(np.int32)),
+        cu_seqlens=torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32)),
         patch_slots=torch.from_numpy(starts[piece] + extra + place),
         class_slots=torch.from_numpy((starts[:, None] + np.arange(extra)).ravel()),
         row_index=torch.from_numpy(row_index(sizes, starts + extra, config)),

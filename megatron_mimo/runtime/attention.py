@@ -212,12 +212,11 @@ class SdpaCoreAttention(MegatronModule):
         key, value = _take(key, plan.kv_order), _take(value, plan.kv_order)
         q_sizes = [group.count * group.q_length for group in plan.groups]
         kv_sizes = [group.count * group.kv_length for group in plan.groups]
-        # Tokens after the last segment, where order needs no change, are left over by the split.
         pieces = zip(
             plan.groups,
-            torch.split(query[: sum(q_sizes)], q_sizes),
-            torch.split(key[: sum(kv_sizes)], kv_sizes),
-            torch.split(value[: sum(kv_sizes)], kv_sizes),
+            _split(query, q_sizes),
+            _split(key, kv_sizes),
+            _split(value, kv_sizes),
             strict=True,
         )
         outputs = []
@@ -284,6 +283,12 @@ def _whole_sequence(part: Tensor, cp_group: Any) -> Tensor:
     parts = gather_from_sequence_parallel_region(part.contiguous(), group=cp_group)
     chunks = parts.view(cp_group.size(), 2, -1, *part.shape[1:])
     return torch.cat([chunks[:, 0], chunks[:, 1].flip(0)]).flatten(0, 1)
+
+
+def _split(tokens: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Cut tokens up; those after the last segment are left over."""
+    used = sum(sizes)
+    return torch.split(tokens if used == len(tokens) else tokens[:used], sizes)
 
 
 def _take(tokens: Tensor, order: Tensor | None) -> Tensor:

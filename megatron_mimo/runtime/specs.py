@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_mimo.runtime.attention import SdpaCoreAttention
+from megatron_mimo.runtime.host_layers import HostColumnParallelLinear, HostRowParallelLinear
 from megatron_mimo.runtime.norms import TorchNorm
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,14 @@ class HostSpecProvider(LocalSpecProvider):
     ) -> LayerNormBuilder:
         """The norm; which one, it reads from the configuration."""
         return TorchNorm
+
+    def column_parallel_linear(self) -> type:
+        """Linear layer with a sharded output."""
+        return HostColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        """Linear layer with a sharded input."""
+        return HostRowParallelLinear
 
     def core_attention(self) -> type:
         """Attention over torch's scaled dot product."""

@@ -5,6 +5,7 @@ import sys
 
 from megatron_mimo.runtime.device import Device, resolve_device
 from megatron_mimo.runtime.host import cuda_namespace, engine, tensors
+from megatron_mimo.runtime.host.memory import keep_freed_memory
 from megatron_mimo.runtime.memory import ensure_global_memory_buffer
 from megatron_mimo.runtime.quiet import quiet_upstream
 
@@ -42,6 +43,7 @@ def install_host_adaptation(device: Device | None = None) -> None:
     quiet_upstream()
     cuda_namespace.install()
     tensors.install()
+    keep_freed_memory()
     engine.import_engine()
     ensure_global_memory_buffer()
     _installed.append(Device("cpu"))
