@@ -72,6 +72,9 @@ def _opened(image: bytes) -> Iterator[Image.Image]:
 
 def _orientation(opened: Image.Image) -> int:
     """The Exif orientation that stands before the pixels; 1, upright, where there is none."""
+    # PIL turns TIFF files itself.
+    if opened.format == "TIFF":
+        return 1
     # PNG files may carry it behind the pixels, and asking would decode them all.
     if opened.format == "PNG" and not {"exif", "Raw profile type exif"} & opened.info.keys():
         return 1

@@ -5,7 +5,7 @@ sequence, B batch, T packed tokens, A query heads and G key-value heads of this 
 """
 
 from contextlib import nullcontext
-from itertools import accumulate
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from megatron_mimo.runtime.packed import PackedSegments
 from megatron_mimo.runtime.segments import (
     SegmentPlan,
     Span,
+    plan_in_place,
     plan_segments,
     spans,
 )
@@ -203,6 +204,20 @@ class SdpaCoreAttention(MegatronModule):
                 "packed sequences with context parallelism need Transformer Engine on a GPU: here "
                 "the parts of each segment would have to be put together first; set --llm-cp 1"
             )
+        if _varlen_attention is not None and _fits_varlen(query, packed, dropout):
+            output: Tensor = _varlen_attention(
+                query,
+                key,
+                value,
+                packed.cu_seqlens_q,
+                packed.cu_seqlens_kv,
+                packed.max_seqlen_q,
+                packed.max_seqlen_kv,
+                scale=self.softmax_scale,
+                window_size=(-1, 0 if mask_type in _CAUSAL else -1),
+                enable_gqa=query.size(1) != key.size(1),
+            )
+            return output.flatten(1)
         plan = _plan(packed, query.size(0), key.size(0))
         if not plan.groups:
             # Zeros, still a part of the graph: gradients of the inputs are zeros too.
@@ -254,6 +269,29 @@ class SdpaCoreAttention(MegatronModule):
         )
 
 
+def _fits_varlen(query: Tensor, packed: PackedSeqParams, dropout: float) -> bool:
+    """Whether torch's fused kernel for segments of any length can take a call."""
+    # It leaves tokens outside every segment undefined; `PackedSegments` have none.
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and isinstance(packed, PackedSegments)
+        and dropout == 0.0
+    )
+
+
+def _import_varlen() -> Any:
+    """The `varlen_attn` of torch; None before the versions whose signature is the one used here."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "enable_gqa" in signature(varlen_attn).parameters else None
+
+
+_varlen_attention = _import_varlen()
+
+
 def _require_supported(config: TransformerConfig) -> None:
     wants: dict[str, Any] = {
         "window_size": (config.window_size, None),
@@ -297,9 +335,12 @@ def _take(tokens: Tensor, order: Tensor | None) -> Tensor:
 
 def _plan(packed: PackedSeqParams, num_q: int, num_kv: int) -> SegmentPlan:
     if isinstance(packed, PackedSegments):
-        boundaries = (0, *accumulate(packed.lengths))
-        segments = spans(boundaries, None, num_q, "lengths")
-        return plan_segments(segments, segments, num_q)
+        if sum(packed.lengths) != num_q:
+            raise ValueError(
+                f"segments of {sum(packed.lengths)} tokens in a packed sequence of {num_q}: "
+                f"they must cover it"
+            )
+        return plan_in_place(packed.lengths)
     q_spans = _spans(packed.cu_seqlens_q, packed.cu_seqlens_q_padded, num_q, "cu_seqlens_q")
     kv_spans = _spans(packed.cu_seqlens_kv, packed.cu_seqlens_kv_padded, num_kv, "cu_seqlens_kv")
     return plan_segments(q_spans, kv_spans, num_q)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -125,6 +125,16 @@ def plan_segments(q_spans: tuple[Span, ...], kv_spans: tuple[Span, ...], num_q: 
         kv_order=None if _in_place(kv_order) else kv_order,
         out_order=None if q_in_place and q_order.numel() == num_q else out_order,
     )
+
+
+def plan_in_place(lengths: tuple[int, ...]) -> SegmentPlan:
+    """Plan of segments that attend to themselves and lie end to end: nothing moves.
+
+    Neighbours of equal length run as one batch.
+    """
+    runs = ((length, len(list(run))) for length, run in groupby(lengths) if length)
+    groups = tuple(SegmentGroup(count, length, length) for length, count in runs)
+    return SegmentPlan(groups, q_order=None, kv_order=None, out_order=None)
 
 
 def _tokens(spans_: list[Span]) -> Tensor:

@@ -23,6 +23,7 @@ class RadioConfig:
         class_token_len: c, tokens in front of an image's patches: class tokens, then registers.
         num_registers: How many of those are registers; names in checkpoints are all that depends
             on it.
+        summary_tokens: Class tokens that transformers sums an image up by; kept for export.
         position_grid: Rows and columns of the table of position embeddings; 128 are 2048 pixels.
         position_crop: Train with random crops of that table, while the encoder is not frozen.
         pixel_shuffle: Merge four patches into one row.
@@ -46,6 +47,7 @@ class RadioConfig:
     patch_bias: bool = False
     class_token_len: int = 10
     num_registers: int = 7
+    summary_tokens: tuple[int, ...] = (0, 1)
     position_grid: int = 128
     position_crop: bool = False
     pixel_shuffle: bool = True

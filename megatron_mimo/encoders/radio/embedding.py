@@ -80,7 +80,7 @@ class _PlaceTokens(torch.autograd.Function):
             of_table = _table_gradient(ctx.table, of_patches, images)
         if ctx.needs_input_grad[2]:
             of_class = gradient.index_select(0, images.class_slots)
-            of_class = of_class.view(-1, *ctx.class_shape).sum(0)
+            of_class = of_class.view(len(images.lengths), *ctx.class_shape).sum(0)
         return of_patches, of_table, of_class, None
 
 

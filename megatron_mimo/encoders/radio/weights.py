@@ -1,6 +1,6 @@
 """RADIO weights as transformers' `RadioModel` stores them: tables of names, import and export."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,7 @@ def read_config(folder: WeightFolder) -> RadioConfig:
         patch_dim=patch_dim,
         class_token_len=found.get("num_cls_tokens", 3) + registers,
         num_registers=registers,
+        summary_tokens=_summary_tokens(folder, names),
         position_grid=found.get("max_img_size", 2048) // patch_dim,
         pixel_mean=_triple(folder, names.mean, found.get("norm_mean", defaults.pixel_mean)),
         pixel_std=_triple(folder, names.std, found.get("norm_std", defaults.pixel_std)),
@@ -156,6 +157,7 @@ def write_config(config: RadioConfig) -> dict[str, Any]:
         "max_img_size": config.position_grid * config.patch_dim,
         "num_cls_tokens": config.class_token_len - config.num_registers,
         "num_registers": config.num_registers,
+        "summary_idxs": list(config.summary_tokens),
         "norm_mean": list(config.pixel_mean),
         "norm_std": list(config.pixel_std),
     }
@@ -247,7 +249,7 @@ def export_weights(module: nn.Module, config: RadioConfig) -> dict[str, Tensor]:
         tensors[scale] = torch.ones(config.hidden_size, dtype=dtype)
     tensors[names.mean] = torch.tensor(config.pixel_mean).view(-1, 1, 1)
     tensors[names.std] = torch.tensor(config.pixel_std).view(-1, 1, 1)
-    tensors[names.summary] = torch.tensor([0, 1])
+    tensors[names.summary] = torch.tensor(config.summary_tokens)
     return tensors
 
 
@@ -283,9 +285,19 @@ def _table_name(module: nn.Module, name: str) -> str:
     return f"{head}{layers}{int(number) - 1}.{rest}"  # type: ignore[arg-type]
 
 
+def _summary_tokens(folder: WeightFolder, names: Names) -> tuple[int, ...]:
+    if names.summary in folder.names:
+        return tuple(folder.tensor(names.summary).tolist())
+    return tuple(folder.config.get("summary_idxs") or RadioConfig().summary_tokens)
+
+
 def _triple(
-    folder: WeightFolder, name: str, otherwise: tuple[float, ...] | list[float]
+    folder: WeightFolder, name: str, configured: Sequence[float]
 ) -> tuple[float, float, float]:
-    values = folder.tensor(name).flatten().tolist() if name in folder.names else otherwise
-    red, green, blue = values
+    """A buffer of three numbers; of config.json, where the weights say the same in fp32."""
+    red, green, blue = configured
+    if name in folder.names:
+        stored = folder.tensor(name).flatten()
+        if not stored.equal(torch.tensor(configured).to(stored)):
+            red, green, blue = stored.tolist()
     return red, green, blue

@@ -95,6 +95,16 @@ def test_patches_put_back_together_are_the_image(grid_h: int, grid_w: int, patch
     np.testing.assert_array_equal(rebuilt, pixels)
 
 
+def starts(grids: list[tuple[int, int]]) -> list[int]:
+    """First token of each image: the shortest comes first, equal ones keep their order."""
+    sizes = [height * width for height, width in grids]
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    before = {
+        image: sum(sizes[other] for other in order[:place]) for place, image in enumerate(order)
+    }
+    return [before[image] for image in range(len(sizes))]
+
+
 def packed(grids: list[tuple[int, int]], **fields: object):
     config = ImageConfig(**fields)  # type: ignore[arg-type]
     patches = torch.zeros(sum(height * width for height, width in grids), 3 * 64)
@@ -104,21 +114,24 @@ def packed(grids: list[tuple[int, int]], **fields: object):
 @given(grids)
 def test_rows_gather_squares_in_raster_order(halves: list[tuple[int, int]]) -> None:
     grids = [(2 * height, 2 * width) for height, width in halves]
-    expected, start = [], 0
-    for height, width in grids:
+    expected = []
+    for (height, width), start in zip(grids, starts(grids), strict=True):
         for row in range(0, height, 2):
             for column in range(0, width, 2):
                 expected += [
                     start + (row + dy) * width + column + dx for dy in (0, 1) for dx in (0, 1)
                 ]
-        start += height * width
     assert packed(grids, pixel_shuffle=True).row_index.tolist() == expected
 
 
 @given(grids)
 def test_without_pixel_shuffle_each_patch_is_a_row(grids: list[tuple[int, int]]) -> None:
-    total = sum(height * width for height, width in grids)
-    assert packed(grids, pixel_shuffle=False).row_index.tolist() == list(range(total))
+    expected = [
+        start + place
+        for (height, width), start in zip(grids, starts(grids), strict=True)
+        for place in range(height * width)
+    ]
+    assert packed(grids, pixel_shuffle=False).row_index.tolist() == expected
 
 
 def encoded(width: int, height: int, config: ImageConfig, colour: tuple[int, int, int]):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mimo.runtime.segments import SegmentGroup, Span, plan_segments, spans
+from megatron_mimo.runtime.segments import SegmentGroup, Span, plan_in_place, plan_segments, spans
 
 
 def cumulate(lengths: list[int]) -> tuple[int, ...]:
@@ -69,3 +69,14 @@ def test_boundaries_that_cannot_be(
 def test_queries_and_keys_have_the_same_segments() -> None:
     with pytest.raises(ValueError, match="queries are cut in 1 segments, keys and values in 2"):
         plan_segments((Span(0, 4),), (Span(0, 2), Span(2, 2)), 4)
+
+
+def test_segments_in_place_are_batched_with_equal_neighbours_only() -> None:
+    plan = plan_in_place((2, 2, 0, 2, 3, 2))
+    assert plan.q_order is plan.kv_order is plan.out_order is None
+    assert plan.groups == (
+        SegmentGroup(2, 2, 2),
+        SegmentGroup(1, 2, 2),
+        SegmentGroup(1, 3, 3),
+        SegmentGroup(1, 2, 2),
+    )
