@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -86,6 +87,7 @@ def build_list_loader(
     """
     if not samples:
         raise ValueError("no samples to evaluate: expected at least one")
+    config = _without_augmentation(config)
     with_patches = role.encoder_rank is not None
     streams = {
         lane: (
@@ -115,6 +117,8 @@ def _build(
     split: Split,
     trace: SampleTrace | None,
 ) -> "StreamLoader":
+    if split is not Split.TRAIN:
+        config = _without_augmentation(config)
     with_patches = role.encoder_rank is not None
     streams: dict[int, Iterator[Outcome]]
     if config.provider == "mock":
@@ -140,6 +144,10 @@ def _build(
             for lane in role.lanes
         }
     return StreamLoader(streams, config, role, tokenizer, trace=trace)
+
+
+def _without_augmentation(config: DataConfig) -> DataConfig:
+    return replace(config, image=replace(config.image, position_crop=False))
 
 
 class StreamLoader(StepLoader):

@@ -62,6 +62,8 @@ class ImageConfig:
             "--class-token-len": (self.class_token_len, 0),
             "position_grid": (self.position_grid, 1),
         }
+        if self.row_order not in ("nemotron", "megatron"):
+            raise ValueError(f"row_order {self.row_order!r}: expected nemotron or megatron")
         for flag, (value, lowest) in least.items():
             if value < lowest:
                 raise ValueError(f"{flag} is {value}: expected at least {lowest}")

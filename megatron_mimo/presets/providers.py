@@ -39,7 +39,11 @@ def _apply(config: ModelConfig, override: str) -> ModelConfig:
         )
     part = _known(config, section, override)
     current = _known(part, field, override)
-    changed = dataclasses.replace(part, **{field: _parse(text.strip(), type(current), override)})
+    if isinstance(current, tuple):
+        value = tuple(_parse(item.strip(), type(current[0]), override) for item in text.split(","))
+    else:
+        value = _parse(text.strip(), type(current), override)
+    changed = dataclasses.replace(part, **{field: value})
     return dataclasses.replace(config, **{section: changed})
 
 

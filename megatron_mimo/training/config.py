@@ -87,9 +87,14 @@ class ModelSection:
         dynamic_resolution_min_patches: An image with fewer patches is enlarged; left out: 4.
         dynamic_resolution_max_patches: An image with more patches is shrunk, 0 is uncapped; left
             out: 256.
-        img_h: Image height without dynamic resolution, pixels.
-        img_w: Image width without dynamic resolution, pixels.
+        img_h: Height of an image, or a tile, without dynamic resolution; pixels.
+        img_w: Width of an image, or a tile, without dynamic resolution; pixels.
+        use_tiling: Cut an image into tiles of --img-h x --img-w, in the layout nearest to its
+            shape; without dynamic resolution.
+        max_num_tiles: Tiles of an image, at most.
+        use_thumbnail: Add the whole image as one more tile, where there are several.
         patch_dim: Side of a square patch, pixels; left out: the preset's.
+        class_token_len: Class tokens in front of an image's patches; left out: the preset's.
         pixel_shuffle: Merge each 2 x 2 square of patches into one row; left out: as in the preset.
         bf16: Parameters, activations and rows in bfloat16.
         fp32: Parameters, activations and rows in float32; the default.
@@ -111,7 +116,11 @@ class ModelSection:
     dynamic_resolution_max_patches: Number = None
     img_h: Number = None
     img_w: Number = None
+    use_tiling: Switch = False
+    max_num_tiles: int = 1
+    use_thumbnail: Switch = False
     patch_dim: Number = None
+    class_token_len: Number = None
     pixel_shuffle: Choice = None
     bf16: Switch = False
     fp32: Switch = False

@@ -81,14 +81,15 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     architecture = _architecture(filled.model)
     _check_shards(layout, architecture, filled)
     training = filled.training
-    data = _data(filled)
+    freeze = _freeze(filled.model, llm_only=layout.encoder is None)
+    data = _data(filled, architecture, freeze)
     data.num_microbatches(layout.num_lanes)
     global_batch_size = data.global_batch_size
     return Resolved(
         config=filled,
         layout=layout,
         architecture=architecture,
-        freeze=_freeze(filled.model, llm_only=layout.encoder is None),
+        freeze=freeze,
         data=data,
         adam=AdamConfig(
             lr=training.lr,
@@ -125,6 +126,7 @@ def _fill_defaults(config: TrainConfig, world_size: int) -> TrainConfig:
         model=replace(
             _fill_resolution(model),
             patch_dim=vision.patch_dim,
+            class_token_len=vision.class_token_len,
             pixel_shuffle=vision.pixel_shuffle,
             fp32=not model.bf16,
         ),
@@ -178,11 +180,16 @@ def _offsets(grid: GridSection, world_size: int) -> tuple[int, int]:
 def _architecture(model: ModelSection) -> ModelConfig:
     config = model_config(model.model_provider, model.override)
     vision = config.vision
+    tokens = _or(model.class_token_len, default=vision.class_token_len)
+    if tokens < 0:
+        raise ValueError(f"--class-token-len is {tokens}: expected at least 0")
     return replace(
         config,
         vision=replace(
             vision,
             patch_dim=_or(model.patch_dim, default=vision.patch_dim),
+            class_token_len=tokens,
+            num_registers=min(tokens, vision.num_registers),
             pixel_shuffle=_or(model.pixel_shuffle, default=vision.pixel_shuffle),
         ),
     )
@@ -208,9 +215,9 @@ def _freeze(model: ModelSection, *, llm_only: bool) -> FreezeConfig:
     return freeze
 
 
-def _data(config: TrainConfig) -> DataConfig:
+def _data(config: TrainConfig, architecture: ModelConfig, freeze: FreezeConfig) -> DataConfig:
     """The data's settings, from a filled config."""
-    vision = _architecture(config.model).vision
+    vision = architecture.vision
     model, data, training = config.model, config.data, config.training
     return DataConfig(
         provider=data.dataset_provider,
@@ -227,6 +234,10 @@ def _data(config: TrainConfig) -> DataConfig:
             max_patches=_or(model.dynamic_resolution_max_patches, default=_IMAGES.max_patches),
             img_h=_or(model.img_h, default=_IMAGES.img_h),
             img_w=_or(model.img_w, default=_IMAGES.img_w),
+            use_tiling=model.use_tiling,
+            max_num_tiles=model.max_num_tiles,
+            use_thumbnail=model.use_thumbnail,
+            position_crop=vision.position_crop and not freeze.vision,
         ),
         text_only_fraction=data.text_only_fraction,
         mock_dataset_size=_or(data.mock_dataset_size, default=_DATA.mock_dataset_size),

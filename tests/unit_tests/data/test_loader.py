@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import logging
@@ -284,3 +285,46 @@ def test_pixels_do_not_depend_on_who_packs_them() -> None:
     assert torch.equal(together.patches, torch.cat([share.patches for share in alone]))
     assert together.max_seqlen == max(share.max_seqlen for share in alone)
     assert pack_images([], ImageConfig()) is None
+
+
+def position_weights(config: DataConfig, encoder_dp: int, number: int) -> list[bytes]:
+    """Of every image of some steps, ascending; who runs an image does not show."""
+    found = []
+    for role in roles(encoder_dp, 2)[0]:
+        for step in steps(config, role, number):
+            for microbatch in step.microbatches:
+                if microbatch.images is not None:
+                    images = microbatch.images
+                    # Rows of one image share a patch count: split along its pixels.
+                    found += [
+                        patch.numpy().tobytes() + weight.numpy().tobytes()
+                        for patch, weight in zip(
+                            images.patches, images.position_weight, strict=True
+                        )
+                    ]
+    return sorted(found)
+
+
+def test_augmentation_does_not_depend_on_the_layout() -> None:
+    config = DataConfig(global_batch_size=4, image=ImageConfig(position_crop=True))
+    assert position_weights(config, 1, 2) == position_weights(config, 2, 2)
+    assert position_weights(config, 1, 2) == position_weights(config, 4, 2)
+
+
+def test_augmentation_differs_between_steps_and_stays_out_of_evaluation() -> None:
+    config = DataConfig(
+        global_batch_size=1, mock_dataset_size=1, image=ImageConfig(position_crop=True)
+    )
+    (role,), _ = roles(1, 1)
+    first, second = steps(config, role, 2)
+    drawn = [step.microbatches[0].images for step in (first, second)]
+    assert drawn[0] is not None and drawn[1] is not None
+    assert drawn[0].patches.equal(drawn[1].patches)
+    assert not drawn[0].position_weight.equal(drawn[1].position_weight)
+    plain = dataclasses.replace(config, image=ImageConfig())
+    evaluated, wanted = (
+        build_eval_loader(settings, role, TOKENIZER).next_step().microbatches[0].images
+        for settings in (config, plain)
+    )
+    assert evaluated is not None and wanted is not None
+    assert evaluated.position_weight.equal(wanted.position_weight)

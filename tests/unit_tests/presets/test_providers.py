@@ -9,6 +9,8 @@ def test_overrides_change_one_field_each() -> None:
     changed = model_config("mock", ["language.num_layers=6", "vision.pixel_shuffle=false"])
     assert changed.language.num_layers == 6
     assert changed.vision.pixel_shuffle is False
+    listed = model_config("mock", ["vision.pixel_mean=0.5, 0.25,0"])
+    assert listed.vision.pixel_mean == (0.5, 0.25, 0.0)
     assert changed.projector == model_config("mock").projector
 
 

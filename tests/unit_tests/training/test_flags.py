@@ -18,7 +18,8 @@ FLAGS = """
     encoder-run-ahead check-bridge
     model-provider override training-stage freeze-vit freeze-lm freeze-projection
     tokenizer-model image-token seq-length dynamic-resolution dynamic-resolution-min-patches
-    dynamic-resolution-max-patches img-h img-w patch-dim pixel-shuffle bf16 fp32 init
+    dynamic-resolution-max-patches img-h img-w use-tiling max-num-tiles use-thumbnail patch-dim
+    class-token-len pixel-shuffle bf16 fp32 init
     dataset-provider data-path num-workers shuffle-buffer-size validate-data-alignment
     sample-trace-dir mock-dataset-size text-only-fraction
     micro-batch-size global-batch-size train-iters seed exit-interval lr min-lr lr-decay-style
@@ -30,7 +31,8 @@ FLAGS = """
 # Every type of field, and each value other than its default.
 MANY = """
     --llm-offset 0 --llm-only --sequence-parallel --override a.b=1 --override c.d=e=f
-    --no-dynamic-resolution --img-h 16 --no-pixel-shuffle --bf16 --init topology-invariant
+    --no-dynamic-resolution --img-h 16 --use-tiling --max-num-tiles 4 --use-thumbnail
+    --class-token-len 3 --no-pixel-shuffle --bf16 --init topology-invariant
     --image-token <img> --text-only-fraction 0.25 --lr 3e-05 --adam-eps 1e-10
     --tensorboard-dir runs/a
 """.split()

@@ -54,6 +54,7 @@ def test_fills_what_follows_from_other_flags() -> None:
     [
         "",
         "--no-dynamic-resolution --img-h 32 --img-w 16",
+        "--no-dynamic-resolution --img-h 32 --img-w 16 --use-tiling --max-num-tiles 4",
         "--llm-only --text-only-fraction 1",
         "--bf16 --patch-dim 16 --override vision.num_layers=1",
         "--dataset-provider energon --data-path d --num-workers 2",
@@ -66,6 +67,23 @@ def test_resolved_flags_resolve_to_themselves(flags: str, tmp_path: Path) -> Non
     path = tmp_path / "resolved.yaml"
     path.write_text(to_yaml(resolved.config), encoding="utf-8")
     assert run(1, f"--config {path}") == resolved
+
+
+def test_class_tokens_and_tiles_reach_model_and_data() -> None:
+    flags = "--no-dynamic-resolution --img-h 32 --img-w 16 --use-tiling --max-num-tiles 4"
+    resolved = run(1, f"{flags} --use-thumbnail --class-token-len 8")
+    assert resolved.architecture.vision.class_token_len == resolved.data.image.class_token_len == 8
+    image = resolved.data.image
+    assert (image.use_tiling, image.max_num_tiles, image.use_thumbnail) == (True, 4, True)
+    assert run(1, "--class-token-len 0").architecture.vision.num_registers == 0
+
+
+def test_positions_are_cropped_only_while_the_encoder_trains() -> None:
+    crop = "--override vision.position_crop=true"
+    assert run(1, crop).data.image.position_crop
+    assert not run(1, f"{crop} --freeze-vit").data.image.position_crop
+    assert not run(1, f"{crop} --training-stage stage2").data.image.position_crop
+    assert not run(1).data.image.position_crop
 
 
 def test_model_and_data_agree_on_patches() -> None:
@@ -154,6 +172,11 @@ def test_settings_reach_their_parts() -> None:
         (1, "--training-stage stage1 --freeze-projection",
          r"^nothing is left to train with --training-stage stage1, --freeze-projection"),
         (1, "--llm-only --freeze-lm", r"nothing is left to train with --freeze-lm, --llm-only"),
+        (1, "--use-tiling", r"^--use-tiling with --dynamic-resolution: .* --no-dynamic-resolution"),
+        (1, "--no-dynamic-resolution --img-h 16 --img-w 16 --max-num-tiles 2",
+         r"^--max-num-tiles needs --use-tiling"),
+        (1, "--class-token-len -1", r"^--class-token-len is -1: expected at least 0"),
+        (1, "--override vision.row_order=spiral", r"^row_order 'spiral': expected nemotron or meg"),
         (1, "--img-h 16", r"^--img-h size images only without dynamic resolution"),
         (1, "--no-dynamic-resolution --img-h 16", r"^--no-dynamic-resolution needs --img-w"),
         (1, "--no-dynamic-resolution --img-h 16 --img-w 9", r"^--img-w is 9: expected a multiple"),
