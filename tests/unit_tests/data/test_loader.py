@@ -97,8 +97,11 @@ def test_both_ends_describe_the_same_images(sizes: tuple[int, int], batch: int) 
             if microbatch.images is None:
                 assert not mine
                 continue
-            lengths = microbatch.images.cu_seqlens.diff() // 4
-            assert lengths.tolist() == [entry.rows for entry in mine]
+            images = microbatch.images
+            first = images.row_index.view(-1, 4)[:, 0].contiguous()
+            owner = torch.searchsorted(images.cu_seqlens, first, right=True)
+            rows = owner.unique_consecutive(return_counts=True)[1]
+            assert rows.tolist() == [entry.rows for entry in mine]
 
 
 def test_packed_images_are_the_assigned_ones_in_manifest_order() -> None:
