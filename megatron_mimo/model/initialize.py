@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_mimo.runtime.shards import full_shape, take_shard
+from megatron_mimo.weights.shards import full_shape, take_shard
 
 _RESIDUAL_PROJECTION = re.compile(
     r"decoder\.layers\.\d+\.(self_attention\.linear_proj|mlp\.linear_fc2)\.weight$"

@@ -1,26 +1,76 @@
 """Groups of a module that lives in one process, without a launcher or a process group."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core import utils
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.distributed import ProcessGroup
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
 
-_AXES = ("tp", "cp", "pp", "dp", "ep", "expt_tp", "tp_cp", "tp_ep_pp", "dp_cp", "tp_dp_cp", "mp")
+_AXES = ("tp", "cp", "pp", "dp", "ep", "expt_tp", "tp_ep", "tp_cp", "dp_cp", "tp_dp_cp", "expt_dp")
 _NAME = "get_tensor_model_parallel_group_if_none"
 _upstream = getattr(utils, _NAME)
+
+
+class SoloGroup(dist.ProcessGroup):
+    """A group of this process alone. It cannot communicate, and nobody asks one rank to."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)  # type: ignore[call-arg]
 
 
 def solo_groups() -> ProcessGroupCollection:
     """A collection whose every group holds this process alone.
 
-    The groups know their size and rank and cannot communicate: megatron-core does not try where
-    there is one rank. torch's default process group is neither needed nor made.
+    torch's default process group is neither needed nor made.
     """
     _keep_given_groups()
-    groups = {axis: ProcessGroup(0, 1) for axis in _AXES}  # type: ignore[call-arg]
-    return ProcessGroupCollection(**groups)
+    return ProcessGroupCollection(**{axis: SoloGroup() for axis in _AXES})
+
+
+@contextmanager
+def solo_world() -> Iterator[None]:
+    """A world for as long as a module is built, as some of megatron-core's builders ask torch.
+
+    Where there is a default process group it stays; otherwise one of this process alone comes and
+    goes. Solo groups, which torch does not know, answer for themselves. The same goes for
+    megatron-core's random streams; the caller's are left as they were.
+    """
+    tracker = get_cuda_rng_tracker()
+    seeded = tracker.is_initialized()
+    made = not dist.is_initialized()
+    if made:
+        store = torch._C._distributed_c10d.HashStore()
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    rank, size = dist.get_rank, dist.get_world_size
+
+    def get_rank(group: Any = None) -> int:
+        return 0 if isinstance(group, SoloGroup) else rank(group)
+
+    def get_world_size(group: Any = None) -> int:
+        return 1 if isinstance(group, SoloGroup) else size(group)
+
+    dist.get_rank, dist.get_world_size = get_rank, get_world_size
+    try:
+        with torch.random.fork_rng():
+            if not seeded:
+                model_parallel_cuda_manual_seed(
+                    0, tp_rank=0, ep_rank=0, etp_rank=0, force_reset_rng=True
+                )
+            yield
+    finally:
+        if not seeded:
+            tracker.reset()
+        dist.get_rank, dist.get_world_size = rank, size
+        if made:
+            dist.destroy_process_group()
 
 
 def _group_or_default(tp_group: Any, *args: Any, **kwargs: Any) -> Any:

@@ -59,7 +59,7 @@ def ssd_scan(
         a: [h], negative.
         b: [b, l, g, n]; g divides h.
         c: [b, l, g, n].
-        seq_idx: int [1, l], the document of each token, ascending; each starts with a state of zero.
+        seq_idx: int [1, l], the document of each token, ascending; each starts from a zero state.
 
     Returns:
         [b, l, h, p], in the dtype of `x`; sums are fp32 or better.
@@ -114,7 +114,8 @@ def ssd_scan(
         from_start = from_start * at_start
     y = inside + earlier * from_start[..., None]
     y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, width)
-    return y[:, :length].to(dtype)
+    cut: Tensor = y[:, :length].to(dtype)
+    return cut
 
 
 def _documents(
@@ -193,9 +194,11 @@ def split_conv_scan(
     x, b, c = channels.split([inner, ngroups * state, ngroups * state], dim=-1)
     x = x.unflatten(-1, (heads, width))
     steps = F.softplus(dt.to(dt_bias.dtype) + dt_bias)
-    y = ssd_scan(x, steps, A, *(t.unflatten(-1, (ngroups, state)) for t in (b, c)), seq_idx)
+    b, c = (tensor.unflatten(-1, (ngroups, state)) for tensor in (b, c))
+    y = ssd_scan(x, steps, A, b, c, seq_idx)
     y = y + x * (D if D.dim() == 2 else D[:, None]).to(x.dtype)
-    return y.flatten(2) * F.silu(gate)
+    gated: Tensor = y.flatten(2) * F.silu(gate)
+    return gated
 
 
 class GroupedRMSNorm(nn.Module):

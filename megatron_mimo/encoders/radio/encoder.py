@@ -132,10 +132,9 @@ class RadioEncoder(nn.Module):
 
 def _build(config: RadioConfig, dtype: torch.dtype) -> nn.Module:
     from megatron_mimo.encoders.radio.vit import RadioVit
-    from megatron_mimo.runtime.solo import solo_groups
+    from megatron_mimo.runtime.solo import solo_groups, solo_world
 
-    # Weights are overwritten at once; the caller's random stream is left as it was.
-    with torch.random.fork_rng():
+    with solo_world():
         return RadioVit(config, solo_groups(), dtype, initialize=False)
 
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_mimo.encoders.radio.config import RadioConfig
-from megatron_mimo.runtime.shards import full_shape, take_shard
-from megatron_mimo.weights.folder import WeightFolder, require_names
+from megatron_mimo.weights.folder import WeightFolder
+from megatron_mimo.weights.load import export_module, fill_module
 from megatron_mimo.weights.table import Entry, interleaved_qkv
 
 
@@ -202,48 +203,34 @@ def _entries(config: RadioConfig, names: "Names") -> Iterator[Entry]:
             yield Entry(f"decoder.final_layernorm.{kind}", (f"{names.final_norm}.{kind}",))
 
 
-@torch.no_grad()
 def load_weights(
     module: nn.Module, config: RadioConfig, folder: WeightFolder, *, tp_rank: int, tp_size: int
 ) -> None:
     """Fill this rank's shard of a `RadioVit` stage from a folder.
 
-    One whole weight is in memory at a time.
-
     Raises:
         ValueError: A weight is missing, unexpected or of another shape; lists them.
     """
     names = names_of(folder)
-    table = {entry.ours: entry for entry in name_table(config, names)}
     scales = _layer_scales(config, names)
-    wanted = {name for entry in table.values() for name in entry.theirs}
-    require_names(
-        folder.path,
-        wanted,
-        folder.names,
+    fill_module(
+        module,
+        name_table(config, names),
+        folder,
+        table_name=partial(table_name, module),
+        tp=(tp_rank, tp_size),
+        expt_tp=(0, 1),
+        read=lambda name: _scaled(folder, name, scales),
         optional={names.mean, names.std, names.summary, *scales.values()},
     )
-    for name, parameter in module.named_parameters():
-        entry = table[_table_name(module, name)]
-        parts = [_scaled(folder, theirs, scales) for theirs in entry.theirs]
-        full = entry.join(parts)
-        shape = full_shape(parameter, tp_size)
-        if list(full.shape) != shape:
-            raise ValueError(
-                f"{folder.path}: {' + '.join(entry.theirs)} has shape {list(full.shape)}, but the "
-                f"architecture of its config.json gives {entry.ours} the shape {shape}"
-            )
-        parameter.copy_(take_shard(full, parameter, tp_rank=tp_rank, tp_size=tp_size))
 
 
 def export_weights(module: nn.Module, config: RadioConfig) -> dict[str, Tensor]:
     """The weights of a whole `RadioVit` by their names in transformers, buffers included."""
     names = PUBLISHED
-    table = {entry.ours: entry for entry in name_table(config, names)}
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        entry = table[_table_name(module, name)]
-        tensors |= dict(zip(entry.theirs, entry.split(parameter.detach()), strict=True))
+    tensors = export_module(
+        module, name_table(config, names), table_name=partial(table_name, module)
+    )
     dtype = tensors[names.position].dtype
     for scale in _layer_scales(config, names).values():
         tensors[scale] = torch.ones(config.hidden_size, dtype=dtype)
@@ -273,7 +260,7 @@ def _scaled(folder: WeightFolder, name: str, scales: Mapping[str, str]) -> Tenso
     return tensor
 
 
-def _table_name(module: nn.Module, name: str) -> str:
+def table_name(module: nn.Module, name: str) -> str:
     """A parameter's name in the table: its layer counted over all stages, its norm on its own."""
     for fused, separate in _FUSED.items():
         name = name.replace(fused, separate)

@@ -25,9 +25,9 @@ def project(
 
     from megatron_mimo.encoders.config import ProjectorConfig
     from megatron_mimo.encoders.projector import Projector
-    from megatron_mimo.runtime.shards import full_shape, take_shard
     from megatron_mimo.topology import Layout, ModuleGridSpec
     from megatron_mimo.topology.groups import build_topology
+    from megatron_mimo.weights.shards import full_shape, take_shard
 
     layout = Layout(
         encoder=ModuleGridSpec(name="encoder", tp=tp),

@@ -71,7 +71,7 @@ def gradients(folder: Path) -> dict[str, float]:
     import torch
 
     from megatron_mimo.encoders.radio import RadioEncoder
-    from megatron_mimo.encoders.radio.weights import MODULES, _table_name, name_table
+    from megatron_mimo.encoders.radio.weights import MODULES, name_table, table_name
 
     model = write_radio(folder)
     encoder = RadioEncoder.from_pretrained(folder, device="cpu").train()
@@ -89,7 +89,7 @@ def gradients(folder: Path) -> dict[str, float]:
     table = {entry.ours: entry for entry in name_table(encoder.config, MODULES)}
     parameters = dict(model.named_parameters())
     for name, parameter in encoder.vit.named_parameters():
-        entry = table[_table_name(encoder.vit, name)]
+        entry = table[table_name(encoder.vit, name)]
         whole = entry.join([parameters[part].grad for part in entry.theirs])
         found[name] = difference(parameter.grad, whole)
     return found

@@ -1,0 +1,235 @@
+"""Weights of the hybrid model as transformers' `NemotronHForCausalLM` stores them."""
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from megatron_mimo.language.config import HybridConfig
+from megatron_mimo.weights.folder import WeightFolder
+from megatron_mimo.weights.load import Place, export_module, fill_module
+from megatron_mimo.weights.table import Entry, interleaved_qkv
+
+_LETTERS = {"linear_attention": "M", "moe": "E", "full_attention": "*", "mlp": "-"}
+# What the architecture here does not have, with the value that means it is absent.
+_ABSENT: Mapping[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_bias": False,
+    "mamba_proj_bias": False,
+    "use_conv_bias": True,
+    "conv_kernel": 4,
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "moe_latent_size": None,
+    "n_shared_experts": 1,
+    "num_nextn_predict_layers": 0,
+    "residual_in_fp32": False,
+    "sliding_window": None,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+}
+# Ours -> theirs, where the value is the same.
+_FIELDS: Mapping[str, str] = {
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "ffn_hidden_size": "intermediate_size",
+    "mamba_num_heads": "mamba_num_heads",
+    "mamba_head_dim": "mamba_head_dim",
+    "mamba_num_groups": "n_groups",
+    "mamba_state_dim": "ssm_state_size",
+    "mamba_step_floor": "time_step_min",
+    "num_moe_experts": "n_routed_experts",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    "moe_router_topk_scaling_factor": "routed_scaling_factor",
+    "layernorm_epsilon": "layer_norm_epsilon",
+    "init_method_std": "initializer_range",
+    "share_embeddings_and_output_weights": "tie_word_embeddings",
+}
+# Names of Transformer Engine's layers, which hold a norm or all experts of a rank.
+_FUSED = (
+    (r"mixer\.in_proj\.layer_norm_", "norm."),
+    (r"self_attention\.linear_qkv\.layer_norm_", "input_layernorm."),
+    (r"mlp\.linear_fc1\.layer_norm_", "pre_mlp_layernorm."),
+    (r"experts\.(linear_fc[12])\.weight(\d+)$", r"experts.local_experts.\2.\1.weight"),
+)
+# Far below any step that float32 tells from zero.
+_NO_FLOOR = 1e-30
+_EXPERT = re.compile(r"local_experts\.(\d+)")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)")
+
+
+def read_config(folder: WeightFolder) -> tuple[HybridConfig, int]:
+    """The architecture that a folder holds, and its vocabulary.
+
+    Raises:
+        ValueError: The folder holds another kind of model, or one with parts that are not here.
+    """
+    found, where = folder.config, folder.path / "config.json"
+    if found.get("model_type") != "nemotron_h":
+        raise ValueError(
+            f"{where} describes a model of type {found.get('model_type')!r}: expected "
+            f"'nemotron_h', transformers' NemotronHForCausalLM"
+        )
+    for field, value in _ABSENT.items():
+        if found.get(field, value) != value:
+            raise ValueError(f"{where}: {field} is {found[field]!r}, only {value!r} is supported")
+    pattern = _pattern(found)
+    missing = [theirs for theirs in _FIELDS.values() if theirs not in found]
+    missing += [] if "vocab_size" in found else ["vocab_size"]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}: transformers writes all of them")
+    if "E" in pattern and found["num_experts_per_tok"] == 1:
+        raise ValueError(
+            f"{where}: num_experts_per_tok is 1, at least 2 are supported: megatron-core does not "
+            f"normalise the weight of one expert"
+        )
+    fields = {ours: found[theirs] for ours, theirs in _FIELDS.items()}
+    return HybridConfig(pattern=pattern, **fields), found["vocab_size"]
+
+
+def write_config(config: HybridConfig, vocab_size: int) -> dict[str, Any]:
+    """config.json of an architecture."""
+    names = {letter: name for name, letter in _LETTERS.items()}
+    return {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "vocab_size": vocab_size,
+        "layers_block_type": [names[letter] for letter in config.layers],
+        **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
+        # transformers takes its logarithm.
+        "time_step_min": config.mamba_step_floor or _NO_FLOOR,
+    }
+
+
+def name_table(config: HybridConfig) -> tuple[Entry, ...]:
+    """Every weight of an architecture, by its name here and there."""
+    return tuple(_entries(config))
+
+
+def load_weights(
+    module: nn.Module,
+    config: HybridConfig,
+    folder: WeightFolder,
+    *,
+    tp: Place,
+    expt_tp: Place,
+    first_expert: int,
+) -> None:
+    """Fill this rank's shard of a stage from a folder.
+
+    Args:
+        module: A `HybridModel`.
+        config: Its architecture.
+        folder: The weights.
+        tp: This rank's place among those that share a dense weight.
+        expt_tp: Its place among those that share an expert's.
+        first_expert: Number of the first expert that it holds.
+
+    Raises:
+        ValueError: A weight is missing, unexpected or of another shape; lists them.
+    """
+    fill_module(
+        module,
+        name_table(config),
+        folder,
+        table_name=partial(table_name, module, first_expert=first_expert),
+        tp=tp,
+        expt_tp=expt_tp,
+    )
+
+
+def export_weights(module: nn.Module, config: HybridConfig) -> dict[str, Tensor]:
+    """The weights of a whole `HybridModel` by their names in transformers."""
+    return export_module(
+        module, name_table(config), table_name=partial(table_name, module, first_expert=0)
+    )
+
+
+def table_name(module: nn.Module, name: str, *, first_expert: int) -> str:
+    """A parameter's name in the table: layers and experts counted over all ranks."""
+    layer = _LAYER.search(name)
+    if layer is not None:
+        number = module.get_submodule(layer[0]).layer_number
+        name = f"decoder.layers.{int(number) - 1}{name[layer.end() :]}"  # type: ignore[arg-type]
+    for fused, separate in _FUSED:
+        name = re.sub(fused, separate, name)
+    return _EXPERT.sub(lambda found: f"local_experts.{int(found[1]) + first_expert}", name)
+
+
+def _entries(config: HybridConfig) -> Iterator[Entry]:
+    yield Entry("embedding.word_embeddings.weight", ("backbone.embeddings.weight",))
+    for number, letter in enumerate(config.layers):
+        ours, theirs = f"decoder.layers.{number}", f"backbone.layers.{number}"
+        norms = {"M": "norm", "*": "input_layernorm"}
+        yield Entry(
+            f"{ours}.{norms.get(letter, 'pre_mlp_layernorm')}.weight", (f"{theirs}.norm.weight",)
+        )
+        yield from _LAYERS[letter](ours, f"{theirs}.mixer", config)
+    yield Entry("decoder.final_norm.weight", ("backbone.norm_f.weight",))
+    if not config.share_embeddings_and_output_weights:
+        yield Entry("output_layer.weight", ("lm_head.weight",))
+
+
+def _same(ours: str, theirs: str, names: Mapping[str, str]) -> Iterator[Entry]:
+    for here, there in names.items():
+        yield Entry(f"{ours}.{here}", (f"{theirs}.{there}",))
+
+
+def _mamba(ours: str, theirs: str, _config: HybridConfig) -> Iterator[Entry]:
+    names = ("in_proj.weight", "out_proj.weight", "norm.weight", "dt_bias", "A_log", "D")
+    yield from _same(f"{ours}.mixer", theirs, {name: name for name in names})
+    conv = {"conv1d_weight": "conv1d.weight", "conv1d_bias": "conv1d.bias"}
+    yield from _same(f"{ours}.mixer", theirs, conv)
+
+
+def _attention(ours: str, theirs: str, config: HybridConfig) -> Iterator[Entry]:
+    yield interleaved_qkv(
+        f"{ours}.self_attention.linear_qkv.weight",
+        tuple(f"{theirs}.{part}_proj.weight" for part in "qkv"),
+        groups=config.num_query_groups,
+        head_dim=config.kv_channels,
+    )
+    yield Entry(f"{ours}.self_attention.linear_proj.weight", (f"{theirs}.o_proj.weight",))
+
+
+_MLP = {"linear_fc1.weight": "up_proj.weight", "linear_fc2.weight": "down_proj.weight"}
+
+
+def _mlp(ours: str, theirs: str, _config: HybridConfig) -> Iterator[Entry]:
+    yield from _same(f"{ours}.mlp", theirs, _MLP)
+
+
+def _experts(ours: str, theirs: str, config: HybridConfig) -> Iterator[Entry]:
+    router = {"weight": "weight", "expert_bias": "e_score_correction_bias"}
+    yield from _same(f"{ours}.mlp.router", f"{theirs}.gate", router)
+    yield from _same(f"{ours}.mlp.shared_experts", f"{theirs}.shared_experts", _MLP)
+    for expert in range(config.num_moe_experts):
+        here = f"{ours}.mlp.experts.local_experts.{expert}"
+        yield from _same(here, f"{theirs}.experts.{expert}", _MLP)
+
+
+_LAYERS = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
+
+
+def _pattern(found: Mapping[str, Any]) -> str:
+    if "hybrid_override_pattern" in found:
+        return str(found["hybrid_override_pattern"])
+    kinds = found.get("layers_block_type") or ()
+    # Names before transformers 5.
+    letters = _LETTERS | {"mamba": "M", "attention": "*"}
+    unknown = sorted(set(kinds) - set(letters))
+    if unknown:
+        raise ValueError(
+            f"layers_block_type has {', '.join(unknown)}: expected {', '.join(_LETTERS)}"
+        )
+    return "".join(letters[kind] for kind in kinds)
