@@ -64,6 +64,8 @@ _FUSED = (
 )
 # Far below any step that float32 tells from zero.
 _NO_FLOOR = 1e-30
+_EMBEDDING, _OUTPUT = "backbone.embeddings.weight", "lm_head.weight"
+_TIED = "share_embeddings_and_output_weights"
 _EXPERT = re.compile(r"local_experts\.(\d+)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)")
 
@@ -94,6 +96,7 @@ def read_config(folder: WeightFolder) -> tuple[HybridConfig, int]:
             f"normalise the weight of one expert"
         )
     fields = {ours: found[theirs] for ours, theirs in _FIELDS.items()}
+    fields[_TIED] = found["tie_word_embeddings"] and _holds_one_table(folder)
     return HybridConfig(pattern=pattern, **fields), found["vocab_size"]
 
 
@@ -145,14 +148,19 @@ def load_weights(
         table_name=partial(table_name, module, first_expert=first_expert),
         tp=tp,
         expt_tp=expt_tp,
+        optional={_OUTPUT},
     )
 
 
 def export_weights(module: nn.Module, config: HybridConfig) -> dict[str, Tensor]:
     """The weights of a whole `HybridModel` by their names in transformers."""
-    return export_module(
+    tensors = export_module(
         module, name_table(config), table_name=partial(table_name, module, first_expert=0)
     )
+    if config.share_embeddings_and_output_weights:
+        # transformers never ties this model, so it needs both.
+        tensors[_OUTPUT] = tensors[_EMBEDDING].clone()
+    return tensors
 
 
 def table_name(module: nn.Module, name: str, *, first_expert: int) -> str:
@@ -167,7 +175,7 @@ def table_name(module: nn.Module, name: str, *, first_expert: int) -> str:
 
 
 def _entries(config: HybridConfig) -> Iterator[Entry]:
-    yield Entry("embedding.word_embeddings.weight", ("backbone.embeddings.weight",))
+    yield Entry("embedding.word_embeddings.weight", (_EMBEDDING,))
     for number, letter in enumerate(config.layers):
         ours, theirs = f"decoder.layers.{number}", f"backbone.layers.{number}"
         norms = {"M": "norm", "*": "input_layernorm"}
@@ -177,7 +185,7 @@ def _entries(config: HybridConfig) -> Iterator[Entry]:
         yield from _LAYERS[letter](ours, f"{theirs}.mixer", config)
     yield Entry("decoder.final_norm.weight", ("backbone.norm_f.weight",))
     if not config.share_embeddings_and_output_weights:
-        yield Entry("output_layer.weight", ("lm_head.weight",))
+        yield Entry("output_layer.weight", (_OUTPUT,))
 
 
 def _same(ours: str, theirs: str, names: Mapping[str, str]) -> Iterator[Entry]:
@@ -219,6 +227,13 @@ def _experts(ours: str, theirs: str, config: HybridConfig) -> Iterator[Entry]:
 
 
 _LAYERS = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
+
+
+def _holds_one_table(folder: WeightFolder) -> bool:
+    """Whether words and outputs are one weight; transformers keeps two, whatever it is told."""
+    if _OUTPUT not in folder.names:
+        return True
+    return folder.tensor(_OUTPUT).equal(folder.tensor(_EMBEDDING))
 
 
 def _pattern(found: Mapping[str, Any]) -> str:

@@ -6,8 +6,8 @@ import os
 # Options of glibc's mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST = 2**31 - 1
-# Older glibc refuses a higher threshold.
-_LARGEST_OF_OLD_GLIBC = 32 << 20
+# The most that glibc raises its threshold to by itself, and that older ones let it be raised to.
+_LARGEST_BY_DEFAULT = 32 << 20
 
 
 def keep_freed_memory() -> None:
@@ -19,8 +19,18 @@ def keep_freed_memory() -> None:
     """
     if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
         return
+    if not _set_thresholds(_LARGEST, _LARGEST):
+        _set_thresholds(_LARGEST_BY_DEFAULT, _LARGEST)
+
+
+def return_freed_memory() -> None:
+    """Undo `keep_freed_memory`: the thresholds that glibc arrives at by itself."""
+    _set_thresholds(_LARGEST_BY_DEFAULT, 2 * _LARGEST_BY_DEFAULT)
+
+
+def _set_thresholds(mapped: int, trimmed: int) -> bool:
+    """From which size on buffers are mapped, and free memory given back; whether it worked."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    mallopt(_MMAP_THRESHOLD, _LARGEST) or mallopt(_MMAP_THRESHOLD, _LARGEST_OF_OLD_GLIBC)
-    mallopt(_TRIM_THRESHOLD, _LARGEST)
+    return mallopt is not None and bool(
+        mallopt(_MMAP_THRESHOLD, mapped) and mallopt(_TRIM_THRESHOLD, trimmed)
+    )
