@@ -120,3 +120,6 @@ class HybridConfig:
                 f"{self.pattern!r}: put bars where its stages begin, or change one of them"
             )
         return tuple(self.layers[start : start + each] for start in range(0, self.num_layers, each))
+
+
+LanguageConfig = GptConfig | HybridConfig

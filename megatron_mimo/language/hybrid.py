@@ -1,5 +1,7 @@
 """The hybrid decoder over megatron-core: Mamba-2, experts, attention, MLP by a pattern."""
 
+import math
+import re
 from typing import Any
 
 import torch
@@ -10,6 +12,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_mimo.language.config import HybridConfig
 from megatron_mimo.runtime.engine import is_first_stage, is_last_stage, transformer_config
 from megatron_mimo.runtime.hybrid import hybrid_stack_spec
+from megatron_mimo.weights.initial import Draw, LogOfUniform, Normal, StepBias, Uniform
+
+_CONV_WIDTH = 4
+_RESIDUAL_PROJECTION = re.compile(
+    r"\.(mixer\.out_proj|self_attention\.linear_proj|linear_fc2)\.weight$"
+)
 
 
 def build_hybrid(
@@ -85,6 +93,26 @@ def build_hybrid(
             # The engine builds this norm with 1e-5 whatever the configuration says.
             layer.mixer.norm.eps = config.layernorm_epsilon
     return model
+
+
+def hybrid_initial(name: str, config: HybridConfig) -> Draw | None:
+    """What a weight is drawn from, by the parameter's name; None for norms and skips.
+
+    As megatron-core draws them (`MambaMixer`, and `scaled_init_method_normal` with one residual
+    branch a layer).
+    """
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf in ("conv1d_weight", "conv1d_bias"):
+        bound = 1 / math.sqrt(_CONV_WIDTH)
+        return Uniform(-bound, bound)
+    if leaf == "dt_bias":
+        return StepBias(1e-3, 1e-1)
+    if leaf == "A_log":
+        return LogOfUniform(1, 16)
+    if leaf == "D" or "norm" in name:
+        return None
+    scaled = _RESIDUAL_PROJECTION.search(name) is not None
+    return Normal(config.init_method_std / (math.sqrt(config.num_layers) if scaled else 1))
 
 
 def _moe(config: HybridConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from megatron_mimo.encoders.config import ProjectorConfig
 from megatron_mimo.encoders.radio.config import RadioConfig
-from megatron_mimo.language.config import GptConfig
+from megatron_mimo.language.config import GptConfig, LanguageConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +19,7 @@ class ModelConfig:
 
     vision: RadioConfig = field(default_factory=RadioConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    language: GptConfig = field(default_factory=GptConfig)
+    language: LanguageConfig = field(default_factory=GptConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,22 +10,28 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_mimo.weights.shards import full_shape, take_shard
+from megatron_mimo.weights.initial import Draw, Normal
+from megatron_mimo.weights.shards import full_shape, is_expert, take_shard
 
 _RESIDUAL_PROJECTION = re.compile(
     r"decoder\.layers\.\d+\.(self_attention\.linear_proj|mlp\.linear_fc2)\.weight$"
 )
 
+_EXPERT = re.compile(r"local_experts\.(\d+)\.")
 _LAYER = re.compile(r"(.*\bdecoder\.layers\.)\d+\.")
 
 
-def transformer_std(name: str, std: float, num_layers: int) -> float:
-    """Standard deviation of a transformer's initial weight, by the parameter's name.
+def transformer_initial(name: str, std: float, num_layers: int) -> Draw | None:
+    """What a transformer's weight is drawn from, by the parameter's name.
 
-    Projections back into the residual stream start smaller by sqrt(2 * layers), as in
-    megatron-core's `scaled_init_method_normal` (GPT-2, Radford et al. 2019).
+    Biases and norms stay as built. Projections back into the residual stream start smaller by
+    sqrt(2 * layers), as in megatron-core's `scaled_init_method_normal` (GPT-2, Radford et al.
+    2019).
     """
-    return std / math.sqrt(2 * num_layers) if _RESIDUAL_PROJECTION.search(name) else std
+    if name.endswith(".bias") or "norm" in name:
+        return None
+    scaled = std / math.sqrt(2 * num_layers) if _RESIDUAL_PROJECTION.search(name) else std
+    return Normal(scaled)
 
 
 @torch.no_grad()
@@ -34,36 +40,42 @@ def initialize_topology_invariant(
     *,
     name: str,
     seed: int,
-    initial_std: Callable[[str], float],
+    initial: Callable[[str], Draw | None],
     initial_name: Callable[[str], str],
     tp_group: dist.ProcessGroup,
+    expt_tp_group: dist.ProcessGroup,
+    first_expert: int = 0,
 ) -> None:
-    """Draw every weight matrix from (seed, its name) alone, and keep this rank's shard.
+    """Draw every weight from (seed, its name) alone, and keep this rank's shard.
 
-    Vectors (biases, norm weights) keep the constants that they were built with. The full matrix is
-    drawn on the host, so a rank needs memory for one full matrix at a time.
+    The full weight is drawn on the host, so a rank needs memory for one full weight at a time.
 
     Args:
         module: Built module, with this rank's shards.
         name: Prefix of the parameters' names, unique among modules.
         seed: Run seed.
-        initial_std: Standard deviation of a weight, by the parameter's name within the module.
+        initial: What a weight is drawn from, by the parameter's name within the module; None
+            leaves the constant that it was built with.
         initial_name: The name to draw a weight by, from its own; equal names get equal weights.
         tp_group: Tensor-parallel group of the module.
+        expt_tp_group: Tensor-parallel group of its experts.
+        first_expert: Number of the first expert that this rank holds.
     """
     for parameter_name, parameter in module.named_parameters():
-        if parameter.ndim < 2:
+        draw = initial(parameter_name)
+        if draw is None:
             continue
-        full = torch.empty(full_shape(parameter, tp_group.size()), dtype=torch.float32)
-        drawn_by = initial_name(_global_name(module, parameter_name))
-        generator = _generator(seed, f"{name}.{drawn_by}")
-        full.normal_(0.0, initial_std(parameter_name), generator=generator)
-        shard = take_shard(full, parameter, tp_rank=tp_group.rank(), tp_size=tp_group.size())
+        group = expt_tp_group if is_expert(parameter) else tp_group
+        full = torch.empty(full_shape(parameter, group.size()), dtype=torch.float32)
+        drawn_by = initial_name(_global_name(module, parameter_name, first_expert))
+        draw.fill(full, _generator(seed, f"{name}.{drawn_by}"))
+        shard = take_shard(full, parameter, tp_rank=group.rank(), tp_size=group.size())
         parameter.copy_(shard)
 
 
-def _global_name(module: nn.Module, name: str) -> str:
-    """A parameter's name with its layer counted over all pipeline stages."""
+def _global_name(module: nn.Module, name: str, first_expert: int) -> str:
+    """A parameter's name, layers counted over all pipeline stages and experts over all ranks."""
+    name = _EXPERT.sub(lambda found: f"local_experts.{int(found[1]) + first_expert}.", name)
     match = _LAYER.match(name)
     if match is None:
         return name

@@ -183,9 +183,11 @@ def _initialize(
             module,
             name=name,
             seed=build.seed,
-            initial_std=module.initial_std,
+            initial=module.initial,
             initial_name=module.initial_name,
             tp_group=groups.pg_collection.tp,
+            expt_tp_group=groups.pg_collection.expt_tp,
+            first_expert=groups.place.ep * module.experts_per_rank,
         )
 
 

@@ -9,10 +9,13 @@ from megatron_mimo.encoders.projector import Projector
 from megatron_mimo.encoders.radio.embedding import gather_rows
 from megatron_mimo.encoders.radio.vit import RadioVit
 from megatron_mimo.images import PackedImages
-from megatron_mimo.language.gpt import build_gpt
+from megatron_mimo.language.build import build_language
+from megatron_mimo.language.config import HybridConfig
+from megatron_mimo.language.hybrid import hybrid_initial
 from megatron_mimo.model.config import FreezeConfig, ModelConfig
-from megatron_mimo.model.initialize import transformer_std
+from megatron_mimo.model.initialize import transformer_initial
 from megatron_mimo.model.merge import merge_rows
+from megatron_mimo.weights.initial import Draw, Normal
 
 _EMBEDDING = "model.embedding.word_embeddings.weight"
 _OUTPUT = "model.output_layer.weight"
@@ -51,14 +54,20 @@ class EncoderModule(MegatronModule):
         if self.projector is not None:
             self.projector.requires_grad_(not freeze.projector)
 
-    def initial_std(self, name: str) -> float:
-        """Standard deviation of an initial weight, for `initialize_topology_invariant`."""
+    @property
+    def experts_per_rank(self) -> int:
+        """Experts of an MoE layer that a rank holds; there are none."""
+        return 0
+
+    def initial(self, name: str) -> Draw | None:
+        """What a weight is drawn from, for `initialize_topology_invariant`."""
         if name.startswith("projector."):
-            return self.architecture.projector.init_method_std
+            std = self.architecture.projector.init_method_std
+            return None if name.endswith(".bias") or ".norm." in name else Normal(std)
         vision = self.architecture.vision
         if name == "vision.embedding.position":
-            return vision.position_init_std
-        return transformer_std(name, vision.init_method_std, vision.num_layers)
+            return Normal(vision.position_init_std)
+        return transformer_initial(name, vision.init_method_std, vision.num_layers)
 
     def initial_name(self, name: str) -> str:
         """The name that an initial weight is drawn by."""
@@ -100,7 +109,7 @@ class LanguageModule(MegatronModule):
         seq_length: int,
         sequence_parallel: bool,
     ) -> None:
-        model = build_gpt(
+        model = build_language(
             config.language,
             vocab_size=vocab_size,
             seq_length=seq_length,
@@ -121,9 +130,17 @@ class LanguageModule(MegatronModule):
         weight: Tensor = self.model.shared_embedding_or_output_weight()
         return weight
 
-    def initial_std(self, name: str) -> float:
-        """Standard deviation of an initial weight, for `initialize_topology_invariant`."""
-        return transformer_std(
+    @property
+    def experts_per_rank(self) -> int:
+        """Experts of an MoE layer that a rank holds."""
+        experts: int = self.config.num_moe_experts or 0
+        return experts // int(self.config.expert_model_parallel_size)
+
+    def initial(self, name: str) -> Draw | None:
+        """What a weight is drawn from, for `initialize_topology_invariant`."""
+        if isinstance(self.architecture, HybridConfig):
+            return hybrid_initial(name, self.architecture)
+        return transformer_initial(
             name, self.architecture.init_method_std, self.architecture.num_layers
         )
 

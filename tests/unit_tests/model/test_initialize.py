@@ -11,6 +11,7 @@ def draw(seed: int, name: str) -> dict[str, torch.Tensor]:
     from torch import nn
 
     from megatron_mimo.model.initialize import initialize_topology_invariant
+    from megatron_mimo.weights.initial import Normal
 
     size = dist.get_world_size()
     module = nn.Module()
@@ -33,9 +34,10 @@ def draw(seed: int, name: str) -> dict[str, torch.Tensor]:
         module,
         name=name,
         seed=seed,
-        initial_std=lambda _: 0.5,
+        initial=lambda key: None if key == "norm" else Normal(0.5),
         initial_name=lambda key: key,
         tp_group=dist.group.WORLD,
+        expt_tp_group=dist.group.WORLD,
     )
     return {key: value.detach().clone() for key, value in module.named_parameters()}
 
