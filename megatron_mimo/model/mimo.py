@@ -205,7 +205,11 @@ def _wrap(
         check_for_nan_in_grad=False,
     )
     layout = DistributedOptimizer.compute_full_param_layout(
-        trainable, None, groups.pg_collection.dp_cp.size(), ddp_config
+        trainable,
+        None,
+        groups.pg_collection.dp_cp.size(),
+        ddp_config,
+        expert_data_parallel_world_size=groups.pg_collection.expt_dp.size(),
     )
     ddp = DistributedDataParallel(
         module.config,

@@ -1,0 +1,96 @@
+"""Nemotron 3 style vision-language models: RADIO, and a hybrid of Mamba-2, experts and attention."""
+
+from dataclasses import replace
+
+from megatron_mimo.encoders.config import ProjectorConfig
+from megatron_mimo.encoders.radio.config import RadioConfig
+from megatron_mimo.language.config import HybridConfig
+from megatron_mimo.model.config import ModelConfig
+
+_20_LAYERS = "MEMEM*EMEMEM*EMEMEM*"
+_54_LAYERS = "MEMEM*EMEM*EMEM*EMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEME"
+
+_INIT_STD = 0.0173
+# At width 128 the usual deviations leave activations too small to learn from (docs/decisions.md).
+_TINY_INIT_STD = 0.06
+
+
+def nemotron_moe_vlm_20l() -> ModelConfig:
+    """RADIO-H before 20 layers of width 2688."""
+    return _large(_20_LAYERS)
+
+
+def nemotron_moe_vlm_54l() -> ModelConfig:
+    """RADIO-H before 54 layers of width 2688."""
+    return _large(_54_LAYERS)
+
+
+def nemotron_moe_vlm_tiny() -> ModelConfig:
+    """The same families of layers at a size that trains on two cores in minutes."""
+    large = _large("ME*E")
+    return replace(
+        large,
+        vision=replace(
+            large.vision,
+            num_layers=2,
+            hidden_size=128,
+            num_attention_heads=4,
+            ffn_hidden_size=512,
+            patch_dim=8,
+            class_token_len=2,
+            num_registers=1,
+            position_grid=16,
+            position_crop=False,
+            init_method_std=_TINY_INIT_STD,
+            position_init_std=0.3,
+        ),
+        projector=replace(
+            large.projector, ffn_hidden_size=512, init_method_std=_TINY_INIT_STD
+        ),
+        language=HybridConfig(
+            pattern="ME*E",
+            hidden_size=128,
+            num_attention_heads=4,
+            num_query_groups=2,
+            kv_channels=32,
+            mamba_num_heads=8,
+            mamba_head_dim=32,
+            mamba_num_groups=2,
+            mamba_state_dim=32,
+            num_moe_experts=8,
+            moe_router_topk=2,
+            moe_ffn_hidden_size=128,
+            moe_shared_expert_intermediate_size=256,
+            moe_router_topk_scaling_factor=2.5,
+            init_method_std=_TINY_INIT_STD,
+        ),
+    )
+
+
+def _large(pattern: str) -> ModelConfig:
+    return ModelConfig(
+        vision=RadioConfig(
+            activation="fast_gelu",
+            final_layernorm=True,
+            position_crop=True,
+        ),
+        projector=ProjectorConfig(ffn_hidden_size=20480, init_method_std=_INIT_STD),
+        language=HybridConfig(
+            pattern=pattern,
+            hidden_size=2688,
+            num_attention_heads=32,
+            num_query_groups=8,
+            kv_channels=128,
+            mamba_num_heads=64,
+            mamba_head_dim=64,
+            mamba_num_groups=8,
+            mamba_state_dim=128,
+            num_moe_experts=128,
+            moe_router_topk=6,
+            moe_ffn_hidden_size=1856,
+            moe_shared_expert_intermediate_size=3712,
+            moe_router_topk_scaling_factor=2.5,
+            moe_aux_loss_coeff=1e-4,
+            init_method_std=_INIT_STD,
+        ),
+    )
