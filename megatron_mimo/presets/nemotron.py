@@ -1,4 +1,4 @@
-"""Nemotron 3 style vision-language models: RADIO, and a hybrid of Mamba-2, experts and attention."""
+"""Nemotron 3 style models: RADIO, then a hybrid of Mamba-2, experts and attention."""
 
 from dataclasses import replace
 
@@ -44,9 +44,7 @@ def nemotron_moe_vlm_tiny() -> ModelConfig:
             init_method_std=_TINY_INIT_STD,
             position_init_std=0.3,
         ),
-        projector=replace(
-            large.projector, ffn_hidden_size=512, init_method_std=_TINY_INIT_STD
-        ),
+        projector=replace(large.projector, ffn_hidden_size=512, init_method_std=_TINY_INIT_STD),
         language=HybridConfig(
             pattern="ME*E",
             hidden_size=128,

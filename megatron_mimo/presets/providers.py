@@ -7,8 +7,18 @@ from typing import Any
 
 from megatron_mimo.model.config import ModelConfig
 from megatron_mimo.presets.mock import mock
+from megatron_mimo.presets.nemotron import (
+    nemotron_moe_vlm_20l,
+    nemotron_moe_vlm_54l,
+    nemotron_moe_vlm_tiny,
+)
 
-PROVIDERS: dict[str, Callable[[], ModelConfig]] = {"mock": mock}
+PROVIDERS: dict[str, Callable[[], ModelConfig]] = {
+    "mock": mock,
+    "nemotron-moe-vlm-tiny": nemotron_moe_vlm_tiny,
+    "nemotron-moe-vlm-20l": nemotron_moe_vlm_20l,
+    "nemotron-moe-vlm-54l": nemotron_moe_vlm_54l,
+}
 
 
 def model_config(provider: str, overrides: Iterable[str] = ()) -> ModelConfig:

@@ -102,7 +102,9 @@ class ModelSection:
             "topology-invariant" draws each parameter from (seed, name), whatever the layout.
     """
 
-    model_provider: Literal["mock"] = "mock"
+    model_provider: Literal[
+        "mock", "nemotron-moe-vlm-tiny", "nemotron-moe-vlm-20l", "nemotron-moe-vlm-54l"
+    ] = "mock"
     override: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SECTION.FIELD=VALUE")] = ()
     training_stage: Literal["stage1", "stage2", "stage3"] = "stage3"
     freeze_vit: Switch = False

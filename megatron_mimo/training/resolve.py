@@ -3,12 +3,13 @@
 Everything here runs before the first process group, so that a wrong flag costs no start-up.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.images import ImageConfig
+from megatron_mimo.language.config import HybridConfig
 from megatron_mimo.model.config import FreezeConfig, ModelConfig
 from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
 from megatron_mimo.presets import model_config
@@ -29,12 +30,21 @@ _DEALT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
     },
     "llm": {
-        "pp": ("language.num_layers",),
-        "tp": (
-            "language.num_attention_heads",
-            "language.num_query_groups",
-            "language.ffn_hidden_size",
-        ),
+        "tp": ("language.num_attention_heads", "language.num_query_groups"),
+    },
+}
+_DEALT_GPT: Mapping[str, tuple[str, ...]] = {
+    "pp": ("language.num_layers",),
+    "tp": ("language.ffn_hidden_size",),
+}
+# Letter of the pattern -> axis -> fields.
+_DEALT_HYBRID: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "M": {"tp": ("language.mamba_num_heads", "language.mamba_num_groups")},
+    "-": {"tp": ("language.ffn_hidden_size",)},
+    "E": {
+        "tp": ("language.moe_shared_expert_intermediate_size",),
+        "ep": ("language.num_moe_experts",),
+        "expt_tp": ("language.moe_ffn_hidden_size",),
     },
 }
 
@@ -76,9 +86,9 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     """
     check(config)
     layout = grids(config, world_size)
-    _refuse_unsupported(layout)
+    architecture = _architecture(config.model)
+    _refuse_unsupported(layout, architecture)
     filled = _fill_defaults(config, world_size)
-    architecture = _architecture(filled.model)
     _check_shards(layout, architecture, filled)
     training = filled.training
     freeze = _freeze(filled.model, llm_only=layout.encoder is None)
@@ -268,13 +278,16 @@ def _fill_source(data: DataSection) -> DataSection:
     return replace(data, shuffle_buffer_size=buffer)
 
 
-def _refuse_unsupported(layout: Layout) -> None:
-    """Name the parallel sizes that training cannot use yet.
+def _refuse_unsupported(layout: Layout, architecture: ModelConfig) -> None:
+    """Name the parallel sizes that training cannot use.
 
     Raises:
-        ValueError: The encoder has context parallelism, or a grid expert parallelism although the
-            models are dense.
+        ValueError: The encoder has context parallelism, or a grid expert parallelism although its
+            model has no experts.
     """
+    supported = {("llm", "cp")}
+    if _has_experts(architecture):
+        supported |= {("llm", "ep"), ("llm", "expt_tp")}
     for grid in layout.grids:
         for axis, what in (
             ("cp", "context parallelism"),
@@ -282,10 +295,15 @@ def _refuse_unsupported(layout: Layout) -> None:
             ("expt_tp", "expert tensor parallelism"),
         ):
             size = getattr(grid, axis)
-            if size > 1 and (grid.name, axis) != ("llm", "cp"):
+            if size > 1 and (grid.name, axis) not in supported:
                 raise ValueError(
                     f"{grid.flag(axis)} {size}: {what} is not supported for this model; set it to 1"
                 )
+
+
+def _has_experts(architecture: ModelConfig) -> bool:
+    language = architecture.language
+    return isinstance(language, HybridConfig) and "E" in language.layers
 
 
 def _check_shards(layout: Layout, architecture: ModelConfig, filled: TrainConfig) -> None:
@@ -295,23 +313,44 @@ def _check_shards(layout: Layout, architecture: ModelConfig, filled: TrainConfig
         ValueError: Names the flags.
     """
     for grid in layout.grids:
-        for axis, fields in _DEALT[grid.name].items():
+        for axis, field in _dealt(grid.name, architecture):
             ranks = getattr(grid, axis)
-            for field in fields:
-                size = attrgetter(field)(architecture)
-                # A key-value head may stand on several ranks.
-                shared = field.endswith("num_query_groups") and ranks % size == 0
-                if size % ranks and not shared:
-                    raise ValueError(
-                        f"{grid.flag(axis)} {ranks} does not divide the model's {field}, which is "
-                        f"{size}: change it, or --override {field}"
-                    )
+            size = attrgetter(field)(architecture)
+            # A key-value head may stand on several ranks.
+            shared = field.endswith("num_query_groups") and ranks % size == 0
+            if size % ranks and not shared:
+                raise ValueError(
+                    f"{grid.flag(axis)} {ranks} does not divide the model's {field}, which is "
+                    f"{size}: change it, or --override {field}"
+                )
+    language = architecture.language
+    if isinstance(language, HybridConfig):
+        language.stages(layout.llm.pp)
+    if _has_experts(architecture) and layout.llm.tp > 1 and not filled.grids.sequence_parallel:
+        raise ValueError(
+            f"--no-sequence-parallel with --llm-tp {layout.llm.tp}: experts need sequence "
+            f"parallelism; leave it out, or set --llm-tp 1"
+        )
     SequenceSharding(
         seq_length=filled.model.seq_length,
         cp=layout.llm.cp,
         tp=layout.llm.tp,
         sequence_parallel=bool(filled.grids.sequence_parallel),
     )
+
+
+def _dealt(grid: str, architecture: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Axes of a grid, each with a field of the architecture that its ranks share out."""
+    tables = [_DEALT[grid]]
+    language = architecture.language
+    if grid == "llm" and isinstance(language, HybridConfig):
+        tables += [table for letter, table in _DEALT_HYBRID.items() if letter in language.layers]
+    elif grid == "llm":
+        tables.append(_DEALT_GPT)
+    for table in tables:
+        for axis, fields in table.items():
+            for field in fields:
+                yield axis, field
 
 
 def _or[T](value: T | None, *, default: T) -> T:

@@ -59,6 +59,8 @@ def small_parts(
     bf16=False,
     tied_embeddings=False,
     seq_length=SEQ_LENGTH,
+    provider="mock",
+    overrides=("language.hidden_size=64", "vision.hidden_size=64"),
 ):
     """Architecture, what is frozen, and how to build; every weight is drawn by name."""
     import torch
@@ -69,10 +71,9 @@ def small_parts(
     from megatron_mimo.presets import model_config
 
     architecture = model_config(
-        "mock",
+        provider,
         [
-            "language.hidden_size=64",
-            "vision.hidden_size=64",
+            *overrides,
             f"language.share_embeddings_and_output_weights={str(tied_embeddings).lower()}",
         ],
     )

@@ -1,0 +1,105 @@
+"""The hybrid model's curve, load-balancing loss and expert biases must not depend on the layout."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megatron_mimo.topology import Layout
+from tests.integration.engines import beside, layout, mock_data, mock_loader, small_engine
+
+STEPS = 15
+GLOBAL_BATCH_SIZE = 4
+# So large that experts' balance shows in loss and norms within a few steps.
+OVERRIDES = (
+    "language.pattern=ME*-ME",
+    "language.moe_aux_loss_coeff=0.1",
+    "language.moe_router_bias_update_rate=0.05",
+    "language.ffn_hidden_size=192",
+    "vision.hidden_size=64",
+)
+LAYOUTS = {
+    "llm tp 2": beside({}, {"tp": 2}),
+    "llm dp 2": beside({}, {"dp": 2}),
+    "llm ep 2": beside({"dp": 2}, {"dp": 2, "ep": 2}),
+    "llm ep 2 tp 2": beside({}, {"tp": 2, "ep": 2}),
+    "llm ep 2 tp 2 dp 2": beside({}, {"tp": 2, "dp": 2, "ep": 2}),
+    "llm ep 4 tp 2 dp 2": beside({}, {"tp": 2, "dp": 2, "ep": 4}),
+    "llm expt-tp 2": beside({}, {"tp": 2, "expt_tp": 2}),
+    "llm pp 2": beside({}, {"pp": 2}),
+    "llm pp 2 ep 2": beside({}, {"pp": 2, "dp": 2, "ep": 2}),
+    "llm cp 2": beside({}, {"cp": 2}),
+    "colocated, encoder dp 2, llm dp 2 ep 2": layout({"dp": 2}, {"dp": 2, "ep": 2}),
+}
+
+
+def train(
+    chosen: Layout, overrides: tuple[str, ...] = OVERRIDES
+) -> tuple[list[list[float]], dict[str, list[float]]]:
+    """(loss, gradient norm) of each step, and the expert biases behind the last; of this rank."""
+    from megatron_mimo.language.weights import table_name
+    from megatron_mimo.training.step import train_step
+
+    engine = small_engine(
+        chosen, steps=STEPS, provider="nemotron-moe-vlm-tiny", overrides=overrides
+    )
+    loader = mock_loader(chosen, mock_data(global_batch_size=GLOBAL_BATCH_SIZE))
+    points = []
+    for step in range(STEPS):
+        metrics = train_step(engine, loader, step + 1, GLOBAL_BATCH_SIZE)
+        points.append([float(metrics.loss), metrics.update.grad_norm])
+    language = engine.model.language
+    if language is None:
+        return [], {}
+    model = language.module.model
+    biases = {
+        table_name(model, name, first_expert=0): buffer.tolist()
+        for name, buffer in model.named_buffers()
+        if name.endswith("expert_bias")
+    }
+    return points if language.groups.is_last_stage else [], biases
+
+
+@pytest.fixture(scope="module")
+def one_rank(run_ranks: Callable[..., list]) -> tuple[list[list[float]], dict[str, list[float]]]:
+    """What one rank finds."""
+    (found,) = run_ranks(1, train, layout({}, {}))
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_curve_is_that_of_one_rank(
+    name: str, run_ranks: Callable[..., list], one_rank: Any
+) -> None:
+    wanted, wanted_biases = one_rank
+    assert len(wanted_biases) == 2
+    seen: set[str] = set()
+    curves = 0
+    for points, biases in run_ranks(LAYOUTS[name].world_size, train, LAYOUTS[name]):
+        for bias, values in biases.items():
+            assert values == pytest.approx(wanted_biases[bias], abs=1e-6), bias
+        seen.update(biases)
+        if points:
+            curves += 1
+            losses, norms = zip(*points, strict=True)
+            wanted_losses, wanted_norms = zip(*wanted, strict=True)
+            assert losses == pytest.approx(wanted_losses, rel=1e-5)
+            assert norms == pytest.approx(wanted_norms, rel=1e-4)
+    assert curves
+    assert seen == set(wanted_biases)
+
+
+def test_balance_has_its_say(run_ranks: Callable[..., list], one_rank: Any) -> None:
+    """Without either means of balance the curve is another one; biases move only with theirs."""
+    points, biases = one_rank
+    assert all(any(values) for values in biases.values())
+    for coefficient, rate in ((0.0, 0.05), (0.1, 0.0)):
+        changed = (
+            *OVERRIDES,
+            f"language.moe_aux_loss_coeff={coefficient}",
+            f"language.moe_router_bias_update_rate={rate}",
+        )
+        ((other, other_biases),) = run_ranks(1, train, layout({}, {}), changed)
+        assert other[0][0] == points[0][0]
+        assert other[-1] != pytest.approx(points[-1], rel=1e-4)
+        assert all(any(values) == bool(rate) for values in other_biases.values())
