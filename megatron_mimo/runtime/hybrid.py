@@ -54,7 +54,17 @@ class BoundedMambaMixer(MambaMixer):
         zxBCdt: Tensor,  # noqa: N803 (megatron-core's name)
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Raise the steps in front of the scan, whose kernels need not know of a bound."""
+        """Raise the steps in front of the scan, whose kernels need not know of a bound.
+
+        Raises:
+            ValueError: A packed sequence that does not say which document each token is of; the
+                scan would run on across their borders.
+        """
+        if packed_seq_params is not None and packed_seq_params.seq_idx is None:
+            raise ValueError(
+                "a packed sequence without seq_idx: state would leak between documents; build its "
+                "boundaries with `packed_documents`"
+            )
         if self._least > -math.inf:
             bias = self.cp.get_dt_bias()
             rest, dt = zxBCdt.tensor_split([-len(bias)], dim=-1)
@@ -153,11 +163,15 @@ def hybrid_stack_spec(config: TransformerConfig, *, step_floor: float = 0.0) -> 
     )
 
 
-def describe_mamba() -> str:
-    """What scans state-space layers."""
+def describe_hybrid() -> str:
+    """One line on what computes the layers that only a hybrid model has."""
     _fill_in_what_is_absent()
     ours = mamba_mixer.mamba_split_conv1d_scan_combined is split_conv_scan
-    return "chunked scan in torch" if ours else "mamba-ssm"
+    grouped = spec_provider().fuse_layernorm_and_linear()
+    return (
+        f"Mamba layers: {'chunked scan in torch' if ours else 'mamba-ssm'} | experts: "
+        f"{'grouped products' if grouped else 'one after the other'}"
+    )
 
 
 def _linear_behind_norm(provider: BackendSpecProvider) -> Any:

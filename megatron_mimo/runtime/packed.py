@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -33,3 +34,17 @@ def packed_segments(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> PackedSegme
         max_seqlen_kv=longest,
         lengths=lengths,
     )
+
+
+def packed_documents(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> PackedSegments:
+    """`packed_segments` for a model whose Mamba layers must tell documents apart too.
+
+    Args:
+        cu_seqlens: int32 [N+1] on the device of the tokens.
+        lengths: The N lengths that it cumulates.
+    """
+    numbers = torch.arange(len(lengths), device=cu_seqlens.device).int()
+    counts = torch.tensor(lengths, device=cu_seqlens.device)
+    segments = packed_segments(cu_seqlens, lengths)
+    segments.seq_idx = torch.repeat_interleave(numbers, counts, output_size=sum(lengths))[None]
+    return segments

@@ -16,6 +16,8 @@ _WARNINGS = (
     # megatron-core calls them; torch renamed them.
     r"`torch\.distributed\.(reduce_scatter|all_gather_into)_tensor` is deprecated",
     r"Could not determine rank from torch.distributed",
+    # Of experts, whose tensor-parallel size is one.
+    r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
 )
 
 # Logger -> beginnings of messages that it should drop.

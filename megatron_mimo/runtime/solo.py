@@ -1,7 +1,7 @@
 """Groups of a module that lives in one process, without a launcher or a process group."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +19,14 @@ _NAME = "get_tensor_model_parallel_group_if_none"
 _upstream = getattr(utils, _NAME)
 
 
-class SoloGroup(dist.ProcessGroup):
-    """A group of this process alone. It cannot communicate, and nobody asks one rank to."""
+class PaperGroup(dist.ProcessGroup):
+    """A group that knows its size and this rank's place in it, and cannot communicate.
 
-    def __init__(self) -> None:
-        super().__init__(0, 1)  # type: ignore[call-arg]
+    Nobody asks a group of one to. A larger one serves to build a module, not to run it.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]
 
 
 def solo_groups() -> ProcessGroupCollection:
@@ -31,8 +34,18 @@ def solo_groups() -> ProcessGroupCollection:
 
     torch's default process group is neither needed nor made.
     """
+    return paper_groups({})
+
+
+def paper_groups(places: Mapping[str, tuple[int, int]]) -> ProcessGroupCollection:
+    """A collection for a rank of a grid that does not run.
+
+    Args:
+        places: Axis (tp, cp, pp, dp, ep, expt_tp, expt_dp) -> this rank's place and the size;
+            others have size one.
+    """
     _keep_given_groups()
-    return ProcessGroupCollection(**{axis: SoloGroup() for axis in _AXES})
+    return ProcessGroupCollection(**{axis: PaperGroup(*places.get(axis, (0, 1))) for axis in _AXES})
 
 
 @contextmanager
@@ -40,7 +53,7 @@ def solo_world() -> Iterator[None]:
     """A world for as long as a module is built, as some of megatron-core's builders ask torch.
 
     Where there is a default process group it stays; otherwise one of this process alone comes and
-    goes. Solo groups, which torch does not know, answer for themselves. The same goes for
+    goes. Paper groups, which torch does not know, answer for themselves. The same goes for
     megatron-core's random streams; the caller's are left as they were.
     """
     tracker = get_cuda_rng_tracker()
@@ -52,10 +65,10 @@ def solo_world() -> Iterator[None]:
     rank, size = dist.get_rank, dist.get_world_size
 
     def get_rank(group: Any = None) -> int:
-        return 0 if isinstance(group, SoloGroup) else rank(group)
+        return group.rank() if isinstance(group, PaperGroup) else rank(group)
 
     def get_world_size(group: Any = None) -> int:
-        return 1 if isinstance(group, SoloGroup) else size(group)
+        return group.size() if isinstance(group, PaperGroup) else size(group)
 
     dist.get_rank, dist.get_world_size = get_rank, get_world_size
     try:

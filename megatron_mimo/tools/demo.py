@@ -31,6 +31,8 @@ class DemoConfig:
         out: Folder of the run; dataset, logs, summary.json and report.html go there.
         encoder_dp: Ranks of the vision encoder.
         llm_dp: Ranks of the language model.
+        llm_ep: Ranks that share a hybrid model's experts; divides --llm-dp.
+        model_provider: Architecture: experts, Mamba and attention, or the smaller dense one.
         train_iters: Optimizer steps.
         device: What ranks compute on; cuda needs a GPU for each.
     """
@@ -38,6 +40,8 @@ class DemoConfig:
     out: str = "runs/demo"
     encoder_dp: int = 2
     llm_dp: int = 2
+    llm_ep: int = 2
+    model_provider: Literal["nemotron-moe-vlm-tiny", "mock"] = "nemotron-moe-vlm-tiny"
     train_iters: int = 1500
     device: Literal["cpu", "auto", "cuda"] = "cpu"
 
@@ -92,7 +96,8 @@ def _training_flags(config: DemoConfig, dataset: Path, out: Path) -> list[str]:
     flags = {
         "encoder-dp": config.encoder_dp,
         "llm-dp": config.llm_dp,
-        "model-provider": "mock",
+        "llm-ep": 1 if config.model_provider == "mock" else config.llm_ep,
+        "model-provider": config.model_provider,
         "dataset-provider": "energon",
         "data-path": dataset,
         "seq-length": 64,

@@ -4,8 +4,11 @@ import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from tyro.conf import arg
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import UseAppendAction, arg
 
+from megatron_mimo.presets import model_config
 from megatron_mimo.schedule.actions import (
     Action,
     GradientFlow,
@@ -18,7 +21,7 @@ from megatron_mimo.schedule.timeline import timeline
 from megatron_mimo.tools.plan_draw import draw_png, draw_text, gather_rows
 from megatron_mimo.topology import Layout
 from megatron_mimo.training.config import File, GridSection, Number, Switch, TrainConfig
-from megatron_mimo.training.resolve import grids
+from megatron_mimo.training.resolve import check_shards, grids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +31,10 @@ class PlanConfig:
     Attributes:
         show_schedule: Draw the step: who computes what when, and who waits.
         show_actions: List the actions of this rank, in order.
+        params: Count the parameters of each module, in all and on a rank.
+        model_provider: Preset whose parameters are counted.
+        override: Change one field of the preset, as in language.num_layers=4.
+        vocab_size: Tokens of the vocabulary.
         num_microbatches: Microbatches of the step.
         evaluation: A step of evaluation: forward only.
         training_stage: stage1 trains the projector only, stage2 all but the vision encoder, stage3
@@ -43,6 +50,12 @@ class PlanConfig:
 
     show_schedule: Switch = False
     show_actions: Number = None
+    params: Switch = False
+    model_provider: Literal[
+        "mock", "nemotron-moe-vlm-tiny", "nemotron-moe-vlm-20l", "nemotron-moe-vlm-54l"
+    ] = "mock"
+    override: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SECTION.FIELD=VALUE")] = ()
+    vocab_size: int = 131072
     num_microbatches: int = 8
     evaluation: Switch = False
     training_stage: Literal["stage1", "stage2", "stage3"] = "stage3"
@@ -66,6 +79,10 @@ def run_plan(config: PlanConfig) -> int:
     """
     _check(config)
     layout = _layout(config.grids)
+    if config.params:
+        _show_parameters(config, layout)
+    if not _wants_schedule(config):
+        return 0
     schedule = build_schedule(
         layout,
         num_microbatches=config.num_microbatches,
@@ -97,9 +114,36 @@ def run_plan(config: PlanConfig) -> int:
     return 0
 
 
+def _wants_schedule(config: PlanConfig) -> bool:
+    return config.show_schedule or config.show_actions is not None or config.png is not None
+
+
+def _show_parameters(config: PlanConfig, layout: Layout) -> None:
+    # It takes the engine, which a drawing of the schedule does without.
+    from megatron_mimo.tools.parameters import count_parameters
+
+    architecture = model_config(config.model_provider, config.override)
+    check_shards(layout, architecture)
+    if config.vocab_size < 1 or config.vocab_size % layout.llm.tp:
+        raise ValueError(
+            f"--vocab-size is {config.vocab_size}: expected a multiple of --llm-tp {layout.llm.tp}"
+        )
+    table = Table(title=f"parameters of {config.model_provider}", title_justify="left")
+    for name in ("module", "in all", "active", "on a rank"):
+        table.add_column(name, justify="left" if name == "module" else "right")
+    for count in count_parameters(architecture, layout.encoder, layout.llm, config.vocab_size):
+        ranks = " | ".join(f"{size:,}" for size in count.stages)
+        table.add_row(count.name, f"{count.total:,}", f"{count.active:,}", ranks)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    console.print("active: what a token meets; on a rank: of each pipeline stage")
+
+
 def _check(config: PlanConfig) -> None:
-    if not (config.show_schedule or config.show_actions is not None or config.png is not None):
-        raise ValueError("nothing to show: add --show-schedule, --show-actions RANK or --png FILE")
+    if not (_wants_schedule(config) or config.params):
+        raise ValueError(
+            "nothing to show: add --show-schedule, --show-actions RANK, --png FILE or --params"
+        )
     for flag, value in (
         ("--encoder-cost", config.encoder_cost),
         ("--llm-cost", config.llm_cost),

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_mimo.language.config import HybridConfig
 from megatron_mimo.runtime import RuntimeContext, initialize, shutdown
 from megatron_mimo.runtime.environment import read_environment
 from megatron_mimo.runtime.failfast import EXIT_USAGE, guard_rank
@@ -80,6 +81,10 @@ def _train(
     )
     logger.info("%s", resolved.layout.table())
     logger.info("%s", describe())
+    if isinstance(resolved.architecture.language, HybridConfig):
+        from megatron_mimo.runtime.hybrid import describe_hybrid
+
+        logger.info("%s", describe_hybrid())
     metrics = None
     if context.rank == resolved.layout.logging_rank:
         # Before the model: a full disk should not cost the time to build one.

@@ -87,9 +87,9 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     check(config)
     layout = grids(config, world_size)
     architecture = _architecture(config.model)
-    _refuse_unsupported(layout, architecture)
+    check_shards(layout, architecture)
     filled = _fill_defaults(config, world_size)
-    _check_shards(layout, architecture, filled)
+    _check_sequence(layout, architecture, filled)
     training = filled.training
     freeze = _freeze(filled.model, llm_only=layout.encoder is None)
     data = _data(filled, architecture, freeze)
@@ -306,12 +306,13 @@ def _has_experts(architecture: ModelConfig) -> bool:
     return isinstance(language, HybridConfig) and "E" in language.layers
 
 
-def _check_shards(layout: Layout, architecture: ModelConfig, filled: TrainConfig) -> None:
-    """Refuse layers, widths and sequences that cannot be dealt evenly to the ranks.
+def check_shards(layout: Layout, architecture: ModelConfig) -> None:
+    """Refuse layers and widths that cannot be dealt evenly to the ranks.
 
     Raises:
         ValueError: Names the flags.
     """
+    _refuse_unsupported(layout, architecture)
     for grid in layout.grids:
         for axis, field in _dealt(grid.name, architecture):
             ranks = getattr(grid, axis)
@@ -326,6 +327,14 @@ def _check_shards(layout: Layout, architecture: ModelConfig, filled: TrainConfig
     language = architecture.language
     if isinstance(language, HybridConfig):
         language.stages(layout.llm.pp)
+
+
+def _check_sequence(layout: Layout, architecture: ModelConfig, filled: TrainConfig) -> None:
+    """Refuse sequences that cannot be dealt evenly, and experts without sequence parallelism.
+
+    Raises:
+        ValueError: Names the flags.
+    """
     if _has_experts(architecture) and layout.llm.tp > 1 and not filled.grids.sequence_parallel:
         raise ValueError(
             f"--no-sequence-parallel with --llm-tp {layout.llm.tp}: experts need sequence "

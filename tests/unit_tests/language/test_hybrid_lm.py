@@ -131,3 +131,46 @@ def test_what_are_no_tokens_is_refused(run_ranks: Callable[..., list], tmp_path:
         "input_ids holds 64: expected tokens from 0 to 63",
         "input_ids holds -100: expected tokens from 0 to 63",
     ]
+
+
+def packed(folder: Path, lengths: list[int]) -> dict[str, float]:
+    """Differences of logits and gradients between documents packed and one by one."""
+    import torch
+
+    from megatron_mimo.language import HybridLM
+    from megatron_mimo.runtime.packed import packed_documents, packed_segments
+
+    write_nemotron(folder, "ME*-M*")
+    together, apart = (HybridLM.from_pretrained(folder, device="cpu") for _ in range(2))
+    tokens = random_tokens(1, sum(lengths))
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).int()
+    documents = packed_documents(boundaries, tuple(lengths))
+    found = together.model(tokens, None, attention_mask=None, packed_seq_params=documents)
+    wanted = torch.cat([apart.logits(part) for part in tokens.split(lengths, dim=1)], dim=1)
+    differences = {"logits": difference(found, wanted)}
+    pull = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(3))
+    (found * pull).sum().backward()
+    (wanted * pull).sum().backward()
+    theirs = dict(apart.model.named_parameters())
+    for name, parameter in together.model.named_parameters():
+        if parameter.grad is not None:
+            differences[name] = difference(parameter.grad, theirs[name].grad)
+    with pytest.raises(ValueError, match="state would leak between documents"):
+        together.model(
+            tokens,
+            None,
+            attention_mask=None,
+            packed_seq_params=packed_segments(boundaries, tuple(lengths)),
+        )
+    # The documents matter: as one, they give something else.
+    assert difference(together.logits(tokens), wanted) > 1e-2
+    return differences
+
+
+@pytest.mark.parametrize("lengths", [[5, 1, 30, 64, 2, 70], [7, 7]])
+def test_documents_do_not_see_each_other(
+    run_ranks: Callable[..., list], tmp_path: Path, lengths: list[int]
+) -> None:
+    (found,) = run_ranks(1, packed, tmp_path, lengths)
+    assert found["logits"] < 1e-5
+    assert max(found.values()) < 1e-4, found
