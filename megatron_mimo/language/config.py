@@ -54,6 +54,7 @@ class HybridConfig:
         moe_router_topk_scaling_factor: Multiplies the weights of the chosen experts.
         moe_aux_loss_coeff: Weight of the load-balancing loss of each sequence.
         moe_router_bias_update_rate: Step of the bias that evens out the experts' load.
+        moe_router_force_load_balancing: Send tokens to experts at random, evenly; for benchmarks.
         layernorm_epsilon: Of every RMSNorm.
         init_method_std: Standard deviation of the initial weights.
         share_embeddings_and_output_weights: Tie the output layer to the word embeddings.
@@ -77,6 +78,7 @@ class HybridConfig:
     moe_router_topk_scaling_factor: float = 1.0
     moe_aux_loss_coeff: float = 1e-4
     moe_router_bias_update_rate: float = 1e-3
+    moe_router_force_load_balancing: bool = False
     layernorm_epsilon: float = 1e-5
     init_method_std: float = 0.02
     share_embeddings_and_output_weights: bool = False

@@ -125,6 +125,7 @@ def _moe(config: HybridConfig) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": config.moe_router_topk_scaling_factor,
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
+        "moe_router_force_load_balancing": config.moe_router_force_load_balancing,
         "moe_router_bias_update_rate": config.moe_router_bias_update_rate,
         "moe_router_load_balancing_type": "seq_aux_loss",
         "moe_aux_loss_coeff": config.moe_aux_loss_coeff,

@@ -82,6 +82,7 @@ def ssd_scan(
     x = x.view(*shape, width).permute(0, 1, 3, 4, 2, 5)
     b, c = (tensor.view(batch, -1, chunk, groups, state).transpose(2, 3) for tensor in (b, c))
     log_decay = (dt * a.view(groups, -1, 1)).cumsum(-1)
+    x = x * dt[..., None]
     same, at_end, at_start, kept = _documents(seq_idx, chunk)
 
     # Inside a chunk: token i sees j <= i.
@@ -90,11 +91,10 @@ def ssd_scan(
         visible = visible & same
     between = log_decay[..., :, None] - log_decay[..., None, :]
     weights = between.masked_fill(~visible, -torch.inf).exp()
-    weights = weights * (c @ b.transpose(-1, -2))[:, :, :, None] * dt[..., None, :]
-    inside = weights @ x
+    inside = (weights * (c @ b.transpose(-1, -2))[:, :, :, None]) @ x
 
     # What a chunk adds to the state: [b, c, g, r * p, n].
-    to_end = (log_decay[..., -1:] - log_decay).exp() * dt
+    to_end = (log_decay[..., -1:] - log_decay).exp()
     if at_end is not None:
         to_end = to_end * at_end
     added = (x * to_end[..., None]).transpose(3, 4).flatten(4).transpose(-1, -2) @ b
@@ -104,9 +104,10 @@ def ssd_scan(
         carried = carried * kept
     carried = carried.repeat_interleave(width, dim=-1)[..., None]
     states, before = torch.zeros_like(added[:, 0]), []
-    for index in range(added.size(1)):
+    # Unbound: an index would write a whole gradient for each chunk.
+    for kept_part, new in zip(carried.unbind(1), added.unbind(1), strict=True):
         before.append(states)
-        states = states * carried[:, index] + added[:, index]
+        states = states * kept_part + new
     earlier = c @ torch.stack(before, dim=1).transpose(-1, -2)
     earlier = earlier.unflatten(-1, (-1, width)).transpose(3, 4)
     from_start = log_decay.exp()

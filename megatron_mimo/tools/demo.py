@@ -31,8 +31,8 @@ class DemoConfig:
         out: Folder of the run; dataset, logs, summary.json and report.html go there.
         encoder_dp: Ranks of the vision encoder.
         llm_dp: Ranks of the language model.
-        llm_ep: Ranks that share a hybrid model's experts; divides --llm-dp.
-        model_provider: Architecture: experts, Mamba and attention, or the smaller dense one.
+        llm_ep: Ranks that share the experts of a hybrid model; divides --llm-dp.
+        model_provider: Architecture: a dense language model, or Mamba, experts and attention.
         train_iters: Optimizer steps.
         device: What ranks compute on; cuda needs a GPU for each.
     """
@@ -41,7 +41,7 @@ class DemoConfig:
     encoder_dp: int = 2
     llm_dp: int = 2
     llm_ep: int = 2
-    model_provider: Literal["nemotron-moe-vlm-tiny", "mock"] = "nemotron-moe-vlm-tiny"
+    model_provider: Literal["mock", "nemotron-moe-vlm-tiny"] = "mock"
     train_iters: int = 1500
     device: Literal["cpu", "auto", "cuda"] = "cpu"
 

@@ -96,6 +96,8 @@ class ModelSection:
         patch_dim: Side of a square patch, pixels; left out: the preset's.
         class_token_len: Class tokens in front of an image's patches; left out: the preset's.
         pixel_shuffle: Merge each 2 x 2 square of patches into one row; left out: as in the preset.
+        moe_router_force_load_balancing: Send tokens to experts at random, evenly; for benchmarks
+            from random weights.
         bf16: Parameters, activations and rows in bfloat16.
         fp32: Parameters, activations and rows in float32; the default.
         init: Initial weights: "megatron" draws from each rank's random stream,
@@ -124,6 +126,7 @@ class ModelSection:
     patch_dim: Number = None
     class_token_len: Number = None
     pixel_shuffle: Choice = None
+    moe_router_force_load_balancing: Switch = False
     bf16: Switch = False
     fp32: Switch = False
     init: Literal["megatron", "topology-invariant"] = "megatron"

@@ -189,12 +189,21 @@ def _offsets(grid: GridSection, world_size: int) -> tuple[int, int]:
 
 def _architecture(model: ModelSection) -> ModelConfig:
     config = model_config(model.model_provider, model.override)
-    vision = config.vision
+    vision, language = config.vision, config.language
+    if model.moe_router_force_load_balancing:
+        if not _has_experts(config):
+            raise ValueError(
+                f"--moe-router-force-load-balancing with --model-provider {model.model_provider}, "
+                f"which has no experts: leave it out"
+            )
+        assert isinstance(language, HybridConfig)
+        language = replace(language, moe_router_force_load_balancing=True)
     tokens = _or(model.class_token_len, default=vision.class_token_len)
     if tokens < 0:
         raise ValueError(f"--class-token-len is {tokens}: expected at least 0")
     return replace(
         config,
+        language=language,
         vision=replace(
             vision,
             patch_dim=_or(model.patch_dim, default=vision.patch_dim),

@@ -19,7 +19,7 @@ FLAGS = """
     model-provider override training-stage freeze-vit freeze-lm freeze-projection
     tokenizer-model image-token seq-length dynamic-resolution dynamic-resolution-min-patches
     dynamic-resolution-max-patches img-h img-w use-tiling max-num-tiles use-thumbnail patch-dim
-    class-token-len pixel-shuffle bf16 fp32 init
+    class-token-len pixel-shuffle moe-router-force-load-balancing bf16 fp32 init
     dataset-provider data-path num-workers shuffle-buffer-size validate-data-alignment
     sample-trace-dir mock-dataset-size text-only-fraction
     micro-batch-size global-batch-size train-iters seed exit-interval lr min-lr lr-decay-style

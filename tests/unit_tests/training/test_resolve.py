@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mimo.language import HybridConfig
 from megatron_mimo.training.flags import CommandLine, parse, to_yaml
 from megatron_mimo.training.resolve import Resolved, resolve
 
@@ -67,6 +68,14 @@ def test_resolved_flags_resolve_to_themselves(flags: str, tmp_path: Path) -> Non
     path = tmp_path / "resolved.yaml"
     path.write_text(to_yaml(resolved.config), encoding="utf-8")
     assert run(1, f"--config {path}") == resolved
+
+
+def test_forced_balance_reaches_the_router() -> None:
+    tiny = "--model-provider nemotron-moe-vlm-tiny"
+    for flags, forced in ((tiny, False), (f"{tiny} --moe-router-force-load-balancing", True)):
+        language = run(1, flags).architecture.language
+        assert isinstance(language, HybridConfig)
+        assert language.moe_router_force_load_balancing is forced
 
 
 def test_class_tokens_and_tiles_reach_model_and_data() -> None:
@@ -172,6 +181,14 @@ def test_settings_reach_their_parts() -> None:
         (1, "--training-stage stage1 --freeze-projection",
          r"^nothing is left to train with --training-stage stage1, --freeze-projection"),
         (1, "--llm-only --freeze-lm", r"nothing is left to train with --freeze-lm, --llm-only"),
+        (1, "--moe-router-force-load-balancing", r"^--moe-router-force-load-balancing with --mod"),
+        (2, "--llm-ep 2 --llm-dp 2 --llm-only", r"^--llm-ep 2: expert parallelism is not supp"),
+        (6, "--model-provider nemotron-moe-vlm-tiny --llm-dp 5 --llm-ep 5",
+         r"^--llm-ep 5 does not divide the model's language.num_moe_experts, which is 8"),
+        (3, "--model-provider nemotron-moe-vlm-tiny --llm-tp 2 --no-sequence-parallel",
+         r"^--no-sequence-parallel with --llm-tp 2: experts need sequence parallelism"),
+        (4, "--model-provider nemotron-moe-vlm-tiny --llm-pp 3",
+         r"^--llm-pp 3 does not divide the 4 layers of pattern 'ME\*E'"),
         (1, "--use-tiling", r"^--use-tiling with --dynamic-resolution: .* --no-dynamic-resolution"),
         (1, "--no-dynamic-resolution --img-h 16 --img-w 16 --max-num-tiles 2",
          r"^--max-num-tiles needs --use-tiling"),
