@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megatron_mimo.data.batch import StepLoader
+from megatron_mimo.language.config import HybridConfig
+from megatron_mimo.training.experts import LayerLoad, read_load
 from megatron_mimo.training.metrics import IterationMetrics, MetricsLogger
 from megatron_mimo.training.step import Engine, StepMetrics, evaluate, train_step
 
@@ -103,7 +105,9 @@ def train(
         if iteration % config.log_interval == 0 or finished:
             loss = interval.mean_loss() if is_llm else None
             if metrics is not None and loss is not None:
-                metrics.log_iteration(_report(interval, loss, iteration, config))
+                metrics.log_iteration(
+                    _report(interval, loss, iteration, config, expert_load(engine, interval))
+                )
             interval = _Interval()
         if config.eval_interval and (iteration % config.eval_interval == 0 or finished):
             held_out = evaluate(engine, eval_loader(), config.eval_iters)
@@ -122,8 +126,22 @@ def train(
     )
 
 
+def expert_load(engine: Engine, interval: _Interval) -> tuple[LayerLoad, ...]:
+    """Of the interval's last step; empty for a model without experts."""
+    found, language = interval.steps[-1].experts, engine.model.language
+    if found is None or language is None:
+        return ()
+    architecture = language.module.architecture
+    assert isinstance(architecture, HybridConfig)
+    return read_load(found, architecture)
+
+
 def _report(
-    interval: _Interval, loss: float, iteration: int, config: LoopConfig
+    interval: _Interval,
+    loss: float,
+    iteration: int,
+    config: LoopConfig,
+    experts: tuple[LayerLoad, ...],
 ) -> IterationMetrics:
     last = interval.steps[-1]
     return IterationMetrics(
@@ -138,4 +156,5 @@ def _report(
         global_batch_size=config.global_batch_size,
         skipped_iterations=interval.skipped,
         nan_iterations=interval.skipped,
+        experts=experts,
     )

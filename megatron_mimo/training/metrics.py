@@ -7,15 +7,18 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_mimo.training.event_file import EventFile
+
+if TYPE_CHECKING:
+    from megatron_mimo.training.experts import LayerLoad
 
 _PROBE_BYTES = 4096
 
@@ -36,6 +39,7 @@ class IterationMetrics:
         global_batch_size: Samples per iteration.
         skipped_iterations: In the interval, updates that were not applied.
         nan_iterations: In the interval, iterations whose gradients were not finite.
+        experts: Load of each E layer in this iteration; empty for a model without experts.
     """
 
     iteration: int
@@ -49,6 +53,7 @@ class IterationMetrics:
     global_batch_size: int
     skipped_iterations: int
     nan_iterations: int
+    experts: tuple["LayerLoad", ...] = ()
 
 
 def log_line(metrics: IterationMetrics, train_iters: int) -> str:
@@ -130,7 +135,9 @@ class MetricsLogger:
         values = asdict(metrics)
         if metrics.num_zeros is None:
             del values["num_zeros"]
-        self._write_json(values)
+        del values["experts"]
+        experts = _expert_scalars(metrics.experts)
+        self._write_json(values | experts)
         scalars = {
             "lm loss": metrics.lm_loss,
             "learning-rate": metrics.learning_rate,
@@ -141,7 +148,7 @@ class MetricsLogger:
         }
         if metrics.num_zeros is not None:
             scalars["num-zeros"] = metrics.num_zeros
-        self._write_scalars(scalars, metrics.iteration, metrics.consumed_samples)
+        self._write_scalars(scalars | experts, metrics.iteration, metrics.consumed_samples)
 
     def log_evaluation(self, iteration: int, consumed_samples: int, loss: float) -> None:
         """Report the held-out loss, and its perplexity, after an iteration.
@@ -229,6 +236,23 @@ class MetricsLogger:
                 f"cannot write metrics to --tensorboard-dir {self._folder}: "
                 f"{error.strerror or error}; {_remedy(error)}train without it"
             ) from error
+
+
+def _expert_scalars(experts: Sequence["LayerLoad"]) -> dict[str, float]:
+    """Means over the E layers under Megatron's and our own tag, then layer by layer."""
+    if not experts:
+        return {}
+    number = len(experts)
+    scalars = {
+        "seq_load_balancing_loss": sum(load.balance_loss for load in experts) / number,
+        "experts/max over mean load": sum(load.max_over_mean for load in experts) / number,
+    }
+    for load in experts:
+        layer = f"experts/layer {load.layer}"
+        scalars[f"{layer} max over mean load"] = load.max_over_mean
+        scalars[f"{layer} most tokens"] = max(load.tokens)
+        scalars[f"{layer} fewest tokens"] = min(load.tokens)
+    return scalars
 
 
 def _remedy(error: OSError) -> str:

@@ -14,6 +14,7 @@ from megatron_mimo.optim.mimo_optimizer import MimoOptimizer, Update, finalize_g
 from megatron_mimo.schedule.executor import Executor
 from megatron_mimo.topology.groups import Topology
 from megatron_mimo.training.agreement import Agreement, agree_on_step
+from megatron_mimo.training.experts import gather_load
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,11 +49,13 @@ class StepMetrics:
             ranks of the language model's last stage.
         learning_rate: Of the next update.
         update: What the optimizer did.
+        experts: `gather_load` of the step.
     """
 
     loss: Tensor
     learning_rate: float
     update: Update
+    experts: Tensor | None
 
 
 def train_step(
@@ -75,6 +78,7 @@ def train_step(
     for replica in engine.model.replicas:
         replica.zero_grad()
     loss_sum = _run(engine, data, agreement, gradients=True)
+    experts = gather_load(engine.model, len(data.microbatches))
     finalize_gradients(engine.model, num_tokens)
     update = engine.optimizer.step()
     _require_encoder_gradient(engine, data, update, iteration)
@@ -85,6 +89,7 @@ def train_step(
         # After the schedule has moved, as Megatron logs it.
         learning_rate=float(engine.scheduler.get_lr({})),
         update=update,
+        experts=experts,
     )
 
 

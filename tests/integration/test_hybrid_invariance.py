@@ -32,11 +32,11 @@ LAYOUTS = {
     "colocated, encoder dp 2, llm dp 2 ep 2": layout({"dp": 2}, {"dp": 2, "ep": 2}),
 }
 
+Found = tuple[list[list[float]], dict[str, list[float]], list[list[float]]]
 
-def train(
-    chosen: Layout, overrides: tuple[str, ...] = OVERRIDES
-) -> tuple[list[list[float]], dict[str, list[float]]]:
-    """(loss, gradient norm) of each step, and the expert biases behind the last; of this rank."""
+
+def train(chosen: Layout, overrides: tuple[str, ...] = OVERRIDES) -> Found:
+    """(loss, gradient norm) of each step, expert biases behind the last, and loads in it."""
     from megatron_mimo.language.weights import table_name
     from megatron_mimo.training.step import train_step
 
@@ -44,24 +44,27 @@ def train(
         chosen, steps=STEPS, provider="nemotron-moe-vlm-tiny", overrides=overrides
     )
     loader = mock_loader(chosen, mock_data(global_batch_size=GLOBAL_BATCH_SIZE))
-    points = []
+    points: list[list[float]] = []
+    loads: list[list[float]] = []
     for step in range(STEPS):
         metrics = train_step(engine, loader, step + 1, GLOBAL_BATCH_SIZE)
         points.append([float(metrics.loss), metrics.update.grad_norm])
+        if metrics.experts is not None:
+            loads = metrics.experts.tolist()
     language = engine.model.language
     if language is None:
-        return [], {}
+        return [], {}, []
     model = language.module.model
     biases = {
         table_name(model, name, first_expert=0): buffer.tolist()
         for name, buffer in model.named_buffers()
         if name.endswith("expert_bias")
     }
-    return points if language.groups.is_last_stage else [], biases
+    return points if language.groups.is_last_stage else [], biases, loads
 
 
 @pytest.fixture(scope="module")
-def one_rank(run_ranks: Callable[..., list]) -> tuple[list[list[float]], dict[str, list[float]]]:
+def one_rank(run_ranks: Callable[..., list]) -> Found:
     """What one rank finds."""
     (found,) = run_ranks(1, train, layout({}, {}))
     return found
@@ -71,14 +74,17 @@ def one_rank(run_ranks: Callable[..., list]) -> tuple[list[list[float]], dict[st
 def test_the_curve_is_that_of_one_rank(
     name: str, run_ranks: Callable[..., list], one_rank: Any
 ) -> None:
-    wanted, wanted_biases = one_rank
+    wanted, wanted_biases, wanted_loads = one_rank
     assert len(wanted_biases) == 2
     seen: set[str] = set()
     curves = 0
-    for points, biases in run_ranks(LAYOUTS[name].world_size, train, LAYOUTS[name]):
+    for points, biases, loads in run_ranks(LAYOUTS[name].world_size, train, LAYOUTS[name]):
         for bias, values in biases.items():
             assert values == pytest.approx(wanted_biases[bias], abs=1e-6), bias
         seen.update(biases)
+        for load, wanted_load in zip(loads, wanted_loads, strict=bool(loads)):
+            assert load[:-1] == wanted_load[:-1]
+            assert load[-1] == pytest.approx(wanted_load[-1], rel=1e-4)
         if points:
             curves += 1
             losses, norms = zip(*points, strict=True)
@@ -91,7 +97,11 @@ def test_the_curve_is_that_of_one_rank(
 
 def test_balance_has_its_say(run_ranks: Callable[..., list], one_rank: Any) -> None:
     """Without either means of balance the curve is another one; biases move only with theirs."""
-    points, biases = one_rank
+    points, biases, loads = one_rank
+    # Each token of the batch goes to two experts of each layer.
+    assert [sum(load[:-1]) for load in loads] == [GLOBAL_BATCH_SIZE * 64 * 2] * 2
+    # Even loads have the least loss, which is one.
+    assert all(load[-1] > 1 for load in loads)
     assert all(any(values) for values in biases.values())
     for coefficient, rate in ((0.0, 0.05), (0.1, 0.0)):
         changed = (
@@ -99,7 +109,7 @@ def test_balance_has_its_say(run_ranks: Callable[..., list], one_rank: Any) -> N
             f"language.moe_aux_loss_coeff={coefficient}",
             f"language.moe_router_bias_update_rate={rate}",
         )
-        ((other, other_biases),) = run_ranks(1, train, layout({}, {}), changed)
+        ((other, other_biases, _),) = run_ranks(1, train, layout({}, {}), changed)
         assert other[0][0] == points[0][0]
         assert other[-1] != pytest.approx(points[-1], rel=1e-4)
         assert all(any(values) == bool(rate) for values in other_biases.values())

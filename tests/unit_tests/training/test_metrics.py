@@ -213,3 +213,20 @@ def test_a_full_disk_says_to_free_space(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match=r"device; free space there, or name another folder$"):
         MetricsLogger(20, str(tmp_path), io.StringIO())
     assert not list(tmp_path.iterdir()), "the probe stays behind"
+
+
+def test_loads_of_experts_are_scalars_by_layer(tmp_path: Path) -> None:
+    from megatron_mimo.training.experts import LayerLoad
+
+    loads = (LayerLoad(2, (3, 1), 1.5), LayerLoad(5, (2, 2), 1.0))
+    logger = MetricsLogger(10, str(tmp_path))
+    logger.log_iteration(dataclasses.replace(FIFTH, experts=loads))
+    logger.close("done")
+    written = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert "experts" not in written
+    assert written["seq_load_balancing_loss"] == 1.25
+    assert written["experts/max over mean load"] == 1.25
+    assert written["experts/layer 2 most tokens"] == 3
+    assert written["experts/layer 2 fewest tokens"] == 1
+    assert written["experts/layer 5 max over mean load"] == 1
+    assert LayerLoad(1, (0, 0), 0.0).max_over_mean == 1
