@@ -27,7 +27,7 @@ def nemotron_moe_vlm_54l() -> ModelConfig:
 
 def nemotron_moe_vlm_tiny() -> ModelConfig:
     """The same families of layers at a size that trains on two cores in minutes."""
-    large = _large("ME*E")
+    large = _large("M*EM*E")
     return replace(
         large,
         vision=replace(
@@ -46,7 +46,7 @@ def nemotron_moe_vlm_tiny() -> ModelConfig:
         ),
         projector=replace(large.projector, ffn_hidden_size=512, init_method_std=_TINY_INIT_STD),
         language=HybridConfig(
-            pattern="ME*E",
+            pattern="M*EM*E",
             hidden_size=128,
             num_attention_heads=4,
             num_query_groups=2,
