@@ -39,9 +39,15 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The worker waits for its next call. `problem` is a traceback when it could not start."""
+    """The worker waits for its next call.
+
+    Attributes:
+        problem: a traceback when it could not start.
+        threads: threads that its process holds.
+    """
 
     problem: str | None = None
+    threads: int = 1
 
 
 @dataclass(frozen=True, slots=True)

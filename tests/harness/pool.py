@@ -25,6 +25,13 @@ START_LIMIT_S = 240.0
 """For imports (torch, megatron-core, the test's module) and for meeting, on a busy machine."""
 FAILURE_GRACE_S = 0.5
 """After the first failing rank, the others may report their own error for this long."""
+THREADS_LIMIT = 64
+"""A worker that holds more threads is replaced after its call.
+
+megatron-core's DDP refers to itself through autograd's hooks, so the groups it was given are
+never freed, and each keeps its gloo threads: hundreds after some twenty training tests, which
+then take three times as long.
+"""
 STACKS_LIMIT_S = 2.0
 """How long a rank may take to write its stacks."""
 
@@ -57,7 +64,7 @@ class _Worker:
         self.process.start()
         theirs.close()
 
-    def expect_ready(self, limit_s: float) -> None:
+    def expect_ready(self, limit_s: float) -> Ready:
         if not self.connection.poll(limit_s):
             raise RanksFailed(f"a worker of the rank pool was not ready after {limit_s:g} s")
         try:
@@ -67,6 +74,7 @@ class _Worker:
         assert isinstance(ready, Ready)
         if ready.problem is not None:
             raise RanksFailed(f"the rank pool could not import what ranks need\n{ready.problem}")
+        return ready
 
     def death(self) -> Died:
         self.process.join(timeout=STACKS_LIMIT_S)
@@ -127,7 +135,7 @@ class RankPool:
             outcomes, in_time = self._call(workers, template, timeout)
             failed = not all(isinstance(outcome, Returned) for outcome in outcomes)
             if not failed:
-                _close(workers)
+                self._discard(_close(workers))
         except BaseException:
             self._discard(workers)
             raise
@@ -234,12 +242,19 @@ def _receive(worker: _Worker) -> Outcome | Started:
     return answer
 
 
-def _close(workers: list[_Worker]) -> None:
-    """Let all ranks leave the process group, only now that nobody needs it any more."""
+def _close(workers: list[_Worker]) -> list[_Worker]:
+    """Let all ranks leave the process group, only now that nobody needs it any more.
+
+    Returns the workers that hold too many threads to be of further use.
+    """
     for worker in workers:
         worker.connection.send(Close())
-    for worker in workers:
-        worker.expect_ready(START_LIMIT_S)
+    ready = [worker.expect_ready(START_LIMIT_S) for worker in workers]
+    return [
+        worker
+        for worker, state in zip(workers, ready, strict=True)
+        if state.threads > THREADS_LIMIT
+    ]
 
 
 @contextmanager

@@ -50,7 +50,13 @@ def serve(connection: Connection, stack_path: str) -> None:
             close = connection.recv()
             assert isinstance(close, Close)
             _leave_process_group()
-        connection.send(Ready())
+        connection.send(Ready(threads=_threads()))
+
+
+def _threads() -> int:
+    """All threads of the process, those of C++ too; 1 where the system does not say."""
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else 1
 
 
 def _exit_with_parent() -> None:

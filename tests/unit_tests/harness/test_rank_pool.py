@@ -22,6 +22,9 @@ def run() -> Iterator[RunRanks]:
     pool.close()
 
 
+held: list[dist.ProcessGroup] = []
+
+
 def describe_rank(offset: int) -> dict[str, object]:
     total = torch.tensor([dist.get_rank() + offset])
     dist.all_reduce(total)
@@ -47,6 +50,12 @@ def subgroup_sum() -> float:
     total = torch.ones(()) * dist.get_rank()
     dist.all_reduce(total, group=groups[dist.get_rank() // 2])
     return total.item()
+
+
+def hold_groups() -> int:
+    """Keep gloo groups for good, as modules with autograd hooks do."""
+    held.extend(dist.new_group() for _ in range(40))
+    return os.getpid()
 
 
 def fail_on(rank: int) -> int:
@@ -116,6 +125,11 @@ def test_processes_are_reused_for_every_world_size(run: RunRanks) -> None:
     for size, seen in pids.items():
         assert seen == pids[4][:size]
     assert os.getpid() not in pids[4]
+
+
+def test_a_process_that_hoards_threads_is_replaced(run: RunRanks) -> None:
+    hoarders = run(2, hold_groups)
+    assert not set(hoarders) & {answer["pid"] for answer in run(2, describe_rank, 0)}
 
 
 def test_calls_do_not_see_each_other(run: RunRanks) -> None:
