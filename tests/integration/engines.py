@@ -103,6 +103,15 @@ def mock_data(*, text_only_fraction=0.0, micro_batch_size=1, global_batch_size=8
     )
 
 
+def micro_batch_size(chosen, global_batch_size):
+    """Two microbatches, or one sample each where a pipeline or several lanes divide the batch.
+
+    Each collective of a tensor-parallel layer costs a change of process on two cores.
+    """
+    alone = chosen.world_size > 1 and chosen.llm.dp * chosen.llm.pp == 1
+    return global_batch_size // 2 if alone else 1
+
+
 def mock_loader(chosen, config):
     """This rank's training samples."""
     import torch.distributed as dist

@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 
 from megatron_mimo.topology import Layout
-from tests.integration.engines import beside, layout, mock_data, mock_loader, small_engine
+from tests.integration.engines import (
+    beside,
+    layout,
+    micro_batch_size,
+    mock_data,
+    mock_loader,
+    small_engine,
+)
 
 STEPS = 15
 GLOBAL_BATCH_SIZE = 4
@@ -43,7 +50,13 @@ def train(chosen: Layout, overrides: tuple[str, ...] = OVERRIDES) -> Found:
     engine = small_engine(
         chosen, steps=STEPS, provider="nemotron-moe-vlm-tiny", overrides=overrides
     )
-    loader = mock_loader(chosen, mock_data(global_batch_size=GLOBAL_BATCH_SIZE))
+    loader = mock_loader(
+        chosen,
+        mock_data(
+            global_batch_size=GLOBAL_BATCH_SIZE,
+            micro_batch_size=micro_batch_size(chosen, GLOBAL_BATCH_SIZE),
+        ),
+    )
     points: list[list[float]] = []
     loads: list[list[float]] = []
     for step in range(STEPS):

@@ -11,6 +11,7 @@ from tests.integration.engines import (
     beside,
     layout,
     list_loader,
+    micro_batch_size,
     mock_data,
     mock_loader,
     small_engine,
@@ -58,7 +59,14 @@ def curve(
     from megatron_mimo.training.step import train_step
 
     built = small_engine(chosen, steps=STEPS, **engine)
-    loader = mock_loader(chosen, mock_data(global_batch_size=GLOBAL_BATCH_SIZE, **data))
+    loader = mock_loader(
+        chosen,
+        mock_data(
+            global_batch_size=GLOBAL_BATCH_SIZE,
+            micro_batch_size=micro_batch_size(chosen, GLOBAL_BATCH_SIZE),
+            **data,
+        ),
+    )
     return [point(built, train_step(built, loader, i + 1, GLOBAL_BATCH_SIZE)) for i in range(steps)]
 
 
