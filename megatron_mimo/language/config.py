@@ -125,3 +125,19 @@ class HybridConfig:
 
 
 LanguageConfig = GptConfig | HybridConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutionConfig:
+    """How a language model is computed; none of it changes what comes out.
+
+    Attributes:
+        recompute_granularity: "full" recomputes each layer in backward from its input,
+            "selective" parts of layers; None keeps all activations.
+        recompute_modules: The parts, for "selective".
+        moe_grouped_gemm: One grouped product for all experts of a rank; None: where there is one.
+    """
+
+    recompute_granularity: str | None = None
+    recompute_modules: tuple[str, ...] = ()
+    moe_grouped_gemm: bool | None = None

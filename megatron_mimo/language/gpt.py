@@ -5,7 +5,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_mimo.language.config import GptConfig
+from megatron_mimo.language.config import ExecutionConfig, GptConfig
+from megatron_mimo.language.execution import execution_settings
 from megatron_mimo.runtime.engine import is_first_stage, is_last_stage, transformer_config
 from megatron_mimo.runtime.specs import transformer_block_spec
 
@@ -18,6 +19,7 @@ def build_gpt(
     pg_collection: ProcessGroupCollection,
     params_dtype: torch.dtype,
     sequence_parallel: bool,
+    execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 (frozen)
 ) -> GPTModel:
     """Build this rank's shard of its pipeline stage.
 
@@ -44,6 +46,7 @@ def build_gpt(
         ffn_hidden_size=config.ffn_hidden_size,
         layernorm_epsilon=config.layernorm_epsilon,
         init_method_std=config.init_method_std,
+        **execution_settings(execution, params_dtype=params_dtype, has_experts=False),
     )
     return GPTModel(
         config=engine_config,

@@ -9,7 +9,8 @@ from megatron.core.activations import squared_relu
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mimo.language.config import HybridConfig
+from megatron_mimo.language.config import ExecutionConfig, HybridConfig
+from megatron_mimo.language.execution import execution_settings
 from megatron_mimo.runtime.engine import is_first_stage, is_last_stage, transformer_config
 from megatron_mimo.runtime.hybrid import hybrid_stack_spec
 from megatron_mimo.weights.initial import Draw, LogOfUniform, Normal, StepBias, Uniform
@@ -28,6 +29,7 @@ def build_hybrid(
     pg_collection: ProcessGroupCollection,
     params_dtype: torch.dtype,
     sequence_parallel: bool,
+    execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 (frozen)
     **engine: Any,
 ) -> HybridModel:
     """Build this rank's shard of its pipeline stage.
@@ -39,6 +41,7 @@ def build_hybrid(
         pg_collection: Groups of the language model's grid.
         params_dtype: Dtype of the parameters and activations.
         sequence_parallel: Shard activations along the sequence between tp regions.
+        execution: What is recomputed, grouped and fused.
         engine: Further fields of megatron-core's TransformerConfig.
 
     Raises:
@@ -74,6 +77,7 @@ def build_hybrid(
         mamba_num_groups=config.mamba_num_groups,
         mamba_state_dim=config.mamba_state_dim,
         **moe,
+        **execution_settings(execution, params_dtype=params_dtype, has_experts=bool(moe)),
         **engine,
     )
     model = HybridModel(
@@ -132,6 +136,5 @@ def _moe(config: HybridConfig) -> dict[str, Any]:
         # Probabilities in full precision: another order of sums perturbs who goes where.
         "moe_router_dtype": "fp32",
         "moe_router_fusion": False,
-        "moe_grouped_gemm": True,
         "moe_token_dispatcher_type": "alltoall",
     }

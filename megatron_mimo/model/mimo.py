@@ -1,6 +1,6 @@
 """The multimodal model of one rank: the modules it holds, ready to train."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -8,6 +8,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_mimo.images import PackedImages
+from megatron_mimo.language.config import ExecutionConfig
 from megatron_mimo.model.config import FreezeConfig, ModelConfig
 from megatron_mimo.model.initialize import initialize_topology_invariant
 from megatron_mimo.model.modules import EncoderModule, LanguageModule
@@ -28,6 +29,7 @@ class BuildConfig:
         vocab_size: V.
         seq_length: S.
         sequence_parallel: In the language model, when its tp size is above one.
+        execution: What of the language model is recomputed, grouped and fused.
     """
 
     params_dtype: torch.dtype
@@ -36,6 +38,7 @@ class BuildConfig:
     vocab_size: int
     seq_length: int
     sequence_parallel: bool
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
 
 class ModuleReplica:
@@ -146,6 +149,7 @@ def build_model(
             vocab_size=build.vocab_size,
             seq_length=build.seq_length,
             sequence_parallel=build.sequence_parallel,
+            execution=build.execution,
         )
         _initialize(language_module, "llm", build, topology.llm)
         language = ModuleReplica(topology.llm, language_module.to(device.torch))

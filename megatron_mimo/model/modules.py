@@ -10,7 +10,7 @@ from megatron_mimo.encoders.radio.embedding import gather_rows
 from megatron_mimo.encoders.radio.vit import RadioVit
 from megatron_mimo.images import PackedImages
 from megatron_mimo.language.build import build_language
-from megatron_mimo.language.config import HybridConfig
+from megatron_mimo.language.config import ExecutionConfig, HybridConfig
 from megatron_mimo.language.hybrid import hybrid_initial
 from megatron_mimo.model.config import FreezeConfig, ModelConfig
 from megatron_mimo.model.initialize import transformer_initial
@@ -108,6 +108,7 @@ class LanguageModule(MegatronModule):
         vocab_size: int,
         seq_length: int,
         sequence_parallel: bool,
+        execution: ExecutionConfig,
     ) -> None:
         model = build_language(
             config.language,
@@ -116,6 +117,7 @@ class LanguageModule(MegatronModule):
             pg_collection=pg_collection,
             params_dtype=params_dtype,
             sequence_parallel=sequence_parallel,
+            execution=execution,
         )
         super().__init__(config=model.config)
         self.architecture = config.language

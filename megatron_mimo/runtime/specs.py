@@ -63,6 +63,11 @@ def spec_provider() -> BackendSpecProvider:
     return HostSpecProvider()
 
 
+def has_fused_layers() -> bool:
+    """Whether layers are Transformer Engine's."""
+    return not isinstance(spec_provider(), HostSpecProvider)
+
+
 def norm_class() -> LayerNormBuilder:
     """Norm of its own, outside a layer: called with `config`, `hidden_size` and `eps`."""
     return spec_provider().layer_norm()

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import arg
 
 from megatron_mimo.data import RawSample
 from megatron_mimo.data.digits import read_digits_split, write_digits_dataset
@@ -31,8 +32,9 @@ class DemoConfig:
         out: Folder of the run; dataset, logs, summary.json and report.html go there.
         encoder_dp: Ranks of the vision encoder.
         llm_dp: Ranks of the language model.
-        llm_ep: Ranks that share the experts of a hybrid model; divides --llm-dp.
-        model_provider: Architecture: a dense language model, or Mamba, experts and attention.
+        llm_ep: Ranks that share the experts of a hybrid model; divides --llm-dp; left out: 2
+            where it does, else 1.
+        model_provider: Architecture: Mamba, experts and attention, or a dense language model.
         train_iters: Optimizer steps.
         device: What ranks compute on; cuda needs a GPU for each.
     """
@@ -40,8 +42,8 @@ class DemoConfig:
     out: str = "runs/demo"
     encoder_dp: int = 2
     llm_dp: int = 2
-    llm_ep: int = 2
-    model_provider: Literal["mock", "nemotron-moe-vlm-tiny"] = "mock"
+    llm_ep: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None
+    model_provider: Literal["nemotron-moe-vlm-tiny", "mock"] = "nemotron-moe-vlm-tiny"
     train_iters: int = 1500
     device: Literal["cpu", "auto", "cuda"] = "cpu"
 
@@ -96,7 +98,7 @@ def _training_flags(config: DemoConfig, dataset: Path, out: Path) -> list[str]:
     flags = {
         "encoder-dp": config.encoder_dp,
         "llm-dp": config.llm_dp,
-        "llm-ep": 1 if config.model_provider == "mock" else config.llm_ep,
+        "llm-ep": _expert_ranks(config),
         "model-provider": config.model_provider,
         "dataset-provider": "energon",
         "data-path": dataset,
@@ -118,6 +120,12 @@ def _training_flags(config: DemoConfig, dataset: Path, out: Path) -> list[str]:
         "device": config.device,
     }
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def _expert_ranks(config: DemoConfig) -> int:
+    if config.llm_ep is not None:
+        return config.llm_ep
+    return 1 if config.model_provider == "mock" or config.llm_dp % 2 else 2
 
 
 def _conclude(config: DemoConfig, out: Path, dataset: Path, run: Mapping[str, Any]) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megatron_mimo.language.config import HybridConfig
+from megatron_mimo.language.config import ExecutionConfig, HybridConfig
 from megatron_mimo.model.config import FreezeConfig, ModelConfig
 from megatron_mimo.runtime import Device, prepare_engine
 from megatron_mimo.topology import ModuleGridSpec
@@ -97,6 +97,7 @@ def _language(
             vocab_size=vocab_size,
             seq_length=math.lcm(64, 2 * spec.cp * spec.tp),
             sequence_parallel=spec.tp > 1,
+            execution=ExecutionConfig(),
         )
 
 

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import UseAppendAction, arg
 
-from megatron_mimo.presets import model_config
 from megatron_mimo.schedule.actions import (
     Action,
     GradientFlow,
@@ -21,6 +20,7 @@ from megatron_mimo.schedule.timeline import timeline
 from megatron_mimo.tools.plan_draw import draw_png, draw_text, gather_rows
 from megatron_mimo.topology import Layout
 from megatron_mimo.training.config import File, GridSection, Number, Switch, TrainConfig
+from megatron_mimo.training.model_file import read_architecture
 from megatron_mimo.training.resolve import check_shards, grids
 
 
@@ -33,6 +33,8 @@ class PlanConfig:
         show_actions: List the actions of this rank, in order.
         params: Count the parameters of each module, in all and on a rank.
         model_provider: Preset whose parameters are counted.
+        model_config: YAML file of an architecture: sections vision, projector and language, whose
+            fields replace the preset's.
         override: Change one field of the preset, as in language.num_layers=4.
         vocab_size: Tokens of the vocabulary.
         num_microbatches: Microbatches of the step.
@@ -54,6 +56,7 @@ class PlanConfig:
     model_provider: Literal[
         "mock", "nemotron-moe-vlm-tiny", "nemotron-moe-vlm-20l", "nemotron-moe-vlm-54l"
     ] = "mock"
+    model_config: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="")] = None
     override: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SECTION.FIELD=VALUE")] = ()
     vocab_size: int = 131072
     num_microbatches: int = 8
@@ -122,7 +125,7 @@ def _show_parameters(config: PlanConfig, layout: Layout) -> None:
     # It takes the engine, which a drawing of the schedule does without.
     from megatron_mimo.tools.parameters import count_parameters
 
-    architecture = model_config(config.model_provider, config.override)
+    architecture = read_architecture(config.model_provider, config.model_config, config.override)
     check_shards(layout, architecture)
     if config.vocab_size < 1 or config.vocab_size % layout.llm.tp:
         raise ValueError(

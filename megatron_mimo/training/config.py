@@ -73,6 +73,8 @@ class ModelSection:
 
     Attributes:
         model_provider: Preset that fixes the architecture.
+        model_config: YAML file of an architecture: sections vision, projector and language, whose
+            fields replace the preset's.
         override: Change one field of the preset, as in language.num_layers=4.
         training_stage: stage1 trains the projector only, stage2 all but the vision encoder, stage3
             everything.
@@ -98,6 +100,12 @@ class ModelSection:
         pixel_shuffle: Merge each 2 x 2 square of patches into one row; left out: as in the preset.
         moe_router_force_load_balancing: Send tokens to experts at random, evenly; for benchmarks
             from random weights.
+        moe_grouped_gemm: Compute all experts of a rank in one grouped product; left out: where
+            Transformer Engine is present.
+        recompute_granularity: Recompute activations of the language model in backward: of whole
+            layers, or of the parts that --recompute-modules names; left out: keep them all.
+        recompute_modules: Part of a layer that is recomputed with --recompute-granularity
+            selective; left out: core_attn.
         bf16: Parameters, activations and rows in bfloat16.
         fp32: Parameters, activations and rows in float32; the default.
         init: Initial weights: "megatron" draws from each rank's random stream,
@@ -107,6 +115,7 @@ class ModelSection:
     model_provider: Literal[
         "mock", "nemotron-moe-vlm-tiny", "nemotron-moe-vlm-20l", "nemotron-moe-vlm-54l"
     ] = "mock"
+    model_config: File = None
     override: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SECTION.FIELD=VALUE")] = ()
     training_stage: Literal["stage1", "stage2", "stage3"] = "stage3"
     freeze_vit: Switch = False
@@ -127,6 +136,11 @@ class ModelSection:
     class_token_len: Number = None
     pixel_shuffle: Choice = None
     moe_router_force_load_balancing: Switch = False
+    moe_grouped_gemm: Choice = None
+    recompute_granularity: Annotated[
+        DisallowNone[Literal["full", "selective"] | None], arg(help_behavior_hint="")
+    ] = None
+    recompute_modules: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="PART")] = ()
     bf16: Switch = False
     fp32: Switch = False
     init: Literal["megatron", "topology-invariant"] = "megatron"

@@ -7,7 +7,6 @@ them, files first, so that the command line wins.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
@@ -23,6 +22,7 @@ from megatron_mimo.training.arguments import (
     show_help,
 )
 from megatron_mimo.training.config import TrainConfig
+from megatron_mimo.training.yaml_file import load_mapping
 
 # Of each set at most one is on; a later source's choice replaces an earlier one's.
 _EXCLUSIVE = (("bf16", "fp32"),)
@@ -90,7 +90,7 @@ def to_yaml(config: TrainConfig) -> str:
 
 def _read_file(path: str) -> Iterator[Setting]:
     known = known_flags(TrainConfig)
-    for typed, value in _load_mapping(path).items():
+    for typed, value in load_mapping(path, flag="--config").items():
         name = str(typed).replace("_", "-")
         where = f"{path}: key {typed!r}"
         if name not in known:
@@ -108,44 +108,6 @@ def _read_file(path: str) -> Iterator[Setting]:
                 yield Setting(name if value else f"no-{name}", None, where)
         else:
             yield Setting(name, _scalar(value, flag, where), where)
-
-
-def _load_mapping(path: str) -> dict[Any, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} cannot be read: {error}") from error
-    try:
-        content = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        detail = " ".join(str(error).split())
-        raise ValueError(f"--config {path} is not YAML: {detail}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: expected keys and values, as in `train-iters: 100`")
-    return content
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, refusing a key that is given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Read a mapping.
-
-        Raises:
-            yaml.YAMLError: A key is given twice.
-        """
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value).replace("_", "-")
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} is given twice", key.start_mark
-                )
-            seen.add(name)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return mapping
 
 
 def _scalar(value: Any, flag: Flag, where: str) -> str:

@@ -9,13 +9,13 @@ from operator import attrgetter
 
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.images import ImageConfig
-from megatron_mimo.language.config import HybridConfig
+from megatron_mimo.language.config import ExecutionConfig, HybridConfig
 from megatron_mimo.model.config import FreezeConfig, ModelConfig
 from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
-from megatron_mimo.presets import model_config
 from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding
 from megatron_mimo.training.check import check
 from megatron_mimo.training.config import DataSection, GridSection, ModelSection, TrainConfig
+from megatron_mimo.training.model_file import read_architecture
 
 _IMAGES = ImageConfig()
 _DATA = DataConfig()
@@ -57,6 +57,7 @@ class Resolved:
         config: Every flag, defaults filled in.
         layout: Both grids.
         architecture: Of every module.
+        execution: What of the language model is recomputed, grouped and fused.
         freeze: What does not train.
         data: Where samples come from.
         adam: Optimizer.
@@ -67,6 +68,7 @@ class Resolved:
     config: TrainConfig
     layout: Layout
     architecture: ModelConfig
+    execution: ExecutionConfig
     freeze: FreezeConfig
     data: DataConfig
     adam: AdamConfig
@@ -99,6 +101,7 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
         config=filled,
         layout=layout,
         architecture=architecture,
+        execution=_execution(filled.model, architecture),
         freeze=freeze,
         data=data,
         adam=AdamConfig(
@@ -188,7 +191,7 @@ def _offsets(grid: GridSection, world_size: int) -> tuple[int, int]:
 
 
 def _architecture(model: ModelSection) -> ModelConfig:
-    config = model_config(model.model_provider, model.override)
+    config = read_architecture(model.model_provider, model.model_config, model.override)
     vision, language = config.vision, config.language
     if model.moe_router_force_load_balancing:
         if not _has_experts(config):
@@ -211,6 +214,34 @@ def _architecture(model: ModelSection) -> ModelConfig:
             num_registers=min(tokens, vision.num_registers),
             pixel_shuffle=_or(model.pixel_shuffle, default=vision.pixel_shuffle),
         ),
+    )
+
+
+def _execution(model: ModelSection, architecture: ModelConfig) -> ExecutionConfig:
+    """What is recomputed, grouped and fused.
+
+    Raises:
+        ValueError: A part that the model does not have, or parts without "selective".
+    """
+    granularity, parts = model.recompute_granularity, model.recompute_modules
+    if parts and granularity != "selective":
+        raise ValueError(
+            f"--recompute-modules {parts[0]} without --recompute-granularity selective: add it"
+        )
+    experts = ("moe", "shared_experts", "moe_act") if _has_experts(architecture) else ()
+    if model.moe_grouped_gemm is not None and not experts:
+        raise ValueError(
+            f"--moe-grouped-gemm with --model-provider {model.model_provider}, which has no "
+            f"experts: leave it out"
+        )
+    known = ("core_attn", "layernorm", "mlp", *experts)
+    for part in parts:
+        if part not in known:
+            raise ValueError(f"--recompute-modules {part}: expected {', '.join(known)}")
+    return ExecutionConfig(
+        recompute_granularity=granularity,
+        recompute_modules=parts or ("core_attn",),
+        moe_grouped_gemm=model.moe_grouped_gemm,
     )
 
 

@@ -73,6 +73,7 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
             vocab_size=tokenizer.vocab_size,
             seq_length=model.seq_length,
             sequence_parallel=bool(resolved.config.grids.sequence_parallel),
+            execution=resolved.execution,
         ),
         resolved.adam,
         resolved.schedule,

@@ -61,11 +61,13 @@ def small_parts(
     seq_length=SEQ_LENGTH,
     provider="mock",
     overrides=("language.hidden_size=64", "vision.hidden_size=64"),
+    recompute=None,
 ):
     """Architecture, what is frozen, and how to build; every weight is drawn by name."""
     import torch
 
     from megatron_mimo.data import ByteTokenizer
+    from megatron_mimo.language.config import ExecutionConfig
     from megatron_mimo.model.config import FreezeConfig
     from megatron_mimo.model.mimo import BuildConfig
     from megatron_mimo.presets import model_config
@@ -84,6 +86,10 @@ def small_parts(
         vocab_size=ByteTokenizer.vocab_size,
         seq_length=seq_length,
         sequence_parallel=sequence_parallel,
+        execution=ExecutionConfig(
+            recompute_granularity=recompute and recompute[0],
+            recompute_modules=recompute[1:] if recompute else (),
+        ),
     )
     return architecture, freeze or FreezeConfig(), build
 

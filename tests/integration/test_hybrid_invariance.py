@@ -42,13 +42,21 @@ LAYOUTS = {
 Found = tuple[list[list[float]], dict[str, list[float]], list[list[float]]]
 
 
-def train(chosen: Layout, overrides: tuple[str, ...] = OVERRIDES) -> Found:
+def train(
+    chosen: Layout,
+    overrides: tuple[str, ...] = OVERRIDES,
+    recompute: tuple[str, ...] | None = None,
+) -> Found:
     """(loss, gradient norm) of each step, expert biases behind the last, and loads in it."""
     from megatron_mimo.language.weights import table_name
     from megatron_mimo.training.step import train_step
 
     engine = small_engine(
-        chosen, steps=STEPS, provider="nemotron-moe-vlm-tiny", overrides=overrides
+        chosen,
+        steps=STEPS,
+        provider="nemotron-moe-vlm-tiny",
+        overrides=overrides,
+        recompute=recompute,
     )
     loader = mock_loader(
         chosen,
@@ -87,11 +95,28 @@ def one_rank(run_ranks: Callable[..., list]) -> Found:
 def test_the_curve_is_that_of_one_rank(
     name: str, run_ranks: Callable[..., list], one_rank: Any
 ) -> None:
+    assert_same(run_ranks(LAYOUTS[name].world_size, train, LAYOUTS[name]), one_rank)
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [("full",), ("selective", "core_attn", "mlp", "moe"), ("selective", "shared_experts")],
+    ids=",".join,
+)
+def test_recomputing_changes_nothing(
+    recompute: tuple[str, ...], run_ranks: Callable[..., list], one_rank: Any
+) -> None:
+    """Nor are tokens of a recomputed router counted twice."""
+    chosen = LAYOUTS["llm ep 2 tp 2"]
+    assert_same(run_ranks(chosen.world_size, train, chosen, OVERRIDES, recompute), one_rank)
+
+
+def assert_same(found: list[Found], one_rank: Any) -> None:
     wanted, wanted_biases, wanted_loads = one_rank
     assert len(wanted_biases) == 2
     seen: set[str] = set()
     curves = 0
-    for points, biases, loads in run_ranks(LAYOUTS[name].world_size, train, LAYOUTS[name]):
+    for points, biases, loads in found:
         for bias, values in biases.items():
             assert values == pytest.approx(wanted_biases[bias], abs=1e-6), bias
         seen.update(biases)

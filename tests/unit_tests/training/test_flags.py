@@ -16,10 +16,11 @@ FLAGS = """
     encoder-offset encoder-tp encoder-cp encoder-pp encoder-dp encoder-ep encoder-expt-tp
     llm-offset llm-tp llm-cp llm-pp llm-dp llm-ep llm-expt-tp llm-only sequence-parallel
     encoder-run-ahead check-bridge
-    model-provider override training-stage freeze-vit freeze-lm freeze-projection
+    model-provider model-config override training-stage freeze-vit freeze-lm freeze-projection
     tokenizer-model image-token seq-length dynamic-resolution dynamic-resolution-min-patches
     dynamic-resolution-max-patches img-h img-w use-tiling max-num-tiles use-thumbnail patch-dim
-    class-token-len pixel-shuffle moe-router-force-load-balancing bf16 fp32 init
+    class-token-len pixel-shuffle moe-router-force-load-balancing moe-grouped-gemm
+    recompute-granularity recompute-modules bf16 fp32 init
     dataset-provider data-path num-workers shuffle-buffer-size validate-data-alignment
     sample-trace-dir mock-dataset-size text-only-fraction
     micro-batch-size global-batch-size train-iters seed exit-interval lr min-lr lr-decay-style

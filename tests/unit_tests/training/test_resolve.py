@@ -238,3 +238,37 @@ def test_no_example_is_left_out() -> None:
         "digits.yaml",
         "text-only.yaml",
     }
+
+
+def test_what_is_recomputed() -> None:
+    hybrid = "--model-provider nemotron-moe-vlm-tiny "
+    execution = run(
+        1,
+        hybrid + "--recompute-granularity selective --recompute-modules moe "
+        "--recompute-modules core_attn --no-moe-grouped-gemm",
+    ).execution
+    assert execution.recompute_granularity == "selective"
+    assert execution.recompute_modules == ("moe", "core_attn")
+    assert execution.moe_grouped_gemm is False
+    assert run(1, "--recompute-granularity selective").execution.recompute_modules == ("core_attn",)
+    assert run(1).execution.recompute_granularity is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--recompute-modules mlp", "mlp without --recompute-granularity selective"),
+        (
+            "--recompute-granularity full --recompute-modules mlp",
+            "mlp without --recompute-granularity selective",
+        ),
+        (
+            "--recompute-granularity selective --recompute-modules moe",
+            "--recompute-modules moe: expected core_attn, layernorm, mlp",
+        ),
+        ("--moe-grouped-gemm", "--moe-grouped-gemm with --model-provider mock, which has no"),
+    ],
+)
+def test_what_cannot_be_recomputed(flags: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(1, flags)
