@@ -91,11 +91,12 @@ def whole_model() -> Row:
     """The tiny preset, forward and backward, microseconds per token."""
     from transformers import AutoModelForCausalLM, NemotronHConfig
 
-    from megatron_mimo.language import HybridLM
+    from megatron_mimo.language import HybridConfig, HybridLM
     from megatron_mimo.language.weights import write_config
     from megatron_mimo.presets import model_config
 
     architecture = model_config("nemotron-moe-vlm-tiny").language
+    assert isinstance(architecture, HybridConfig)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         config = NemotronHConfig(**write_config(architecture, VOCABULARY))
