@@ -5,7 +5,7 @@ Letters: B samples, S tokens of a sequence.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -71,4 +71,16 @@ class StepLoader(Protocol):
 
     def next_step(self) -> StepData:
         """Draw the next global batch's share of this rank."""
+        ...
+
+
+class ResumableLoader(StepLoader, Protocol):
+    """A source that can be stopped and gone on with."""
+
+    def state(self) -> dict[int, Any]:
+        """What `restore` needs, by lane; of every lane that this rank reads."""
+        ...
+
+    def restore(self, lanes: Mapping[int, Any]) -> None:
+        """Go on where `state` was taken, given the states of all lanes."""
         ...

@@ -8,7 +8,7 @@ order; no process group takes part.
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.errors import reraise_exception
 from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
 from megatron.energon.flavors.webdataset.metadata import EnergonDatasetType, get_dataset_type
-from megatron.energon.savable_loader import BasicDataLoader
+from megatron.energon.savable_loader import SavableDataLoader
 
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.data.sample import (
@@ -44,7 +44,7 @@ _IMAGE_PARTS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "ppm")
 
 def train_stream(
     config: DataConfig, lane: int, num_lanes: int, tokenizer: Tokenizer, *, with_patches: bool
-) -> Iterator[Outcome]:
+) -> "EnergonStream":
     """Endless, shuffled outcomes of a lane's share of the train split.
 
     Args:
@@ -70,12 +70,12 @@ def train_stream(
         )
     except _BUILD_ERRORS as error:
         raise _unreadable(path, "train", error) from error
-    return _iterate(dataset, config)
+    return EnergonStream(dataset, config)
 
 
 def eval_stream(
     config: DataConfig, lane: int, num_lanes: int, tokenizer: Tokenizer, *, with_patches: bool
-) -> Iterator[Outcome]:
+) -> "EnergonStream":
     """Outcomes of a lane's share of the val split, in stored order, from its start; endless.
 
     Read in this process whatever `num_workers` says: evaluations are short, and their samples then
@@ -102,7 +102,7 @@ def eval_stream(
         )
     except _BUILD_ERRORS as error:
         raise _unreadable(path, "val", error) from error
-    return _iterate(dataset, config)
+    return EnergonStream(dataset, config)
 
 
 def _worker_config(config: DataConfig, lane: int, num_lanes: int, num_workers: int) -> WorkerConfig:
@@ -116,29 +116,68 @@ def _worker_config(config: DataConfig, lane: int, num_lanes: int, num_workers: i
     )
 
 
-def _iterate(dataset: Any, config: DataConfig) -> Iterator[Outcome]:
-    """Start the readers now, and pass over the dataset again and again."""
-    in_process = dataset.worker_config.num_workers == 0
-    loader: Any = BasicDataLoader(
-        dataset,
-        prefetch_factor=max(2, 2 * config.micro_batch_size),
-        # energon collects garbage every few samples, and freezes what lives: right for a reader
-        # process, but not for the training process.
-        gc_collect_every_n_steps=0 if in_process else 100,
-        watchdog_timeout_seconds=None if in_process else 60,
-    )
-    # Outcomes hold no tensors, so there is nothing to pin.
-    loader.pin_memory = False
-    return _passes(loader, iter(loader), f"--data-path {config.path}")
+class EnergonStream:
+    """Outcomes of one lane's readers, again and again; they start with the first outcome.
+
+    Args:
+        dataset: Of one lane.
+        config: Batch sizes; names the dataset in errors.
+    """
+
+    def __init__(self, dataset: Any, config: DataConfig) -> None:
+        in_process = dataset.worker_config.num_workers == 0
+        self._num_workers = dataset.worker_config.num_workers
+        self._loader: Any = SavableDataLoader(
+            dataset,
+            prefetch_factor=max(2, 2 * config.micro_batch_size),
+            # energon collects garbage every few samples, and freezes what lives: right for a
+            # reader process, but not for the training process.
+            gc_collect_every_n_steps=0 if in_process else 100,
+            watchdog_timeout_seconds=None if in_process else 60,
+        )
+        # Outcomes hold no tensors, so there is nothing to pin.
+        self._loader.pin_memory = False
+        self._where = f"--data-path {config.path}"
+        self._outcomes: Iterator[Outcome] | None = None
+
+    def __next__(self) -> Outcome:
+        if self._outcomes is None:
+            self._outcomes = _passes(self._loader, self._where)
+        return next(self._outcomes)
+
+    def state(self) -> Mapping[str, Any]:
+        """Energon's own state of the readers."""
+        return {"energon": self._loader.save_state_rank(), "num_workers": self._num_workers}
+
+    def restore(self, lane: int, lanes: Sequence[Any]) -> None:
+        """Go on; energon binds what was read to its lanes and reader processes.
+
+        Raises:
+            ValueError: Their number has changed, or the checkpoint is of another kind of data.
+        """
+        before = lanes[lane] if lane < len(lanes) else lanes[0]
+        if "energon" not in before:
+            raise ValueError(
+                f"{self._where}: the checkpoint's data was not read with energon; "
+                f"use --finetune to begin with this dataset"
+            )
+        world_size = self._loader.worker_config.world_size
+        if len(lanes) != world_size or before["num_workers"] != self._num_workers:
+            raise ValueError(
+                f"{self._where} cannot go on with --llm-dp {world_size} --num-workers "
+                f"{self._num_workers}: the checkpoint's readers had --llm-dp {len(lanes)} "
+                f"--num-workers {before['num_workers']}; keep them"
+            )
+        self._loader.restore_state_rank(before["energon"])
 
 
-def _passes(loader: Any, first: Iterator[Outcome], dataset: str) -> Iterator[Outcome]:
+def _passes(loader: Any, dataset: str) -> Iterator[Outcome]:
     """Outcomes of the loader, again and again; none if a pass is empty."""
-    current, was_empty = first, False
+    was_empty = False
     while not was_empty:
         was_empty = True
         try:
-            for outcome in current:
+            for outcome in iter(loader):
                 was_empty = False
                 yield outcome
         except _READ_ERRORS as error:
@@ -148,7 +187,6 @@ def _passes(loader: Any, first: Iterator[Outcome], dataset: str) -> Iterator[Out
                 f"{dataset}: a shard cannot be read ({reason[0]}): check that every tar file of "
                 f"the dataset is there and whole, and run `energon prepare` after changing one"
             ) from error
-        current = iter(loader)
 
 
 # -- the dataset's own errors ----------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from megatron_mimo.data.sample import (
     SkippedSample,
     try_encode,
 )
+from megatron_mimo.data.stream import IndexedStream, LaneStream
 from megatron_mimo.data.tokenizer import Tokenizer
 from megatron_mimo.data.trace import SampleTrace
 from megatron_mimo.images import EncodedImage, pack_images
@@ -89,25 +91,13 @@ def build_list_loader(
         raise ValueError("no samples to evaluate: expected at least one")
     config = _without_augmentation(config)
     with_patches = role.encoder_rank is not None
-    streams = {
-        lane: (
-            try_encode(samples[i % len(samples)], config, tokenizer, with_patches=with_patches)
-            for i in lane_indices(lane, role.num_lanes, config)
-        )
-        for lane in role.lanes
-    }
+
+    def make(index: int) -> Outcome:
+        raw = samples[index % len(samples)]
+        return try_encode(raw, config, tokenizer, with_patches=with_patches)
+
+    streams = {lane: IndexedStream(make, lane, role.num_lanes, config) for lane in role.lanes}
     return StreamLoader(streams, config, role, tokenizer)
-
-
-def lane_indices(lane: int, num_lanes: int, config: DataConfig) -> Iterator[int]:
-    """Global sample indices of a lane, step after step."""
-    size = config.micro_batch_size
-    # Steps follow each other without a gap, so the microbatches of all steps form one sequence.
-    config.num_microbatches(num_lanes)
-    start = lane * size
-    while True:
-        yield from range(start, start + size)
-        start += num_lanes * size
 
 
 def _build(
@@ -120,20 +110,14 @@ def _build(
     if split is not Split.TRAIN:
         config = _without_augmentation(config)
     with_patches = role.encoder_rank is not None
-    streams: dict[int, Iterator[Outcome]]
+    streams: dict[int, LaneStream]
     if config.provider == "mock":
-        streams = {
-            lane: (
-                try_encode(
-                    mock_sample(i, split, config),
-                    config,
-                    tokenizer,
-                    with_patches=with_patches,
-                )
-                for i in lane_indices(lane, role.num_lanes, config)
-            )
-            for lane in role.lanes
-        }
+
+        def make(index: int) -> Outcome:
+            raw = mock_sample(index, split, config)
+            return try_encode(raw, config, tokenizer, with_patches=with_patches)
+
+        streams = {lane: IndexedStream(make, lane, role.num_lanes, config) for lane in role.lanes}
     else:
         # energon takes a second to import; only runs that use it pay.
         from megatron_mimo.data.energon import eval_stream, train_stream
@@ -166,7 +150,7 @@ class StreamLoader(StepLoader):
 
     def __init__(
         self,
-        streams: Mapping[int, Iterator[Outcome]],
+        streams: Mapping[int, LaneStream],
         config: DataConfig,
         role: DataRole,
         tokenizer: Tokenizer,
@@ -183,6 +167,27 @@ class StreamLoader(StepLoader):
         self._trace = trace
         self._step = 0
         self.num_skipped = 0
+
+    def state(self) -> dict[int, Any]:
+        """What `restore` needs, by lane; of every lane that this rank reads."""
+        return {
+            lane: {"step": self._step, "stream": stream.state()}
+            for lane, stream in self._streams.items()
+        }
+
+    def restore(self, lanes: Mapping[int, Any]) -> None:
+        """Go on where `state` was taken; before the first step.
+
+        Args:
+            lanes: The states of all lanes of the run that was stopped.
+
+        Raises:
+            ValueError: They do not fit this run's readers; says what to keep.
+        """
+        states = [lanes[lane] for lane in sorted(lanes)]
+        self._step = states[0]["step"]
+        for lane, stream in self._streams.items():
+            stream.restore(lane, [state["stream"] for state in states])
 
     def next_step(self) -> StepData:
         """Draw the next global batch's share of this rank.

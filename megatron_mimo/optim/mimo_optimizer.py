@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_mimo.model.mimo import MimoModel, ModuleReplica
 from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
+from megatron_mimo.optim.state import ParamState, param_states, set_step
 from megatron_mimo.runtime.engine import world_is
 
 # Position of each module in the vector that the world agrees on.
@@ -53,6 +54,7 @@ class MimoOptimizer:
     def __init__(self, model: MimoModel, config: AdamConfig, control: dist.ProcessGroup) -> None:
         self._config = config
         self._control = control
+        self._num_updates = 0
         self._optimizers: dict[str, MegatronOptimizer] = {
             replica.groups.spec.name: _build(replica, config)
             for replica in model.replicas
@@ -63,6 +65,32 @@ class MimoOptimizer:
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups of every optimizer of this rank, for the scheduler."""
         return [group for o in self._optimizers.values() for group in o.param_groups]
+
+    @property
+    def num_updates(self) -> int:
+        """Updates made so far, which Adam's bias correction counts; equal on every rank."""
+        return self._num_updates
+
+    @num_updates.setter
+    def num_updates(self, number: int) -> None:
+        self._num_updates = number
+        for optimizer in self._optimizers.values():
+            set_step(optimizer, number)
+
+    def param_states(self) -> dict[int, ParamState]:
+        """What this rank owns of each weight's state, by the weight's address."""
+        found: dict[int, ParamState] = {}
+        for optimizer in self._optimizers.values():
+            found |= param_states(optimizer)
+        return found
+
+    def refresh_main_params(self) -> None:
+        """Copy the model's weights into the fp32 main parameters, after they were loaded alone.
+
+        Without it the first update would step from where the weights were initialised.
+        """
+        for optimizer in self._optimizers.values():
+            optimizer.reload_model_params()
 
     @torch.no_grad()
     def step(self) -> Update:
@@ -84,6 +112,7 @@ class MimoOptimizer:
                         optimizer.get_parameters(), self._config.clip_grad, total
                     )
                 optimizer.step_with_ready_grads()
+            self._num_updates += 1
         return Update(
             applied=applied,
             grad_norm=total,

@@ -1,6 +1,8 @@
 """Random streams of a rank."""
 
 import random
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,3 +54,30 @@ def seed_everything(
         etp_rank=expt_tp_rank,
         force_reset_rng=True,
     )
+
+
+def rng_state() -> dict[str, Any]:
+    """Of every generator of this process, as Megatron's checkpoints name them."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    state = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "rng_tracker_states": dict(get_cuda_rng_tracker().get_states()),
+    }
+    if torch.cuda.is_available():
+        state["cuda_rng_state"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put every generator where `rng_state` found it; a GPU's only where there is one."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    if torch.cuda.is_available() and "cuda_rng_state" in state:
+        torch.cuda.set_rng_state(state["cuda_rng_state"])
+    get_cuda_rng_tracker().set_states(dict(state["rng_tracker_states"]))

@@ -1,6 +1,7 @@
 """What can be said of flags by themselves: ranges, and flags that would do nothing together."""
 
 from megatron_mimo.training.config import (
+    CheckpointSection,
     DataSection,
     GridSection,
     ModelSection,
@@ -27,6 +28,7 @@ def check(config: TrainConfig) -> None:
     _check_images(config.model)
     _check_data_source(config.data)
     _check_sequence_parallel(config.grids)
+    _check_checkpoints(config.checkpoints)
 
 
 def _check_images(model: ModelSection) -> None:
@@ -80,6 +82,42 @@ def _check_data_source(data: DataSection) -> None:
                 f"{' and '.join(given)} belongs to --dataset-provider {provider}, not to "
                 f"{data.dataset_provider}: leave it out, or change the provider"
             )
+
+
+def _check_checkpoints(checkpoints: CheckpointSection) -> None:
+    """Flags of saving without --save, and of loading without --load, would do nothing."""
+    for flag, least in (
+        ("--save-interval", checkpoints.save_interval),
+        ("--keep-last", checkpoints.keep_last),
+    ):
+        if least is not None and least < 1:
+            raise ValueError(f"{flag} is {least}: expected at least 1")
+    for needed, path, flags in (
+        (
+            "--save",
+            checkpoints.save,
+            {
+                "--save-interval": checkpoints.save_interval is not None,
+                "--no-save-optim": checkpoints.no_save_optim,
+                "--no-save-rng": checkpoints.no_save_rng,
+                "--async-save": checkpoints.async_save,
+                "--keep-last": checkpoints.keep_last is not None,
+            },
+        ),
+        (
+            "--load",
+            checkpoints.load,
+            {
+                "--finetune": checkpoints.finetune,
+                "--no-load-optim": checkpoints.no_load_optim,
+                "--no-load-scheduler": checkpoints.no_load_scheduler,
+                "--no-load-rng": checkpoints.no_load_rng,
+            },
+        ),
+    ):
+        given = [flag for flag, is_given in flags.items() if is_given]
+        if given and path is None:
+            raise ValueError(f"{' and '.join(given)} without {needed}: add it")
 
 
 def _check_sequence_parallel(grid: GridSection) -> None:

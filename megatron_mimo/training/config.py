@@ -220,6 +220,40 @@ class TrainingSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSection:
+    """What is saved, and what a run begins with.
+
+    Attributes:
+        save: Folder of the checkpoints to write; one is written at the end in any case.
+        save_interval: Iterations between checkpoints; left out: only at the end.
+        load: Folder of checkpoints to go on from, the newest first; one without any starts anew.
+        finetune: Load the weights alone and begin at iteration 0.
+        no_save_optim: Leave the optimizer's state out.
+        no_load_optim: Begin with a fresh optimizer.
+        no_load_scheduler: Begin the schedule anew.
+        no_save_rng: Leave the states of random generators out.
+        no_load_rng: Seed the random generators anew.
+        dist_ckpt_optim_fully_reshardable: Save the optimizer's state so that any layout can load
+            it; it always is.
+        async_save: Train on while a checkpoint is written.
+        keep_last: Checkpoints to keep, the newest; left out: all.
+    """
+
+    save: Folder = None
+    save_interval: Number = None
+    load: Folder = None
+    finetune: Switch = False
+    no_save_optim: Switch = False
+    no_load_optim: Switch = False
+    no_load_scheduler: Switch = False
+    no_save_rng: Switch = False
+    no_load_rng: Switch = False
+    dist_ckpt_optim_fully_reshardable: Switch = False
+    async_save: Switch = False
+    keep_last: Number = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WatchingSection:
     """What a run shows of itself.
 
@@ -254,6 +288,7 @@ class TrainConfig:
         model: What is trained.
         data: Where samples come from.
         training: How long and how fast.
+        checkpoints: What is saved, and what the run begins with.
         watching: What the run shows of itself.
         runtime: Where it runs.
     """
@@ -262,5 +297,6 @@ class TrainConfig:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     training: TrainingSection = field(default_factory=TrainingSection)
+    checkpoints: CheckpointSection = field(default_factory=CheckpointSection)
     watching: WatchingSection = field(default_factory=WatchingSection)
     runtime: RuntimeSection = field(default_factory=RuntimeSection)

@@ -3,10 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from megatron_mimo.data.batch import StepLoader
+from megatron_mimo.checkpoint.progress import Progress
+from megatron_mimo.data.batch import ResumableLoader, StepLoader
 from megatron_mimo.language.config import HybridConfig
 from megatron_mimo.training.experts import LayerLoad, read_load
 from megatron_mimo.training.metrics import IterationMetrics, MetricsLogger
@@ -18,12 +20,13 @@ class LoopConfig:
     """How long to train and when to look.
 
     Attributes:
-        train_iters: Optimizer steps.
+        train_iters: Optimizer steps, those before this run included.
         global_batch_size: Samples per step.
         exit_interval: Stop after an iteration that this divides; None trains to the end.
         log_interval: Iterations per log line.
         eval_interval: Iterations between evaluations; 0 evaluates never.
         eval_iters: Global batches per evaluation.
+        progress: Where this run goes on.
     """
 
     train_iters: int
@@ -32,6 +35,7 @@ class LoopConfig:
     log_interval: int
     eval_interval: int
     eval_iters: int
+    progress: Progress = Progress(0, 0)  # noqa: RUF009 (frozen)
 
     def is_last(self, iteration: int) -> bool:
         """Whether training ends after this iteration."""
@@ -54,6 +58,26 @@ class TrainResult:
     consumed_samples: int
     lm_loss: float | None
     train_seconds: float
+
+
+class Checkpoints(Protocol):
+    """What the loop asks of a `Checkpointer`."""
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether to save after an iteration."""
+        ...
+
+    def save(self, progress: Progress, loader: dict[int, Any]) -> None:
+        """Save, or begin to."""
+        ...
+
+    def poll(self) -> None:
+        """Publish what is ready."""
+        ...
+
+    def finish(self) -> None:
+        """Publish what is still being written."""
+        ...
 
 
 class _Interval:
@@ -79,10 +103,11 @@ class _Interval:
 
 def train(
     engine: Engine,
-    loader: StepLoader,
+    loader: ResumableLoader,
     eval_loader: Callable[[], StepLoader],
     config: LoopConfig,
     metrics: MetricsLogger | None,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainResult:
     """Train until the last iteration or an exit interval.
 
@@ -92,38 +117,59 @@ def train(
         eval_loader: Gives the evaluation samples from their start.
         config: How long, and when to look.
         metrics: Writes the log line, TensorBoard and metrics.jsonl; on the logging rank only.
+        checkpoints: Saves; None saves nothing.
     """
     engine.model.train()
     is_llm = engine.topology.llm is not None
     start = time.perf_counter()
     interval = _Interval()
-    iteration, loss, finished = 0, None, False
+    iteration, consumed, loss = config.progress.iteration, config.progress.consumed_samples, None
+    finished = iteration >= config.train_iters
     while not finished:
         iteration += 1
+        consumed += config.global_batch_size
         finished = config.is_last(iteration)
         interval.add(train_step(engine, loader, iteration, config.global_batch_size))
         if iteration % config.log_interval == 0 or finished:
             loss = interval.mean_loss() if is_llm else None
             if metrics is not None and loss is not None:
                 metrics.log_iteration(
-                    _report(interval, loss, iteration, config, expert_load(engine, interval))
+                    _report(
+                        interval, loss, iteration, consumed, config, expert_load(engine, interval)
+                    )
                 )
             interval = _Interval()
         if config.eval_interval and (iteration % config.eval_interval == 0 or finished):
             held_out = evaluate(engine, eval_loader(), config.eval_iters)
             if metrics is not None:
-                consumed = iteration * config.global_batch_size
                 metrics.log_evaluation(iteration, consumed, float(held_out))
             # Evaluation is not part of an iteration's time.
             interval.start = time.perf_counter()
+        if checkpoints is not None:
+            begin = time.perf_counter()
+            checkpoints.poll()
+            if finished or checkpoints.is_due(iteration):
+                checkpoints.save(Progress(iteration, consumed), _lane_states(engine, loader))
+            interval.start += time.perf_counter() - begin
+    if checkpoints is not None:
+        checkpoints.finish()
     seconds = time.perf_counter() - start
     dist.barrier(group=engine.topology.control)
     return TrainResult(
         iteration=iteration,
-        consumed_samples=iteration * config.global_batch_size,
+        consumed_samples=consumed,
         lm_loss=loss,
         train_seconds=seconds,
     )
+
+
+def _lane_states(engine: Engine, loader: ResumableLoader) -> dict[int, Any]:
+    """Of the lane for which this rank answers: one rank of its replica does."""
+    llm = engine.topology.llm
+    if llm is None or (llm.place.tp, llm.place.cp, llm.place.pp) != (0, 0, 0):
+        return {}
+    lane = llm.place.dp
+    return {lane: loader.state()[lane]}
 
 
 def expert_load(engine: Engine, interval: _Interval) -> tuple[LayerLoad, ...]:
@@ -140,13 +186,14 @@ def _report(
     interval: _Interval,
     loss: float,
     iteration: int,
+    consumed: int,
     config: LoopConfig,
     experts: tuple[LayerLoad, ...],
 ) -> IterationMetrics:
     last = interval.steps[-1]
     return IterationMetrics(
         iteration=iteration,
-        consumed_samples=iteration * config.global_batch_size,
+        consumed_samples=consumed,
         lm_loss=loss,
         grad_norm=last.update.grad_norm,
         learning_rate=last.learning_rate,

@@ -93,11 +93,22 @@ def _train(
         )
     trainer = build_trainer(resolved, context)
     training_starts()
-    result = train(trainer.engine, trainer.loader, trainer.eval_loader, trainer.loop, metrics)
+    result = train(
+        trainer.engine,
+        trainer.loader,
+        trainer.eval_loader,
+        trainer.loop,
+        metrics,
+        trainer.checkpoints,
+    )
     if metrics is not None:
+        first = trainer.loop.progress.iteration
+        # A run that went on from the last iteration has no loss.
+        loss = "" if result.lm_loss is None else f", last lm loss {result.lm_loss:.6E}"
         metrics.close(
-            f"trained {result.iteration} iterations on {result.consumed_samples} samples in "
-            f"{result.train_seconds:.0f} s, last lm loss {result.lm_loss:.6E}"
+            f"trained {result.iteration - first} iterations"
+            f"{f' after {first}' if first else ''} on {result.consumed_samples} samples in "
+            f"{result.train_seconds:.0f} s{loss}"
         )
     if after is not None:
         after(trainer, result)

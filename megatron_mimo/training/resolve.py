@@ -6,7 +6,9 @@ Everything here runs before the first process group, so that a wrong flag costs 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from pathlib import Path
 
+from megatron_mimo.checkpoint.config import LoadConfig, SaveConfig
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.images import ImageConfig
 from megatron_mimo.language.config import ExecutionConfig, HybridConfig
@@ -14,7 +16,13 @@ from megatron_mimo.model.config import FreezeConfig, ModelConfig
 from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
 from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding
 from megatron_mimo.training.check import check
-from megatron_mimo.training.config import DataSection, GridSection, ModelSection, TrainConfig
+from megatron_mimo.training.config import (
+    CheckpointSection,
+    DataSection,
+    GridSection,
+    ModelSection,
+    TrainConfig,
+)
 from megatron_mimo.training.model_file import read_architecture
 
 _IMAGES = ImageConfig()
@@ -63,6 +71,8 @@ class Resolved:
         adam: Optimizer.
         schedule: Learning rate.
         global_batch_size: Samples per iteration.
+        save: What is saved; None for nothing.
+        load: What the run begins with; None for fresh weights.
     """
 
     config: TrainConfig
@@ -74,6 +84,8 @@ class Resolved:
     adam: AdamConfig
     schedule: ScheduleConfig
     global_batch_size: int
+    save: SaveConfig | None
+    load: LoadConfig | None
 
 
 def resolve(config: TrainConfig, world_size: int) -> Resolved:
@@ -120,6 +132,8 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
             decay_samples=_given(training.lr_decay_iters) * global_batch_size,
         ),
         global_batch_size=global_batch_size,
+        save=_save(filled.checkpoints),
+        load=_load(filled.checkpoints),
     )
 
 
@@ -242,6 +256,31 @@ def _execution(model: ModelSection, architecture: ModelConfig) -> ExecutionConfi
         recompute_granularity=granularity,
         recompute_modules=parts or ("core_attn",),
         moe_grouped_gemm=model.moe_grouped_gemm,
+    )
+
+
+def _save(checkpoints: CheckpointSection) -> SaveConfig | None:
+    if checkpoints.save is None:
+        return None
+    return SaveConfig(
+        root=Path(checkpoints.save),
+        interval=checkpoints.save_interval,
+        optimizer=not checkpoints.no_save_optim,
+        rng=not checkpoints.no_save_rng,
+        in_background=checkpoints.async_save,
+        keep_last=checkpoints.keep_last,
+    )
+
+
+def _load(checkpoints: CheckpointSection) -> LoadConfig | None:
+    if checkpoints.load is None:
+        return None
+    return LoadConfig(
+        root=Path(checkpoints.load),
+        finetune=checkpoints.finetune,
+        optimizer=not checkpoints.no_load_optim,
+        scheduler=not checkpoints.no_load_scheduler,
+        rng=not checkpoints.no_load_rng,
     )
 
 

@@ -1,9 +1,11 @@
 """From checked flags to everything that a rank trains with."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
+from megatron_mimo.checkpoint.checkpointer import Checkpointer, TrainedParts, load
+from megatron_mimo.checkpoint.progress import Progress
 from megatron_mimo.data import (
     DataConfig,
     DataRole,
@@ -14,6 +16,7 @@ from megatron_mimo.data import (
     build_tokenizer,
     build_train_loader,
 )
+from megatron_mimo.data.batch import ResumableLoader
 from megatron_mimo.model.mimo import BuildConfig
 from megatron_mimo.runtime import RuntimeContext
 from megatron_mimo.training.engine import build_engine, data_role
@@ -33,14 +36,16 @@ class Trainer:
         role: What this rank needs of them.
         tokenizer: Of the texts.
         loop: How long to train, and when to look.
+        checkpoints: Saves; None saves nothing.
     """
 
     engine: Engine
-    loader: StepLoader
+    loader: ResumableLoader
     data: DataConfig
     role: DataRole
     tokenizer: Tokenizer
     loop: LoopConfig
+    checkpoints: Checkpointer | None = None
 
     def eval_loader(self) -> StepLoader:
         """The val split from its start."""
@@ -51,7 +56,8 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
     """Build the model and the loaders of this rank. Collective over the world.
 
     Raises:
-        ValueError: The tokenizer or the dataset is missing or unfit, or sizes do not divide.
+        ValueError: The tokenizer or the dataset is missing or unfit, sizes do not divide, or the
+            checkpoint is damaged or of another model.
     """
     model, data = resolved.config.model, resolved.data
     tokenizer = build_tokenizer(model.tokenizer_model, model.image_token)
@@ -83,6 +89,18 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
         validate_data=resolved.config.data.validate_data_alignment,
         device=context.device,
     )
+    parts = TrainedParts(engine.topology, engine.model, engine.optimizer, engine.scheduler)
+    checkpoints = None
+    if resolved.save is not None:
+        flags = {
+            name: value
+            for section in asdict(resolved.config).values()
+            for name, value in section.items()
+        }
+        checkpoints = Checkpointer(parts, resolved.save, flags)
+    loaded = None if resolved.load is None else load(parts, resolved.load)
+    if loaded is not None and loaded.loader is not None:
+        loader.restore(loaded.loader["lanes"])
     training, watching = resolved.config.training, resolved.config.watching
     loop = LoopConfig(
         train_iters=training.train_iters,
@@ -91,7 +109,14 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
         log_interval=watching.log_interval,
         eval_interval=training.eval_interval,
         eval_iters=training.eval_iters,
+        progress=Progress(0, 0) if loaded is None else loaded.progress,
     )
     return Trainer(
-        engine=engine, loader=loader, data=data, role=role, tokenizer=tokenizer, loop=loop
+        engine=engine,
+        loader=loader,
+        data=data,
+        role=role,
+        tokenizer=tokenizer,
+        loop=loop,
+        checkpoints=checkpoints,
     )

@@ -1,0 +1,1 @@
+"""Checkpoints: what a run saves, how it stays whole, and how another layout loads it."""

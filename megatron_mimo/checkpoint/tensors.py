@@ -1,0 +1,224 @@
+"""Which part of which stored tensor this rank writes, and which parts it reads.
+
+Names and global shapes are megatron-core's (`sharded_state_dict`), with a prefix for each module,
+so that no two modules' keys collide. What differs is who writes: each rank the ranges that its
+optimizer owns, straight from where they lie, instead of whole tensors that one data-parallel rank
+has gathered.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from megatron_mimo.checkpoint.rectangles import rectangles
+from megatron_mimo.model.mimo import ModuleReplica
+from megatron_mimo.optim.state import ParamState
+
+# As in a flat checkpoint of a Nemotron vision-language model.
+PREFIXES: Mapping[str, str] = {
+    "vision.": "vision_model.",
+    "projector.": "vision_projection.",
+    "model.": "language_model.",
+}
+# Where megatron-core puts the optimizer's tensors, and by which names.
+OPTIMIZER_PREFIX = "optimizer.state."
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A box of a stored tensor, which a contiguous run of a local one holds.
+
+    Attributes:
+        key: Of the stored tensor.
+        global_shape: Of the stored tensor.
+        offset: Of the box in the stored tensor.
+        shape: Of the box, with as many dimensions.
+        start: Of its first element in the flattened local tensor.
+        is_main: Whether no other tensor- or pipeline-parallel rank stores this box.
+        replica: Data-parallel rank among those that hold this box.
+    """
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: int
+    is_main: bool
+    replica: int
+
+    def within(self, start: int, stop: int) -> "Iterator[Stored]":
+        """What elements [start, stop) of the flattened local tensor hold of it, in boxes."""
+        first = max(start - self.start, 0)
+        last = min(stop - self.start, math.prod(self.shape))
+        for box in rectangles(self.shape, first, last):
+            offset = tuple(a + b for a, b in zip(self.offset, box.offset, strict=True))
+            yield replace(self, offset=offset, shape=box.size, start=self.start + box.start)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTensor:
+    """A weight or buffer of this rank, and what it is a part of.
+
+    Attributes:
+        name: In its module.
+        data: The tensor itself.
+        stored: Boxes that it holds, all of it together.
+    """
+
+    name: str
+    data: Tensor
+    stored: tuple[Stored, ...]
+
+
+def local_tensors(replica: ModuleReplica) -> list[LocalTensor]:
+    """Every weight and buffer of a module on this rank that a checkpoint holds, in module order."""
+    metadata = {"dp_cp_group": replica.groups.pg_collection.dp_cp}
+    for module in replica.module.modules():
+        # megatron-core looks for a global group where a module was not given one.
+        if isinstance(module, MegatronModule) and not hasattr(module, "tp_group"):
+            module.tp_group = replica.groups.pg_collection.tp
+    entries = _sharded(replica.module, "", replica.groups.pg_collection.tp, metadata)
+    found = []
+    for name, entry in entries.items():
+        if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
+            continue  # Extra states of fp8; nothing here trains in it.
+        found.append(LocalTensor(name, entry.data.detach(), tuple(_boxes(entry))))
+    return found
+
+
+def writes(replica: ModuleReplica, states: Mapping[int, ParamState]) -> list[ShardedTensor]:
+    """What this rank stores of a module's weights.
+
+    Of those that train it is the range whose update is its own, so that data-parallel ranks write
+    side by side; of others all or nothing.
+
+    Args:
+        replica: The module.
+        states: Of `optim.state.param_states`.
+    """
+    stored = []
+    for local in local_tensors(replica):
+        state = states.get(local.data.data_ptr())
+        for box in local.stored:
+            if state is not None:
+                start, stop = state.start, state.stop
+            else:
+                start, stop = 0, 0 if box.replica else local.data.numel()
+            if box.is_main:
+                flat = local.data.view(-1)
+                stored += [_tensor(part, flat, part.start) for part in box.within(start, stop)]
+    return stored
+
+
+def optimizer_tensors(
+    replica: ModuleReplica, states: Mapping[int, ParamState], *, reading: bool
+) -> list[ShardedTensor]:
+    """This rank's part of the optimizer's state of a module, in place.
+
+    Args:
+        replica: The module.
+        states: Of `optim.state.param_states`, by address of the weight.
+        reading: Every rank reads what it owns; copies of tensor-parallel peers are not written.
+    """
+    found = []
+    for local in local_tensors(replica):
+        state = states.get(local.data.data_ptr())
+        if state is None:
+            continue
+        for box in local.stored:
+            if not (reading or box.is_main):
+                continue
+            for part in box.within(state.start, state.stop):
+                for kind, values in state.tensors.items():
+                    part_of_kind = replace(part, key=f"{OPTIMIZER_PREFIX}{kind}.{part.key}")
+                    found.append(_tensor(part_of_kind, values, part.start - state.start))
+    return found
+
+
+def reads(replica: ModuleReplica) -> list[ShardedTensor]:
+    """All that this rank holds of a module's weights, in place."""
+    return [
+        _tensor(box, local.data.view(-1), box.start)
+        for local in local_tensors(replica)
+        for box in local.stored
+    ]
+
+
+def stored_key(name: str) -> str:
+    """The key of a name in one of our modules.
+
+    Raises:
+        ValueError: A part of the model that has no prefix.
+    """
+    for ours, theirs in PREFIXES.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise ValueError(f"{name!r} belongs to none of {', '.join(PREFIXES)}")
+
+
+def _sharded(
+    module: nn.Module, prefix: str, tp_group: Any, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """megatron-core's description of every weight; of our own modules, part by part."""
+    describe: Any = getattr(module, "sharded_state_dict", None)
+    if describe is not None and type(module).__module__.startswith("megatron.core."):
+        found: dict[str, Any] = describe(prefix=prefix, metadata=metadata)
+        return found
+    own: dict[str, Any] = {}
+    module._save_to_state_dict(own, "", keep_vars=True)
+    result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        own, prefix, tp_group=tp_group, dp_cp_group=metadata["dp_cp_group"]
+    )
+    for name, child in module.named_children():
+        result |= _sharded(child, f"{prefix}{name}.", tp_group, metadata)
+    return result
+
+
+def _boxes(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Stored]:
+    whole = entry.data
+    parts = [entry] if isinstance(entry, ShardedTensor) else _flat(entry.build())
+    for part in parts:
+        ours = part.data
+        if ours.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+            raise AssertionError(f"{part.key} is stored as a copy; it cannot be read in place")
+        if not ours.is_contiguous():
+            raise AssertionError(f"{part.key} does not lie together; it cannot be read in place")
+        *others, replica = part.replica_id if isinstance(part.replica_id, tuple) else (0, 0)
+        yield Stored(
+            key=stored_key(part.key),
+            global_shape=tuple(part.global_shape),
+            offset=tuple(part.global_offset),
+            shape=(1,) * part.prepend_axis_num + tuple(part.local_shape),
+            start=ours.storage_offset() - whole.storage_offset(),
+            is_main=not any(others),
+            replica=replica,
+        )
+
+
+def _flat(built: Any) -> list[ShardedTensor]:
+    if isinstance(built, ShardedTensor):
+        return [built]
+    values = built.values() if isinstance(built, dict) else built
+    return [tensor for value in values for tensor in _flat(value)]
+
+
+def _tensor(box: Stored, flat: Tensor, start: int) -> ShardedTensor:
+    """A box as megatron-core's writer and reader take it; its memory is that of `flat`."""
+    data = flat[start : start + math.prod(box.shape)].view(box.shape)
+    return ShardedTensor(
+        key=box.key,
+        data=data,
+        dtype=data.dtype,
+        local_shape=box.shape,
+        global_shape=box.global_shape,
+        global_offset=box.offset,
+        # Boxes of several sizes: no regular grid.
+        axis_fragmentations=None,
+        replica_id=0,
+    )

@@ -1,0 +1,226 @@
+"""Stop and go on: bit for bit on the same layout, and along the same curve on another one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mimo.topology import Layout
+from tests.integration.engines import beside, layout, mock_data, mock_loader, small_engine
+
+BEFORE, AFTER = 4, 4
+GLOBAL_BATCH_SIZE = 4
+TINY = "nemotron-moe-vlm-tiny"
+OVERRIDES = (
+    "language.pattern=ME*-ME",
+    "language.moe_aux_loss_coeff=0.1",
+    "language.moe_router_bias_update_rate=0.05",
+    "language.ffn_hidden_size=192",
+    "vision.hidden_size=64",
+)
+HYBRID = {"provider": TINY, "overrides": OVERRIDES}
+ONE_RANK = layout({}, {})
+LAYOUTS = {
+    "one rank": ONE_RANK,
+    "dp 2 each": beside({"dp": 2}, {"dp": 2}),
+    "llm dp 2": beside({}, {"dp": 2}),
+    "llm tp 2": beside({}, {"tp": 2}),
+    "encoder tp 2": beside({"tp": 2}, {}),
+    "llm ep 2": beside({"dp": 2}, {"dp": 2, "ep": 2}),
+    "llm ep 2 tp 2": beside({}, {"tp": 2, "ep": 2}),
+    "llm pp 2": beside({}, {"pp": 2}),
+    "llm pp 2 ep 2": beside({}, {"pp": 2, "dp": 2, "ep": 2}),
+    "encoder pp 2, llm cp 2": beside({"pp": 2}, {"cp": 2}),
+    "colocated": layout({"dp": 2}, {"tp": 2}),
+}
+
+
+def build(chosen: Layout, data: dict[str, Any], engine: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """A rank's engine, its loader, and what of it is saved."""
+    from megatron_mimo.checkpoint.checkpointer import TrainedParts
+
+    built = small_engine(chosen, steps=BEFORE + AFTER, **(HYBRID | engine))
+    if "path" in data:
+        loader = energon_loader(chosen, **data)
+    else:
+        loader = mock_loader(chosen, mock_data(global_batch_size=GLOBAL_BATCH_SIZE, **data))
+    return (
+        built,
+        loader,
+        TrainedParts(built.topology, built.model, built.optimizer, built.scheduler),
+    )
+
+
+def energon_loader(chosen: Layout, path: str, num_workers: int) -> Any:
+    """Handwritten digits."""
+    import torch.distributed as dist
+
+    from megatron_mimo.data import ByteTokenizer, DataConfig, build_train_loader
+    from megatron_mimo.presets import model_config
+    from megatron_mimo.training.engine import data_role
+
+    config = DataConfig(
+        provider="energon",
+        path=path,
+        seed=7,
+        seq_length=64,
+        micro_batch_size=1,
+        global_batch_size=GLOBAL_BATCH_SIZE,
+        num_workers=num_workers,
+        shuffle_buffer_size=20,
+        image=model_config(TINY).vision.image_config(position_crop=True),
+    )
+    return build_train_loader(config, data_role(chosen, dist.get_rank()), ByteTokenizer())
+
+
+def steps(engine: Any, loader: Any, first: int, number: int) -> list[list[float]]:
+    """(loss, gradient norm, learning rate) of each step; none without a loss."""
+    from megatron_mimo.training.step import train_step
+
+    points = []
+    for iteration in range(first + 1, first + number + 1):
+        metrics = train_step(engine, loader, iteration, GLOBAL_BATCH_SIZE)
+        llm = engine.topology.llm
+        if llm is not None and llm.is_last_stage:
+            points.append([float(metrics.loss), metrics.update.grad_norm, metrics.learning_rate])
+    return points
+
+
+def weights(engine: Any) -> dict[str, list[float]]:
+    """Every weight, buffer and moment of this rank, as sums that differ when a bit does."""
+    import hashlib
+
+    digests = {}
+    for replica in engine.model.replicas:
+        for name, tensor in replica.module.state_dict().items():
+            if hasattr(tensor, "numpy"):
+                raw = tensor.detach().float().numpy().tobytes()
+                digests[f"{replica.groups.spec.name}.{name}"] = hashlib.sha256(raw).hexdigest()
+    for index, state in enumerate(engine.optimizer.param_states().values()):
+        for kind, tensor in state.tensors.items():
+            digests[f"{index}.{kind}"] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    return digests
+
+
+def straight(
+    chosen: Layout,
+    data: dict[str, Any],
+    engine: dict[str, Any],
+    root: str,
+    save: dict[str, Any],
+) -> tuple[list[list[float]], dict[str, Any]]:
+    """Train without a break, saving in the middle."""
+    from megatron_mimo.checkpoint.checkpointer import Checkpointer
+    from megatron_mimo.checkpoint.config import SaveConfig
+    from megatron_mimo.checkpoint.progress import Progress
+    from megatron_mimo.training.loop import _lane_states
+
+    built, loader, parts = build(chosen, data, engine)
+    points = steps(built, loader, 0, BEFORE)
+    checkpoints = Checkpointer(parts, SaveConfig(root=Path(root), **save), {})
+    progress = Progress(BEFORE, BEFORE * GLOBAL_BATCH_SIZE)
+    checkpoints.save(progress, _lane_states(built, loader))
+    points += steps(built, loader, BEFORE, AFTER)
+    checkpoints.finish()
+    return points, weights(built)
+
+
+def resumed(
+    chosen: Layout, data: dict[str, Any], engine: dict[str, Any], root: str, load: dict[str, Any]
+) -> tuple[list[list[float]], dict[str, Any]]:
+    """Train on from what `straight` saved."""
+    from megatron_mimo.checkpoint.checkpointer import load as load_checkpoint
+    from megatron_mimo.checkpoint.config import LoadConfig
+
+    built, loader, parts = build(chosen, data, engine)
+    loaded = load_checkpoint(parts, LoadConfig(root=Path(root), **load))
+    assert loaded is not None and loaded.loader is not None
+    assert loaded.progress.iteration == BEFORE
+    assert loaded.progress.consumed_samples == BEFORE * GLOBAL_BATCH_SIZE
+    loader.restore(loaded.loader["lanes"])
+    return steps(built, loader, BEFORE, AFTER), weights(built)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of handwritten digits."""
+    from megatron_mimo.data.digits import write_digits_dataset
+
+    path = tmp_path_factory.mktemp("digits") / "digits"
+    write_digits_dataset(path)
+    return str(path)
+
+
+def check_exact(
+    run_ranks: Callable[..., list], chosen: Layout, root: Path, data: Any, engine: Any, save: Any
+) -> None:
+    before = run_ranks(
+        chosen.world_size, straight, chosen, data, engine, str(root), save, timeout=120
+    )
+    after = run_ranks(chosen.world_size, resumed, chosen, data, engine, str(root), {}, timeout=120)
+    assert any(points for points, _ in before)
+    for (points, ends), (later_points, later_ends) in zip(before, after, strict=True):
+        assert points[BEFORE:] == later_points
+        assert ends == later_ends
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_same_layout_goes_on_bit_for_bit(
+    name: str, run_ranks: Callable[..., list], tmp_path: Path
+) -> None:
+    check_exact(run_ranks, LAYOUTS[name], tmp_path, {}, {}, {})
+
+
+def test_so_does_a_save_in_the_background(run_ranks: Callable[..., list], tmp_path: Path) -> None:
+    check_exact(run_ranks, LAYOUTS["llm ep 2"], tmp_path, {}, {}, {"in_background": True})
+
+
+def test_so_does_bf16(run_ranks: Callable[..., list], tmp_path: Path) -> None:
+    check_exact(run_ranks, LAYOUTS["llm ep 2 tp 2"], tmp_path, {}, {"bf16": True}, {})
+
+
+def test_so_does_a_dense_model(run_ranks: Callable[..., list], tmp_path: Path) -> None:
+    engine = {"provider": "mock", "overrides": ("language.hidden_size=64",)}
+    check_exact(run_ranks, LAYOUTS["llm tp 2"], tmp_path, {}, engine, {})
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("name", ["dp 2 each", "llm pp 2 ep 2"])
+def test_so_does_an_energon_dataset(
+    name: str, num_workers: int, run_ranks: Callable[..., list], tmp_path: Path, digits: str
+) -> None:
+    data = {"path": digits, "num_workers": num_workers}
+    check_exact(run_ranks, LAYOUTS[name], tmp_path, data, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("llm tp 2", "one rank"),
+        ("one rank", "llm tp 2"),
+        ("llm dp 2", "dp 2 each"),
+        ("dp 2 each", "llm tp 2"),
+        ("llm ep 2", "one rank"),
+        ("one rank", "llm ep 2 tp 2"),
+        ("llm pp 2 ep 2", "llm ep 2 tp 2"),
+        ("llm tp 2", "llm pp 2"),
+        ("encoder tp 2", "encoder pp 2, llm cp 2"),
+        ("encoder pp 2, llm cp 2", "encoder tp 2"),
+        ("colocated", "llm ep 2"),
+    ],
+)
+def test_another_layout_goes_on_along_the_same_curve(
+    before: str, after: str, run_ranks: Callable[..., list], tmp_path: Path
+) -> None:
+    first, second = LAYOUTS[before], LAYOUTS[after]
+    started = run_ranks(first.world_size, straight, first, {}, {}, str(tmp_path), {}, timeout=120)
+    ended = run_ranks(second.world_size, resumed, second, {}, {}, str(tmp_path), {}, timeout=120)
+    (wanted, *_) = [points[BEFORE:] for points, _ in started if points]
+    curves = [points for points, _ in ended if points]
+    assert curves
+    for points in curves:
+        for found, expected in zip(points, wanted, strict=True):
+            assert found[0] == pytest.approx(expected[0], rel=1e-5)
+            assert found[1] == pytest.approx(expected[1], rel=1e-4)
+            assert found[2] == expected[2]
