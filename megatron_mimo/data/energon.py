@@ -5,6 +5,7 @@ reads a lane, on whichever process, builds the same config and so gets the same 
 order; no process group takes part.
 """
 
+import gc
 import json
 import re
 import tarfile
@@ -142,6 +143,10 @@ class EnergonStream:
 
     def __next__(self) -> Outcome:
         if self._outcomes is None:
+            if self._num_workers:
+                # Readers are forked, and collect garbage: what this process has left, process
+                # groups of gloo for one, must be gone by then, as it cannot be ended elsewhere.
+                gc.collect()
             self._outcomes = _passes(self._loader, self._where)
         return next(self._outcomes)
 

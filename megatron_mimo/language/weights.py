@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_mimo.language.config import HybridConfig
 from megatron_mimo.weights.folder import WeightFolder
-from megatron_mimo.weights.load import Place, export_module, fill_module
+from megatron_mimo.weights.load import Place, as_stored, export_module, fill_module
 from megatron_mimo.weights.table import Entry, interleaved_qkv
 
 _LETTERS = {"linear_attention": "M", "moe": "E", "full_attention": "*", "mlp": "-"}
@@ -66,6 +66,8 @@ _FUSED = (
 _NO_FLOOR = 1e-30
 _EMBEDDING, _OUTPUT = "backbone.embeddings.weight", "lm_head.weight"
 _TIED = "share_embeddings_and_output_weights"
+# Tensors that a folder may hold beside those of `name_table`: of tied tables it has one or two.
+OPTIONAL = frozenset({_OUTPUT})
 _EXPERT = re.compile(r"local_experts\.(\d+)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)")
 
@@ -76,7 +78,7 @@ def read_config(folder: WeightFolder) -> tuple[HybridConfig, int]:
     Raises:
         ValueError: The folder holds another kind of model, or one with parts that are not here.
     """
-    found, where = folder.config, folder.path / "config.json"
+    found, where = folder.config, folder.config_name
     if found.get("model_type") != "nemotron_h":
         raise ValueError(
             f"{where} describes a model of type {found.get('model_type')!r}: expected "
@@ -148,7 +150,7 @@ def load_weights(
         table_name=partial(table_name, module, first_expert=first_expert),
         tp=tp,
         expt_tp=expt_tp,
-        optional={_OUTPUT},
+        optional=OPTIONAL,
     )
 
 
@@ -161,6 +163,17 @@ def export_weights(module: nn.Module, config: HybridConfig) -> dict[str, Tensor]
         # transformers never ties this model, so it needs both.
         tensors[_OUTPUT] = tensors[_EMBEDDING].clone()
     return tensors
+
+
+def restore_weights(
+    module: nn.Module, config: HybridConfig, folder: WeightFolder
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a whole `HybridModel` by name, as the folder has them that it was filled from.
+
+    What has not changed since comes out bit for bit as it stands there (`as_stored`).
+    """
+    held = export_weights(module, config)
+    yield from as_stored({name: held[name] for name in held.keys() & folder.names}, folder)
 
 
 def table_name(module: nn.Module, name: str, *, first_expert: int) -> str:

@@ -78,8 +78,8 @@ def _parts(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
 def _pairs(part: DistributedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
     """Each weight with what this rank updates of it.
 
-    Not by megatron-core's `model_param_group_index_map`: it counts weights in the order of the
-    gradient buffers, the optimizer's groups hold those of float32 first, and a Mamba layer has both.
+    Not by megatron-core's `model_param_group_index_map`: that counts weights as the gradient
+    buffers hold them, the optimizer's groups hold float32 ones first, and Mamba layers have both.
     """
     for weights, mains in (
         (part.model_fp32_groups, part.shard_fp32_groups),

@@ -1,10 +1,11 @@
 """Folders as transformers writes them: config.json, and safetensors in one file or several."""
 
+import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,11 @@ class WeightFolder:
     Args:
         path: The folder.
 
+    Attributes:
+        path: The folder.
+        config: What config.json holds.
+        config_name: Where that stands, for errors.
+
     Raises:
         ValueError: A file is missing, or is not what its name says.
     """
@@ -31,6 +37,8 @@ class WeightFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config: dict[str, Any] = _read_json(self.path / _CONFIG)
+        self.config_name = str(self.path / _CONFIG)
+        self._prefix = ""
         self._files: dict[str, Any] = {}
         self._where = dict(self._locate())
 
@@ -45,10 +53,37 @@ class WeightFolder:
     ) -> None:
         self._files.clear()
 
+    def part(
+        self, prefix: str, *, section: str, config: dict[str, Any], without: Iterable[str] = ()
+    ) -> Self:
+        """One of several models that the folder holds, as if it stood alone.
+
+        Args:
+            prefix: In front of the names of its tensors; they go without.
+            section: Of config.json, for errors.
+            config: What that section holds.
+            without: Tensors, by their names in the folder, that are none of its.
+        """
+        part = copy.copy(self)
+        part.config = config
+        part.config_name = f"{self.config_name}: {section}"
+        part._prefix = self._prefix + prefix
+        left_out = set(without)
+        part._where = {
+            name.removeprefix(prefix): file
+            for name, file in self._where.items()
+            if name.startswith(prefix) and name not in left_out
+        }
+        return part
+
     @property
     def names(self) -> frozenset[str]:
         """Of every tensor."""
         return frozenset(self._where)
+
+    def full_name(self, name: str) -> str:
+        """What the folder calls a tensor of this part of it."""
+        return self._prefix + name
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor.
@@ -57,13 +92,28 @@ class WeightFolder:
             ValueError: There is no such tensor.
         """
         if name not in self._where:
-            raise ValueError(f"the weights in {self.path} lack {name}")
-        return self.tensor(name).dtype
+            raise ValueError(f"the weights in {self.path} lack {self.full_name(name)}")
+        empty = self.span(name, 0, 0, 0) if self.shape(name) else self.tensor(name)
+        return empty.dtype
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of a tensor; the tensor itself is not read."""
+        return list(self._slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, whole, on the host."""
-        tensor: Tensor = self._file(self._where[name]).get_tensor(name)
+        file = self._file(self._where[name])
+        tensor: Tensor = file.get_tensor(self.full_name(name))
         return tensor
+
+    def span(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """A part of a tensor, from `start` to before `stop` along an axis; no more is read."""
+        whole = (slice(None),) * axis
+        tensor: Tensor = self._slice(name)[(*whole, slice(start, stop))]
+        return tensor
+
+    def _slice(self, name: str) -> Any:
+        return self._file(self._where[name]).get_slice(self.full_name(name))
 
     def _locate(self) -> Iterator[tuple[str, str]]:
         """Each tensor's name and file."""
@@ -96,20 +146,69 @@ class WeightFolder:
 
 
 def write_folder(
-    path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    path: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    *,
+    file_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a folder that transformers loads; it is made where it does not exist.
 
+    config.json comes last: a folder that is not complete has none, and does not load.
+
     Args:
-        path: The folder; files in it of the same names are replaced.
+        path: The folder; weights in it are replaced.
         config: What config.json holds.
-        tensors: By name.
+        tensors: By name, each once. Of an iterator no more is in memory than fills a file.
+        file_bytes: Where a file of weights ends and another begins.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / _SINGLE, metadata={"format": "pt"})
+    written: list[tuple[Path, dict[str, int]]] = []
+    items = tensors.items() if isinstance(tensors, Mapping) else tensors
+    for held in _batches(items, file_bytes):
+        file = folder / f".unfinished-{len(written) + 1}"
+        save_file(held, file, metadata={"format": "pt"})
+        written.append((file, {name: _bytes(tensor) for name, tensor in held.items()}))
+    stale = [folder / name for name in (_CONFIG, _INDEX, _SINGLE)]
+    for file in (*stale, *folder.glob("model-*-of-*.safetensors")):
+        file.unlink(missing_ok=True)
+    index: dict[str, str] = {}
+    for number, (file, sizes) in enumerate(written, 1):
+        name = f"model-{number:05}-of-{len(written):05}.safetensors"
+        name = name if len(written) > 1 else _SINGLE
+        file.replace(folder / name)
+        index |= dict.fromkeys(sizes, name)
+    if len(written) > 1:
+        total = sum(size for _, sizes in written for size in sizes.values())
+        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    _write_json(folder / _CONFIG, config)
+
+
+def is_described(name: str) -> bool:
+    """Whether a file is one of those that `write_folder` writes, by its name."""
+    return name in (_CONFIG, _INDEX) or name.endswith(".safetensors")
+
+
+def _batches(items: Iterable[tuple[str, Tensor]], file_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Tensors as files hold them, on the host; one batch at least."""
+    batch: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in items:
+        if batch and size + _bytes(tensor) > file_bytes:
+            yield batch
+            batch, size = {}, 0
+        batch[name] = tensor.detach().cpu().contiguous()
+        size += _bytes(tensor)
+    yield batch
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def require_names(

@@ -1,12 +1,12 @@
 """Filling a module from a folder of weights, by a table of names."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from megatron_mimo.weights.folder import WeightFolder, require_names
-from megatron_mimo.weights.shards import full_shape, is_expert, take_shard
+from megatron_mimo.weights.shards import full_shape, is_expert, shard_spans, sharded_axis
 from megatron_mimo.weights.table import Entry
 
 # A rank, and how many there are.
@@ -22,10 +22,10 @@ def fill_module(
     table_name: Callable[[str], str],
     tp: Place,
     expt_tp: Place,
-    read: Callable[[str], Tensor] | None = None,
+    change: Callable[[str, Tensor], Tensor] | None = None,
     optional: Iterable[str] = (),
 ) -> None:
-    """Copy this rank's shard of each weight from a folder; one whole weight is in memory at a time.
+    """Copy this rank's shard of each weight from a folder, reading nothing else.
 
     Args:
         module: What is filled: its parameters, and those of its buffers that the table has.
@@ -34,26 +34,86 @@ def fill_module(
         table_name: A parameter's name in the table, from its name in the module.
         tp: This rank's place among those that share a dense weight.
         expt_tp: Its place among those that share an expert's.
-        read: Reads a tensor by name; by default from the folder as it is.
+        change: A tensor as it is wanted, from its name and what the rank read of it; by default as
+            it is.
         optional: Tensors that the folder may hold beside the table's.
 
     Raises:
         ValueError: A weight is missing, unexpected or of another shape; lists them.
     """
     entries = {entry.ours: entry for entry in table}
-    wanted = {name for entry in entries.values() for name in entry.theirs}
-    require_names(folder.path, wanted, folder.names, optional)
+    require_table(folder, entries.values(), optional)
     for name, tensor in _tensors(module, entries, table_name):
         entry = entries[name]
         rank, size = expt_tp if isinstance(tensor, nn.Parameter) and is_expert(tensor) else tp
-        full = entry.join([(read or folder.tensor)(theirs) for theirs in entry.theirs])
-        shape = full_shape(tensor, size)
-        if list(full.shape) != shape:
-            raise ValueError(
-                f"{folder.path}: {' + '.join(entry.theirs)} has shape {list(full.shape)}, but the "
-                f"architecture of its config.json gives {entry.ours} the shape {shape}"
-            )
-        tensor.copy_(take_shard(full, tensor, tp_rank=rank, tp_size=size))
+        _require_shape(folder, entry, full_shape(tensor, size))
+        parts = [_read(folder, theirs, tensor, entry.blocks, rank, size) for theirs in entry.theirs]
+        if change is not None:
+            parts = [change(*named) for named in zip(entry.theirs, parts, strict=True)]
+        tensor.copy_(entry.join(parts))
+
+
+def require_table(
+    folder: WeightFolder, table: Iterable[Entry], optional: Iterable[str] = ()
+) -> None:
+    """Refuse a folder whose weights are not those of a table.
+
+    Args:
+        folder: The weights.
+        table: Every weight that it has to hold.
+        optional: Tensors that it may hold.
+
+    Raises:
+        ValueError: Weights are missing or unexpected; lists them.
+    """
+    wanted = (name for entry in table for name in entry.theirs)
+    names = [map(folder.full_name, group) for group in (wanted, folder.names, optional)]
+    require_names(folder.path, *names)
+
+
+def _require_shape(folder: WeightFolder, entry: Entry, wanted: list[int]) -> None:
+    stored = [folder.shape(name) for name in entry.theirs]
+    try:
+        # Shapes alone go through the join.
+        found = list(entry.join([torch.empty(shape, device="meta") for shape in stored]).shape)
+    except (RuntimeError, ValueError):
+        found = stored[0] if len(stored) == 1 else []
+    if found != wanted:
+        names = " + ".join(folder.full_name(name) for name in entry.theirs)
+        shape = found or " + ".join(str(shape) for shape in stored)
+        raise ValueError(
+            f"{folder.path}: {names} has shape {shape}, but the architecture of its config.json "
+            f"gives {entry.ours} the shape {wanted}"
+        )
+
+
+def _read(
+    folder: WeightFolder, name: str, shard: Tensor, blocks: int, rank: int, size: int
+) -> Tensor:
+    """What a rank's shard takes of a stored tensor."""
+    axis = sharded_axis(shard)
+    if axis is None or size == 1:
+        return folder.tensor(name)
+    length = folder.shape(name)[axis]
+    spans = shard_spans(length, shard, tp_rank=rank, tp_size=size, blocks=blocks)
+    pieces = [folder.span(name, axis, *span) for span in spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=axis)
+
+
+def as_stored(exported: Mapping[str, Tensor], folder: WeightFolder) -> Iterator[tuple[str, Tensor]]:
+    """Exported weights as the folder has them that they were read from.
+
+    One that still is what was read comes out bit for bit as it stands there, even where the module
+    holds it in a shorter dtype; any other in the dtype that it has there.
+
+    Args:
+        exported: By name, whole.
+        folder: What the module was filled from; it has every name.
+    """
+    for name, tensor in exported.items():
+        stored = folder.tensor(name)
+        same = stored.to(tensor.dtype).equal(tensor.cpu())
+        yield name, stored if same else tensor.to(stored.dtype)
 
 
 def export_module(

@@ -6,9 +6,33 @@ import torch
 from torch import Tensor, nn
 
 
+def shard_spans(
+    length: int, parameter: Tensor, *, tp_rank: int, tp_size: int, blocks: int = 1
+) -> list[tuple[int, int]]:
+    """Where a rank's shard lies along the sharded axis of a whole weight.
+
+    Args:
+        length: Of the whole weight, along that axis.
+        parameter: The rank's shard.
+        tp_rank: Its place among those that share the weight.
+        tp_size: How many these are.
+        blocks: Equal weights that the whole one holds end to end, beside what the parameter says.
+
+    Returns:
+        Half-open intervals, laid end to end in the shard.
+    """
+    sizes: list[int] | None = getattr(parameter, "partition_sizes", None)
+    if sizes is None:
+        blocks *= getattr(parameter, "partition_stride", 1)
+        sizes = [length // (blocks * tp_size)] * blocks
+    ends = list(accumulate(size * tp_size for size in sizes))
+    starts = [end - size * tp_size + tp_rank * size for end, size in zip(ends, sizes, strict=True)]
+    return [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
 def full_shape(parameter: Tensor, tp_size: int) -> list[int]:
     """Shape of the whole weight of which `parameter` is a rank's shard."""
-    shape, axis = list(parameter.shape), _axis(parameter)
+    shape, axis = list(parameter.shape), sharded_axis(parameter)
     if axis is not None:
         shape[axis] *= tp_size
     return shape
@@ -16,7 +40,7 @@ def full_shape(parameter: Tensor, tp_size: int) -> list[int]:
 
 def take_shard(full: Tensor, parameter: Tensor, *, tp_rank: int, tp_size: int) -> Tensor:
     """A rank's shard of a whole weight; the whole where the parameter is not sharded."""
-    axis = _axis(parameter)
+    axis = sharded_axis(parameter)
     if axis is None:
         return full
     blocks = [part.chunk(tp_size, dim=axis)[tp_rank] for part in _parts(full, parameter, axis)]
@@ -35,7 +59,8 @@ def _parts(full: Tensor, parameter: Tensor, axis: int) -> tuple[Tensor, ...]:
     return full.tensor_split(ends[:-1], dim=axis)
 
 
-def _axis(parameter: Tensor) -> int | None:
+def sharded_axis(parameter: Tensor) -> int | None:
+    """The axis along which tensor-parallel ranks share a weight out; None for a whole one."""
     # megatron-core marks sharded parameters; the marks are absent on plain torch modules.
     if not getattr(parameter, "tensor_model_parallel", False):
         return None

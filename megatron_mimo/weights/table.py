@@ -23,14 +23,18 @@ class Entry:
     Attributes:
         ours: Name here, layers counted over all pipeline stages.
         theirs: Names there.
-        join: Their whole tensors to our whole tensor.
-        split: The reverse.
+        join: Their whole tensors to our whole tensor; also, of a weight that is sharded, a rank's
+            shards of theirs to its shard of ours. Both are sharded along the same axis.
+        split: The reverse, of whole tensors.
+        blocks: Equal weights that each of theirs holds end to end, each of which is sharded by
+            itself.
     """
 
     ours: str
     theirs: tuple[str, ...]
     join: Callable[[Sequence[Tensor]], Tensor] = _only
     split: Callable[[Tensor], tuple[Tensor, ...]] = _alone
+    blocks: int = 1
 
 
 def interleaved_qkv(ours: str, theirs: tuple[str, ...], *, groups: int, head_dim: int) -> Entry:
@@ -46,7 +50,11 @@ def interleaved_qkv(ours: str, theirs: tuple[str, ...], *, groups: int, head_dim
 
     def join(tensors: Sequence[Tensor]) -> Tensor:
         parts = tensors if len(tensors) > 1 else tensors[0].chunk(3)
-        by_group = [part.view(groups, -1, *part.shape[1:]) for part in parts]
+        # All groups, or those of a rank.
+        held = len(parts[1]) // head_dim
+        if parts[1].shape != parts[2].shape or len(parts[1]) != held * head_dim:
+            raise ValueError("keys and values are not whole heads, as many of each")
+        by_group = [part.view(held, -1, *part.shape[1:]) for part in parts]
         return torch.cat(by_group, dim=1).flatten(0, 1)
 
     def split(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -57,4 +65,4 @@ def interleaved_qkv(ours: str, theirs: tuple[str, ...], *, groups: int, head_dim
         ]
         return tuple(parts) if len(theirs) > 1 else (torch.cat(parts),)
 
-    return Entry(ours, theirs, join, split)
+    return Entry(ours, theirs, join, split, blocks=1 if len(theirs) > 1 else 3)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_mimo.encoders.radio.config import RadioConfig
 from megatron_mimo.weights.folder import WeightFolder
-from megatron_mimo.weights.load import export_module, fill_module
+from megatron_mimo.weights.load import as_stored, export_module, fill_module
 from megatron_mimo.weights.table import Entry, interleaved_qkv
 
 
@@ -106,7 +106,7 @@ def read_config(folder: WeightFolder) -> RadioConfig:
         ValueError: The folder holds another kind of model, or one with parts that are not here.
     """
     found = folder.config
-    where = folder.path / "config.json"
+    where = folder.config_name
     if found.get("model_type") != "radio":
         raise ValueError(
             f"{where} describes a model of type {found.get('model_type')!r}: expected 'radio', "
@@ -220,9 +220,15 @@ def load_weights(
         table_name=partial(table_name, module),
         tp=(tp_rank, tp_size),
         expt_tp=(0, 1),
-        read=lambda name: _scaled(folder, name, scales),
-        optional={names.mean, names.std, names.summary, *scales.values()},
+        change=lambda name, tensor: _scaled(folder, name, tensor, scales),
+        optional=optional_names(config, names),
     )
+
+
+def optional_names(config: RadioConfig, names: Names) -> frozenset[str]:
+    """Tensors that a folder may hold beside those of `name_table`."""
+    scales = _layer_scales(config, names).values()
+    return frozenset({names.mean, names.std, names.summary, *scales})
 
 
 def export_weights(module: nn.Module, config: RadioConfig) -> dict[str, Tensor]:
@@ -240,6 +246,44 @@ def export_weights(module: nn.Module, config: RadioConfig) -> dict[str, Tensor]:
     return tensors
 
 
+def restore_weights(
+    module: nn.Module, config: RadioConfig, folder: WeightFolder
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a whole `RadioVit` by their names in the folder that it was filled from.
+
+    What has not changed since comes out bit for bit as it stands there (`as_stored`), scales behind
+    linear layers included; of a linear layer that has, the scale is in its weights, and one.
+    """
+    names = names_of(folder)
+    tensors = export_module(
+        module, name_table(config, names), table_name=partial(table_name, module)
+    )
+    yield from as_stored(_unscaled(tensors, _layer_scales(config, names), folder), folder)
+    for name in (names.mean, names.std, names.summary):
+        if name in folder.names:
+            yield name, folder.tensor(name)
+
+
+def _unscaled(
+    tensors: Mapping[str, Tensor], scales: Mapping[str, str], folder: WeightFolder
+) -> dict[str, Tensor]:
+    """Exported weights and the scales of the folder, those of unchanged layers taken out again."""
+    unscaled = dict(tensors)
+    for scale in sorted(folder.names & set(scales.values())):
+        scaled = [name for name in scales if scales[name] == scale]
+        stored = {name: folder.tensor(name) for name in (*scaled, scale)}
+        if all(
+            _scaled(folder, name, stored[name], scales)
+            .to(tensors[name].dtype)
+            .equal(tensors[name].cpu())
+            for name in scaled
+        ):
+            unscaled |= stored
+        else:
+            unscaled[scale] = torch.ones_like(stored[scale])
+    return unscaled
+
+
 def _layer_scales(config: RadioConfig, names: Names) -> dict[str, str]:
     """Weight -> the per-channel scale that `RadioModel` multiplies its output by."""
     scales = {}
@@ -251,11 +295,11 @@ def _layer_scales(config: RadioConfig, names: Names) -> dict[str, str]:
     return scales
 
 
-def _scaled(folder: WeightFolder, name: str, scales: Mapping[str, str]) -> Tensor:
-    """A tensor, with the scale behind it folded in."""
-    tensor = folder.tensor(name)
+def _scaled(folder: WeightFolder, name: str, tensor: Tensor, scales: Mapping[str, str]) -> Tensor:
+    """What was read of a tensor, with the scale behind it folded in."""
     if name in scales and scales[name] in folder.names:
         scale = folder.tensor(scales[name])
+        # Of the outputs, which are not sharded where there is a scale.
         tensor = tensor * scale.view(-1, *[1] * (tensor.dim() - 1)).to(tensor.dtype)
     return tensor
 
