@@ -175,6 +175,11 @@ class Checkpointer:
             time.perf_counter() - pending.start,
         )
 
+    def close(self) -> None:
+        """Let another run save there."""
+        if self._lock is not None:
+            self._lock.release()
+
     def _take_lock(self) -> None:
         self._lock = folders.SaveLock(self._config.root)
 

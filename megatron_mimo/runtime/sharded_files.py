@@ -4,7 +4,7 @@ The writer of megatron-core hands its results over through a process of its own,
 in the foreground; that child imports the program again and takes seconds. Here a file does it.
 """
 
-import contextlib
+import logging
 import multiprocessing
 import pickle
 import queue
@@ -19,15 +19,19 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as _torch_strategy
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 # It warns of what is to replace this way of writing; that needs a library for GPUs.
 _torch_strategy._logged_mcore_async_deprecation = True
+# What it logs of a failed write is raised here.
+logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
 type Stored = ShardedTensor | ShardedObject
 
@@ -99,29 +103,61 @@ class Save:
             This rank's files by name, with their digests.
 
         Raises:
-            CheckpointException: A rank's files could not be written.
+            OSError: This rank's files could not be written; other ranks return.
+            RuntimeError: The process that wrote them was killed.
         """
         if self._process is not None:
             self._process.join()
-        for function in self._request.finalize_fns:
-            function()
+        digests = self._outcome()
+        try:
+            for function in self._request.finalize_fns:
+                function()
+        except CheckpointException:
+            if isinstance(digests, Exception):
+                raise digests from None
+            return {}
         if torch.distributed.get_rank() == 0:
             save_config(
                 CheckpointingConfig(self._strategy.backend, self._strategy.version), self._folder
             )
-        digests: dict[str, Any] = {}
-        if self._request.async_fn is not None:
-            digests = self._digests.get_nowait()
-        self._results.close()
-        self._digests.close()
+        assert isinstance(digests, dict)
         return digests
 
+    def _outcome(self) -> dict[str, Any] | Exception:
+        """What `_write` left, in whichever process."""
+        if self._request.async_fn is None:
+            return {}
+        try:
+            found: dict[str, Any] | Exception = self._digests.get_nowait()
+        except queue.Empty:
+            code = None if self._process is None else self._process.exitcode
+            return RuntimeError(f"the process that wrote this rank's files ended with {code}")
+        return found
+
     def _write(self, arguments: list[Any]) -> None:
-        """What a process of its own may do. A failure to write lies in the results already."""
-        self._request.async_fn(*arguments)
+        """What a process of its own may do; leaves digests, or the error."""
+        failures: list[Exception] = []
+        original = FileSystemWriterAsync.write_preloaded_data
+
+        def write(*args: Any, **kwargs: Any) -> Any:
+            # megatron-core keeps an error's type alone.
+            outcome = original(*args, **kwargs)
+            for part in outcome:
+                if isinstance(part, Exception):
+                    # Its frames hold torch's half-done writer, which must not be left to the
+                    # garbage collector: it calls back into what is gone by then, and crashes.
+                    failures.append(part.with_traceback(None))
+            return outcome
+
+        FileSystemWriterAsync.write_preloaded_data = write
+        try:
+            self._request.async_fn(*arguments)
+        finally:
+            FileSystemWriterAsync.write_preloaded_data = staticmethod(original)
         names = [name for _, name, _ in arguments[1]]
-        with contextlib.suppress(FileNotFoundError):
-            self._digests.put({name: self._digest(self._folder / name) for name in names})
+        self._digests.put(
+            failures[0] if failures else {name: self._digest(self._folder / name) for name in names}
+        )
 
     def _arguments(self) -> list[Any]:
         arguments = list(self._request.async_fn_args)

@@ -78,7 +78,7 @@ class _Worker:
 
     def death(self) -> Died:
         self.process.join(timeout=STACKS_LIMIT_S)
-        return Died(self.process.exitcode)
+        return Died(self.process.exitcode, self._stack_path.read_text())
 
     def stacks(self) -> str:
         """All Python stacks of the process, also when it is stuck in C++."""

@@ -19,9 +19,15 @@ _HARNESS_FRAME = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """The process ended by itself; `exit_code` is negative for a signal."""
+    """The process ended by itself.
+
+    Attributes:
+        exit_code: Negative for a signal.
+        stacks: What faulthandler wrote, of a crash.
+    """
 
     exit_code: int | None
+    stacks: str = ""
 
     @property
     def summary(self) -> str:
@@ -58,7 +64,9 @@ def failure_report(function: str, outcomes: list[Outcome], limit_s: float | None
         failure = failures[rank]
         mark = " (first)" if place == 0 and len(outcomes) > 1 else ""
         text = (
-            failure.traceback if isinstance(failure, Raised) else f"rank {rank} {failure.summary}"
+            failure.traceback
+            if isinstance(failure, Raised)
+            else f"rank {rank} {failure.summary}\n{failure.stacks}"
         )
         lines += ["", f"---- rank {rank} failed{mark} ----", text.rstrip()]
     for rank, outcome in enumerate(outcomes):

@@ -38,6 +38,7 @@ def serve(connection: Connection, stack_path: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stacks = open(stack_path, "w")  # stays open as long as the process lives
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    faulthandler.enable(file=stacks, all_threads=True)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     connection.send(Ready(preload.problem))
     while True:
