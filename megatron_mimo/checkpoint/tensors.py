@@ -9,15 +9,15 @@ has gathered.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_mimo.checkpoint.rectangles import rectangles
-from megatron_mimo.model.mimo import ModuleReplica
 from megatron_mimo.optim.state import ParamState
 
 # As in a flat checkpoint of a Nemotron vision-language model.
@@ -28,6 +28,26 @@ PREFIXES: Mapping[str, str] = {
 }
 # Where megatron-core puts the optimizer's tensors, and by which names.
 OPTIMIZER_PREFIX = "optimizer.state."
+
+
+class Groups(Protocol):
+    """Of a module, as `topology.groups.ModuleGroups` has them."""
+
+    @property
+    def pg_collection(self) -> ProcessGroupCollection:
+        """Every group that megatron-core asks for."""
+
+
+class Replica(Protocol):
+    """A module on this rank, as `model.mimo.ModuleReplica` is."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The bare module."""
+
+    @property
+    def groups(self) -> Groups:
+        """Its groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +96,7 @@ class LocalTensor:
     stored: tuple[Stored, ...]
 
 
-def local_tensors(replica: ModuleReplica) -> list[LocalTensor]:
+def local_tensors(replica: Replica) -> list[LocalTensor]:
     """Every weight and buffer of a module on this rank that a checkpoint holds, in module order."""
     metadata = {"dp_cp_group": replica.groups.pg_collection.dp_cp}
     for module in replica.module.modules():
@@ -92,7 +112,7 @@ def local_tensors(replica: ModuleReplica) -> list[LocalTensor]:
     return found
 
 
-def writes(replica: ModuleReplica, states: Mapping[int, ParamState]) -> list[ShardedTensor]:
+def writes(replica: Replica, states: Mapping[int, ParamState]) -> list[ShardedTensor]:
     """What this rank stores of a module's weights.
 
     Of those that train it is the range whose update is its own, so that data-parallel ranks write
@@ -117,7 +137,7 @@ def writes(replica: ModuleReplica, states: Mapping[int, ParamState]) -> list[Sha
 
 
 def optimizer_tensors(
-    replica: ModuleReplica, states: Mapping[int, ParamState], *, reading: bool
+    replica: Replica, states: Mapping[int, ParamState], *, reading: bool
 ) -> list[ShardedTensor]:
     """This rank's part of the optimizer's state of a module, in place.
 
@@ -141,7 +161,7 @@ def optimizer_tensors(
     return found
 
 
-def reads(replica: ModuleReplica) -> list[ShardedTensor]:
+def reads(replica: Replica) -> list[ShardedTensor]:
     """All that this rank holds of a module's weights, in place."""
     return [
         _tensor(box, local.data.view(-1), box.start)

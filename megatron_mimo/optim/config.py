@@ -33,11 +33,16 @@ class ScheduleConfig:
     """Learning rate over samples, as megatron-core's OptimizerParamScheduler has it.
 
     Attributes:
-        style: "constant", "linear" or "cosine".
-        warmup_samples: Linear warm-up from 0.
-        decay_samples: Samples after which the floor is reached.
+        style: "constant", "linear", "cosine", "inverse-square-root" or "WSD".
+        warmup_samples: Linear warm-up from 0; below `decay_samples`.
+        decay_samples: Samples, warm-up included, after which the floor holds.
+        wsd_decay_samples: Length of WSD's tail, at most the decay without the warm-up; None with
+            other styles.
+        wsd_decay_style: "linear", "cosine", "exponential" or "minus_sqrt"; None with other styles.
     """
 
     style: str
     warmup_samples: int
     decay_samples: int
+    wsd_decay_samples: int | None = None
+    wsd_decay_style: str | None = None

@@ -168,6 +168,8 @@ def build_scheduler(
         end_wd=config.weight_decay,
         wd_incr_steps=schedule.decay_samples,
         wd_incr_style="constant",
+        wsd_decay_steps=schedule.wsd_decay_samples,
+        lr_wsd_decay_style=schedule.wsd_decay_style,
     )
 
 

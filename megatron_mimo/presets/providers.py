@@ -43,7 +43,17 @@ def model_config(
     """
     if provider not in PROVIDERS:
         raise ValueError(f"--model-provider {provider}: expected one of {', '.join(PROVIDERS)}")
-    config = PROVIDERS[provider]()
+    return changed(PROVIDERS[provider](), overrides, fields=fields, where=where)
+
+
+def changed(
+    config: ModelConfig,
+    overrides: Iterable[str] = (),
+    *,
+    fields: Mapping[str, Any] = MappingProxyType({}),
+    where: str = "",
+) -> ModelConfig:
+    """An architecture with fields changed; arguments and errors as of `model_config`."""
     changes = [_read_override(override) for override in overrides]
     return _apply(config, [*_read_fields(fields, where), *changes])
 

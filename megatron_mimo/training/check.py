@@ -136,11 +136,16 @@ def _check_numbers(
     least: dict[str, tuple[float | None, float]] = {
         "--encoder-run-ahead": (grids.encoder_run_ahead, 0),
         "--train-iters": (training.train_iters, 1),
+        "--train-samples": (training.train_samples, 1),
         "--exit-interval": (training.exit_interval, 1),
         "--lr": (training.lr, 0),
         "--min-lr": (training.min_lr, 0),
         "--lr-warmup-iters": (training.lr_warmup_iters, 0),
+        "--lr-warmup-samples": (training.lr_warmup_samples, 0),
         "--lr-decay-iters": (training.lr_decay_iters, 1),
+        "--lr-decay-samples": (training.lr_decay_samples, 1),
+        "--lr-wsd-decay-iters": (training.lr_wsd_decay_iters, 1),
+        "--lr-wsd-decay-samples": (training.lr_wsd_decay_samples, 1),
         "--weight-decay": (training.weight_decay, 0),
         "--clip-grad": (training.clip_grad, 0),
         "--eval-interval": (training.eval_interval, 0),
@@ -166,15 +171,33 @@ def _check_numbers(
 
 
 def _check_schedule(training: TrainingSection) -> None:
+    """What each style needs; lengths are compared where they are known in samples."""
     if training.min_lr > training.lr:
         raise ValueError(
             f"--min-lr {training.min_lr} is above --lr {training.lr}: expected at most the peak"
         )
-    flag, iterations = "--lr-decay-iters", training.lr_decay_iters
-    if iterations is None:
-        flag, iterations = "--train-iters", training.train_iters
-    if training.lr_warmup_iters >= iterations:
+    style = training.lr_decay_style
+    tail = {
+        "--lr-wsd-decay-iters": training.lr_wsd_decay_iters,
+        "--lr-wsd-decay-samples": training.lr_wsd_decay_samples,
+        "--lr-wsd-decay-style": training.lr_wsd_decay_style,
+    }
+    given = [flag for flag, value in tail.items() if value is not None]
+    if given and style != "WSD":
         raise ValueError(
-            f"--lr-warmup-iters {training.lr_warmup_iters} is not below {flag} {iterations}: "
-            f"expected fewer, as the warm-up is part of it"
+            f"{' and '.join(given)} without --lr-decay-style WSD (now {style}), which alone has a "
+            f"tail: add it, or leave the tail out"
+        )
+    lengths = (training.lr_wsd_decay_iters, training.lr_wsd_decay_samples)
+    if style == "WSD" and lengths == (None, None):
+        raise ValueError(
+            "--lr-decay-style WSD without the length of its tail: add --lr-wsd-decay-iters or "
+            "--lr-wsd-decay-samples"
+        )
+    if style == "inverse-square-root" and not (
+        training.lr_warmup_iters or training.lr_warmup_samples
+    ):
+        raise ValueError(
+            "--lr-decay-style inverse-square-root without a warm-up, from whose end it falls: add "
+            "--lr-warmup-iters or --lr-warmup-samples"
         )

@@ -72,7 +72,7 @@ class ModelSection:
     """What is trained, how images become patches, and in which precision.
 
     Attributes:
-        model_provider: Preset that fixes the architecture.
+        model_provider: Preset that fixes the architecture; hf reads it from --load-hf.
         model_config: YAML file of an architecture: sections vision, projector and language, whose
             fields replace the preset's.
         override: Change one field of the preset, as in language.num_layers=4.
@@ -113,7 +113,7 @@ class ModelSection:
     """
 
     model_provider: Literal[
-        "mock", "nemotron-moe-vlm-tiny", "nemotron-moe-vlm-20l", "nemotron-moe-vlm-54l"
+        "mock", "nemotron-moe-vlm-tiny", "nemotron-moe-vlm-20l", "nemotron-moe-vlm-54l", "hf"
     ] = "mock"
     model_config: File = None
     override: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SECTION.FIELD=VALUE")] = ()
@@ -180,14 +180,23 @@ class TrainingSection:
         micro_batch_size: Samples per lane and forward.
         global_batch_size: Samples per iteration over all lanes; left out: --micro-batch-size times
             --llm-dp.
-        train_iters: Iterations to train.
+        train_iters: Iterations to train; left out, and without --train-samples: 100.
+        train_samples: Samples to train on, instead of --train-iters; what does not fill a last
+            global batch is left.
         seed: Of initial weights, mock samples and shuffling.
         exit_interval: Stop after the next iteration that this divides; left out: train to the end.
         lr: Peak learning rate.
         min_lr: Floor of the learning rate; a constant schedule has none.
-        lr_decay_style: Course of the learning rate after the warm-up.
-        lr_warmup_iters: Iterations of linear warm-up from 0.
-        lr_decay_iters: Iterations after which the floor is reached; left out: --train-iters.
+        lr_decay_style: Course of the learning rate after the warm-up. WSD stays at the peak until
+            its tail; inverse-square-root falls from where the warm-up ends.
+        lr_warmup_iters: Iterations of linear warm-up from 0; left out: none.
+        lr_warmup_samples: The same in samples.
+        lr_decay_iters: Iterations, warm-up included, after which the learning rate stays at the
+            floor; left out: as long as training. A constant schedule has no floor.
+        lr_decay_samples: The same in samples.
+        lr_wsd_decay_iters: Iterations of WSD's tail, the last ones of the decay.
+        lr_wsd_decay_samples: The same in samples.
+        lr_wsd_decay_style: Course of WSD's tail; left out: exponential.
         weight_decay: Decoupled weight decay of matrices; vectors have none.
         adam_beta1: Decay of Adam's first moment.
         adam_beta2: Decay of Adam's second moment.
@@ -201,14 +210,23 @@ class TrainingSection:
 
     micro_batch_size: int = 1
     global_batch_size: Number = None
-    train_iters: int = 100
+    train_iters: Number = None
+    train_samples: Number = None
     seed: int = 1234
     exit_interval: Number = None
     lr: float = 1e-4
     min_lr: float = 0.0
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "linear"
-    lr_warmup_iters: int = 0
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
+    lr_warmup_iters: Number = None
+    lr_warmup_samples: Number = None
     lr_decay_iters: Number = None
+    lr_decay_samples: Number = None
+    lr_wsd_decay_iters: Number = None
+    lr_wsd_decay_samples: Number = None
+    lr_wsd_decay_style: Annotated[
+        DisallowNone[Literal["linear", "cosine", "exponential", "minus_sqrt"] | None],
+        arg(help_behavior_hint=""),
+    ] = None
     weight_decay: float = 0.01
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -227,6 +245,7 @@ class CheckpointSection:
         save: Folder of the checkpoints to write; one is written at the end in any case.
         save_interval: Iterations between checkpoints; left out: only at the end.
         load: Folder of checkpoints to go on from, the newest first; one without any starts anew.
+        load_hf: Folder of a nemotron_h_omni model to begin with; what --load finds wins.
         finetune: Load the weights alone and begin at iteration 0.
         no_save_optim: Leave the optimizer's state out.
         no_load_optim: Begin with a fresh optimizer.
@@ -242,6 +261,7 @@ class CheckpointSection:
     save: Folder = None
     save_interval: Number = None
     load: Folder = None
+    load_hf: Folder = None
     finetune: Switch = False
     no_save_optim: Switch = False
     no_load_optim: Switch = False

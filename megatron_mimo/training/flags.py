@@ -25,7 +25,13 @@ from megatron_mimo.training.config import TrainConfig
 from megatron_mimo.training.yaml_file import load_mapping
 
 # Of each set at most one is on; a later source's choice replaces an earlier one's.
-_EXCLUSIVE = (("bf16", "fp32"),)
+_EXCLUSIVE = (
+    ("bf16", "fp32"),
+    ("train-iters", "train-samples"),
+    ("lr-warmup-iters", "lr-warmup-samples"),
+    ("lr-decay-iters", "lr-decay-samples"),
+    ("lr-wsd-decay-iters", "lr-wsd-decay-samples"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,17 +67,14 @@ def parse[T: CommandLine](argv: Sequence[str], into: type[T], *, prog: str) -> T
     show_help(argv, into, prog=prog)
     known = known_flags(into)
     typed = list(read_argv(argv, known))
-    in_files = [
-        setting
+    files = [
+        list(_read_file(entry.value))
         for entry in typed
         if entry.name == "config" and entry.value is not None
-        for setting in _read_file(entry.value)
     ]
-    for group in _EXCLUSIVE:
-        if any(setting.name in group for setting in typed):
-            in_files = [setting for setting in in_files if setting.name not in group]
-    line = build(into, in_files + typed, known)
-    _refuse_both(in_files + typed)
+    settings = _last_choices([*files, typed])
+    line = build(into, settings, known)
+    _refuse_both(settings)
     return line
 
 
@@ -117,6 +120,17 @@ def _scalar(value: Any, flag: Flag, where: str) -> str:
         quote = ", in quotes" if is_text else ""
         raise ValueError(f"{where}: expected {flag.expected}{quote}, not {value!r}")
     return str(value)
+
+
+def _last_choices(sources: Sequence[Sequence[Setting]]) -> list[Setting]:
+    """All settings in order, without the choices that a later source replaces."""
+    kept: list[Setting] = []
+    for source in sources:
+        chosen = {setting.name for setting in source}
+        replaced = {name for group in _EXCLUSIVE if chosen & set(group) for name in group}
+        kept = [setting for setting in kept if setting.name not in replaced]
+        kept += source
+    return kept
 
 
 def _refuse_both(settings: Sequence[Setting]) -> None:

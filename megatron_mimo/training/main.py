@@ -88,9 +88,7 @@ def _train(
     metrics = None
     if context.rank == resolved.layout.logging_rank:
         # Before the model: a full disk should not cost the time to build one.
-        metrics = MetricsLogger(
-            resolved.config.training.train_iters, resolved.config.watching.tensorboard_dir
-        )
+        metrics = MetricsLogger(resolved.train_iters, resolved.config.watching.tensorboard_dir)
     trainer = build_trainer(resolved, context)
     training_starts()
     result = train(

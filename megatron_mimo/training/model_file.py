@@ -1,25 +1,54 @@
-"""The architecture that flags ask for: a preset, a file over it, single fields over that."""
+"""The architecture that flags ask for: a preset or a folder, a file over it, fields over that."""
 
 from collections.abc import Iterable
 
 from megatron_mimo.model.config import ModelConfig
-from megatron_mimo.presets import model_config
+from megatron_mimo.omni.config import OmniConfig, read_omni
+from megatron_mimo.presets import changed, model_config
 from megatron_mimo.training.yaml_file import load_mapping
+from megatron_mimo.weights.folder import WeightFolder
+
+HUGGING_FACE = "hf"
+"""The provider that reads the architecture from `--load-hf`."""
 
 
-def read_architecture(provider: str, file: str | None, overrides: Iterable[str]) -> ModelConfig:
+def read_architecture(
+    provider: str, file: str | None, overrides: Iterable[str], base: OmniConfig | None = None
+) -> ModelConfig:
     """Of every module.
 
     Args:
         provider: `--model-provider`.
         file: `--model-config`.
         overrides: Each an `--override`.
+        base: What the folder of `--load-hf` says; None without one.
 
     Raises:
         ValueError: A preset, file, section, field or value is wrong; says where.
     """
-    if file is None:
-        return model_config(provider, overrides)
     flag = "--model-config"
-    fields = load_mapping(file, flag=flag)
-    return model_config(provider, overrides, fields=fields, where=f"{flag} {file}")
+    fields = {} if file is None else load_mapping(file, flag=flag)
+    where = f"{flag} {file}"
+    if base is not None:
+        return changed(base.model, overrides, fields=fields, where=where)
+    return model_config(provider, overrides, fields=fields, where=where)
+
+
+def read_folder(provider: str, folder: str | None) -> OmniConfig | None:
+    """What the folder of `--load-hf` says; None without one.
+
+    Raises:
+        ValueError: The folder without the provider or the other way round, or a folder that is no
+            `nemotron_h_omni` model.
+    """
+    if (provider == HUGGING_FACE) != (folder is not None):
+        raise ValueError(
+            f"--model-provider {provider} with "
+            f"{'no --load-hf' if folder is None else f'--load-hf {folder}'}: the architecture "
+            f"comes from the folder; give --model-provider {HUGGING_FACE} and --load-hf FOLDER, "
+            f"or neither"
+        )
+    if folder is None:
+        return None
+    with WeightFolder(folder) as weights:
+        return read_omni(weights)

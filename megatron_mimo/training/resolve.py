@@ -13,6 +13,7 @@ from megatron_mimo.data.config import DataConfig
 from megatron_mimo.images import ImageConfig
 from megatron_mimo.language.config import ExecutionConfig, HybridConfig
 from megatron_mimo.model.config import FreezeConfig, ModelConfig
+from megatron_mimo.omni.config import OmniConfig
 from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
 from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding
 from megatron_mimo.training.check import check
@@ -23,7 +24,12 @@ from megatron_mimo.training.config import (
     ModelSection,
     TrainConfig,
 )
-from megatron_mimo.training.model_file import read_architecture
+from megatron_mimo.training.learning_rate import (
+    build_schedule,
+    count_iterations,
+    fill_schedule,
+)
+from megatron_mimo.training.model_file import read_architecture, read_folder
 
 _IMAGES = ImageConfig()
 _DATA = DataConfig()
@@ -71,8 +77,10 @@ class Resolved:
         adam: Optimizer.
         schedule: Learning rate.
         global_batch_size: Samples per iteration.
+        train_iters: Iterations to train.
         save: What is saved; None for nothing.
         load: What the run begins with; None for fresh weights.
+        folder: What the folder of --load-hf says; None without one.
     """
 
     config: TrainConfig
@@ -84,8 +92,10 @@ class Resolved:
     adam: AdamConfig
     schedule: ScheduleConfig
     global_batch_size: int
+    train_iters: int
     save: SaveConfig | None
     load: LoadConfig | None
+    folder: OmniConfig | None
 
 
 def resolve(config: TrainConfig, world_size: int) -> Resolved:
@@ -100,7 +110,8 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     """
     check(config)
     layout = grids(config, world_size)
-    architecture = _architecture(config.model)
+    folder = read_folder(config.model.model_provider, config.checkpoints.load_hf)
+    architecture = _architecture(config.model, folder)
     check_shards(layout, architecture)
     filled = _fill_defaults(config, world_size)
     _check_sequence(layout, architecture, filled)
@@ -126,14 +137,12 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
             clip_grad=training.clip_grad,
             log_num_zeros=training.log_num_zeros_in_grad,
         ),
-        schedule=ScheduleConfig(
-            style=training.lr_decay_style,
-            warmup_samples=training.lr_warmup_iters * global_batch_size,
-            decay_samples=_given(training.lr_decay_iters) * global_batch_size,
-        ),
+        schedule=build_schedule(config.training, global_batch_size),
         global_batch_size=global_batch_size,
+        train_iters=count_iterations(training, global_batch_size),
         save=_save(filled.checkpoints),
         load=_load(filled.checkpoints),
+        folder=folder,
     )
 
 
@@ -141,7 +150,8 @@ def _fill_defaults(config: TrainConfig, world_size: int) -> TrainConfig:
     """The config with every default that follows from other flags."""
     grid, model, data, training = config.grids, config.model, config.data, config.training
     encoder_offset, llm_offset = _offsets(grid, world_size)
-    vision = _architecture(model).vision
+    folder = read_folder(model.model_provider, config.checkpoints.load_hf)
+    vision = _architecture(model, folder).vision
     return replace(
         config,
         grids=replace(
@@ -151,7 +161,7 @@ def _fill_defaults(config: TrainConfig, world_size: int) -> TrainConfig:
             sequence_parallel=_or(grid.sequence_parallel, default=grid.llm_tp > 1),
         ),
         model=replace(
-            _fill_resolution(model),
+            _fill_resolution(model, folder),
             patch_dim=vision.patch_dim,
             class_token_len=vision.class_token_len,
             pixel_shuffle=vision.pixel_shuffle,
@@ -159,11 +169,10 @@ def _fill_defaults(config: TrainConfig, world_size: int) -> TrainConfig:
         ),
         data=_fill_source(data),
         training=replace(
-            training,
+            fill_schedule(training),
             global_batch_size=_or(
                 training.global_batch_size, default=training.micro_batch_size * grid.llm_dp
             ),
-            lr_decay_iters=_or(training.lr_decay_iters, default=training.train_iters),
         ),
     )
 
@@ -204,8 +213,8 @@ def _offsets(grid: GridSection, world_size: int) -> tuple[int, int]:
     return encoder, _or(grid.llm_offset, default=behind)
 
 
-def _architecture(model: ModelSection) -> ModelConfig:
-    config = read_architecture(model.model_provider, model.model_config, model.override)
+def _architecture(model: ModelSection, folder: OmniConfig | None) -> ModelConfig:
+    config = read_architecture(model.model_provider, model.model_config, model.override, folder)
     vision, language = config.vision, config.language
     if model.moe_router_force_load_balancing:
         if not _has_experts(config):
@@ -335,17 +344,16 @@ def _data(config: TrainConfig, architecture: ModelConfig, freeze: FreezeConfig) 
     )
 
 
-def _fill_resolution(model: ModelSection) -> ModelSection:
+def _fill_resolution(model: ModelSection, folder: OmniConfig | None) -> ModelSection:
     if not model.dynamic_resolution:
         return model
+    least, most = _IMAGES.min_patches, _IMAGES.max_patches
+    if folder is not None:
+        least, most = folder.min_patches, folder.max_patches
     return replace(
         model,
-        dynamic_resolution_min_patches=_or(
-            model.dynamic_resolution_min_patches, default=_IMAGES.min_patches
-        ),
-        dynamic_resolution_max_patches=_or(
-            model.dynamic_resolution_max_patches, default=_IMAGES.max_patches
-        ),
+        dynamic_resolution_min_patches=_or(model.dynamic_resolution_min_patches, default=least),
+        dynamic_resolution_max_patches=_or(model.dynamic_resolution_max_patches, default=most),
     )
 
 

@@ -20,6 +20,7 @@ from megatron_mimo.data.batch import ResumableLoader
 from megatron_mimo.model.mimo import BuildConfig
 from megatron_mimo.runtime import RuntimeContext
 from megatron_mimo.training.engine import build_engine, data_role
+from megatron_mimo.training.foreign import load_folder
 from megatron_mimo.training.loop import LoopConfig
 from megatron_mimo.training.resolve import Resolved
 from megatron_mimo.training.step import Engine
@@ -76,7 +77,7 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
             params_dtype=torch.bfloat16 if model.bf16 else torch.float32,
             seed=resolved.config.training.seed,
             init=model.init,
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=_vocabulary(resolved, tokenizer),
             seq_length=model.seq_length,
             sequence_parallel=bool(resolved.config.grids.sequence_parallel),
             execution=resolved.execution,
@@ -99,11 +100,13 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
         }
         checkpoints = Checkpointer(parts, resolved.save, flags)
     loaded = None if resolved.load is None else load(parts, resolved.load)
+    if loaded is None and resolved.config.checkpoints.load_hf is not None:
+        load_folder(parts, resolved.config.checkpoints.load_hf)
     if loaded is not None and loaded.loader is not None:
         loader.restore(loaded.loader["lanes"])
     training, watching = resolved.config.training, resolved.config.watching
     loop = LoopConfig(
-        train_iters=training.train_iters,
+        train_iters=resolved.train_iters,
         global_batch_size=resolved.global_batch_size,
         exit_interval=training.exit_interval,
         log_interval=watching.log_interval,
@@ -120,3 +123,19 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
         loop=loop,
         checkpoints=checkpoints,
     )
+
+
+def _vocabulary(resolved: Resolved, tokenizer: Tokenizer) -> int:
+    """V: the folder's, if the model comes from one.
+
+    Raises:
+        ValueError: The tokenizer has tokens that the folder's model has not.
+    """
+    if resolved.folder is None:
+        return tokenizer.vocab_size
+    if tokenizer.vocab_size > resolved.folder.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model of --load-hf "
+            f"{resolved.folder.vocab_size}: give the folder's own as --tokenizer-model"
+        )
+    return resolved.folder.vocab_size

@@ -23,9 +23,12 @@ FLAGS = """
     recompute-granularity recompute-modules bf16 fp32 init
     dataset-provider data-path num-workers shuffle-buffer-size validate-data-alignment
     sample-trace-dir mock-dataset-size text-only-fraction
-    micro-batch-size global-batch-size train-iters seed exit-interval lr min-lr lr-decay-style
-    lr-warmup-iters lr-decay-iters weight-decay adam-beta1 adam-beta2 adam-eps clip-grad
-    log-num-zeros-in-grad eval-interval eval-iters
+    micro-batch-size global-batch-size train-iters train-samples seed exit-interval lr min-lr
+    lr-decay-style lr-warmup-iters lr-warmup-samples lr-decay-iters lr-decay-samples
+    lr-wsd-decay-iters lr-wsd-decay-samples lr-wsd-decay-style weight-decay adam-beta1 adam-beta2
+    adam-eps clip-grad log-num-zeros-in-grad eval-interval eval-iters
+    save save-interval load finetune no-save-optim no-load-optim no-load-scheduler no-save-rng
+    no-load-rng dist-ckpt-optim-fully-reshardable async-save keep-last
     log-interval tensorboard-dir device distributed-timeout-minutes
 """.split()
 
@@ -35,7 +38,8 @@ MANY = """
     --no-dynamic-resolution --img-h 16 --use-tiling --max-num-tiles 4 --use-thumbnail
     --class-token-len 3 --no-pixel-shuffle --bf16 --init topology-invariant
     --image-token <img> --text-only-fraction 0.25 --lr 3e-05 --adam-eps 1e-10
-    --tensorboard-dir runs/a
+    --tensorboard-dir runs/a --train-samples 640 --lr-decay-style WSD --lr-wsd-decay-samples 64
+    --lr-wsd-decay-style minus_sqrt --save runs/a --save-interval 5 --async-save
 """.split()
 
 
@@ -93,6 +97,8 @@ def test_reads_every_type() -> None:
     assert config.model.image_token == "<img>"
     assert config.model.bf16 is True
     assert config.training.lr == 3e-5
+    assert config.training.train_samples == 640
+    assert config.training.lr_wsd_decay_style == "minus_sqrt"
     assert config.watching.tensorboard_dir == "runs/a"
 
 
@@ -130,6 +136,26 @@ def test_the_command_line_replaces_the_files_precision(tmp_path: Path) -> None:
     config = read("--config", path, "--fp32")
     assert config.model.fp32
     assert not config.model.bf16
+
+
+@pytest.mark.parametrize("stem", ["train", "lr-warmup", "lr-decay", "lr-wsd-decay"])
+def test_a_later_unit_replaces_an_earlier_one(tmp_path: Path, stem: str) -> None:
+    both = f"{stem}-iters".replace("-", "_"), f"{stem}-samples".replace("-", "_")
+    first = in_file(tmp_path, f"{stem}-iters: 5\n", "first.yaml")
+    second = in_file(tmp_path, f"{stem}-samples: 40\n", "second.yaml")
+    for argv, length in (
+        (["--config", first, f"--{stem}-samples", "50"], (None, 50)),
+        (["--config", first, "--config", second], (None, 40)),
+        (["--config", second, "--config", first], (5, None)),
+        (["--config", first, "--config", second, f"--{stem}-iters", "6"], (6, None)),
+    ):
+        training = read(*argv).training
+        assert (getattr(training, both[0]), getattr(training, both[1])) == length
+    with pytest.raises(ValueError, match=f"^--{stem}-iters 5 and --{stem}-samples 40: expected"):
+        read(f"--{stem}-iters", "5", f"--{stem}-samples", "40")
+    path = in_file(tmp_path, f"{stem}-iters: 5\n{stem}-samples: 40\n")
+    with pytest.raises(ValueError, match=f"key '{stem}-iters' and .*key '{stem}-samples': exp"):
+        read("--config", path)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "lr: null\n"])

@@ -60,6 +60,8 @@ def test_fills_what_follows_from_other_flags() -> None:
         "--bf16 --patch-dim 16 --override vision.num_layers=1",
         "--dataset-provider energon --data-path d --num-workers 2",
         "--training-stage stage1 --lr-decay-style constant",
+        "--train-samples 45 --global-batch-size 4 --lr-warmup-samples 5",
+        "--lr-decay-style WSD --lr-wsd-decay-iters 5 --lr-decay-samples 77",
     ],
 )
 def test_resolved_flags_resolve_to_themselves(flags: str, tmp_path: Path) -> None:

@@ -1,0 +1,271 @@
+"""`megatron-mimo checkpoint convert`: weights between checkpoints and nemotron_h_omni folders.
+
+Both ways the whole model is in one process: that of the folder is built and filled, and then
+written as a checkpoint, or filled again from one.
+"""
+
+import shutil
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
+
+from megatron_mimo.tools.checkpoint import (
+    Damaged,
+    check_sizes,
+    entries_of,
+    locate,
+    read_metadata,
+    verify,
+)
+from megatron_mimo.training.config import Folder
+
+if TYPE_CHECKING:
+    # megatron-core has to be adapted to a host before anything imports it.
+    import torch
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from torch import nn
+
+    from megatron_mimo.omni import OmniModel
+
+_CONFIG = "config.json"
+_EMBEDDING = "language_model.embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertConfig:
+    """Convert weights: a checkpoint into a nemotron_h_omni folder, or such a folder into one.
+
+    --from is a folder of checkpoints, of which the newest is taken, or the folder of one; or a
+    folder of transformers' NemotronH_Omni_Reasoning_V3.
+
+    Attributes:
+        to: Folder to make.
+        hf: From a checkpoint: the nemotron_h_omni folder that its run began from, whose
+            architecture, audio, video and tokenizer are carried over.
+    """
+
+    to: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    hf: Folder = None
+
+
+def run_convert(source: str | None, config: ConvertConfig) -> int:
+    """Convert, and say what was written.
+
+    Args:
+        source: `--from`.
+        config: The other flags.
+
+    Returns:
+        0, or 1 for a checkpoint that is damaged.
+
+    Raises:
+        ValueError: A flag is missing, a folder is not what it should be, or the checkpoint and
+            `--hf` are of different models.
+    """
+    if source is None or config.to is None:
+        raise ValueError(
+            f"--{'from' if source is None else 'to'} is missing: expected --from PATH --to DIR"
+        )
+    origin, target = Path(source), Path(config.to)
+    _refuse_to_clobber(target)
+    try:
+        if (origin / _CONFIG).exists():
+            if config.hf is not None:
+                raise ValueError(
+                    f"--hf {config.hf}: --from {origin} is such a folder already; --hf goes with "
+                    f"a checkpoint"
+                )
+            what = to_checkpoint(origin, target)
+        else:
+            checkpoint = locate(origin)
+            if config.hf is None:
+                raise ValueError(
+                    f"--from {origin} is a checkpoint: add --hf, the nemotron_h_omni folder that "
+                    f"its run began from"
+                )
+            what = to_folder(checkpoint, Path(config.hf), target)
+    except Damaged as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except OSError as error:
+        sys.stderr.write(f"error: --to {target} cannot be written: {error}\n")
+        return 1
+    sys.stdout.write(f"wrote {what} to {target}\n")
+    return 0
+
+
+def to_checkpoint(source: Path, root: Path) -> str:
+    """Write the weights of a folder as the checkpoint of iteration 0.
+
+    Args:
+        source: Of transformers' NemotronH_Omni_Reasoning_V3.
+        root: Folder of checkpoints to make.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        ValueError: `source` is damaged, or holds an architecture that is not supported.
+    """
+    from megatron_mimo.omni import load_pretrained
+
+    model = load_pretrained(source, device="cpu")
+    import torch
+
+    from megatron_mimo.checkpoint import folder as folders
+    from megatron_mimo.checkpoint.checkpointer import VERSION
+    from megatron_mimo.checkpoint.tensors import writes
+    from megatron_mimo.runtime.sharded_files import Save
+    from megatron_mimo.runtime.solo import solo_world
+    from megatron_mimo.topology import ModuleGridSpec
+
+    common = {
+        "args": Namespace(converted_from=str(source), iteration=0, consumed_train_samples=0),
+        "checkpoint_version": VERSION,
+        "iteration": 0,
+        "consumed_train_samples": 0,
+        "opt_param_scheduler": {"num_steps": 0},
+        "grids": {name: asdict(ModuleGridSpec(name=name)) for name in ("encoder", "llm")},
+    }
+    staged = folders.staging_folder(root, 0, "convert")
+    staged.mkdir(parents=True)
+    try:
+        with solo_world():
+            save = Save(writes(_Whole.of(model), {}), staged, folders.checksum)
+            save.write()
+            checksums = save.finish()
+        torch.save(common, staged / folders.COMMON)
+        for name in folders.files_of(staged):
+            folders.sync_file(staged / name)
+            if name not in checksums:
+                checksums[name] = folders.checksum(staged / name)
+        folders.write_checksums(staged, checksums)
+        folders.publish(staged, root, 0)
+    finally:
+        # Of one that was published there is nothing left.
+        shutil.rmtree(staged, ignore_errors=True)
+    return f"the weights of {source}, as iteration 0,"
+
+
+def to_folder(checkpoint: Path, source: Path, target: Path) -> str:
+    """Write the weights of a checkpoint as a folder that transformers loads.
+
+    Args:
+        checkpoint: Of one iteration.
+        source: The folder that its run began from.
+        target: Folder to make.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        ValueError: The checkpoint does not hold the model that `source` describes; lists what is
+            missing, unexpected or of another shape.
+        Damaged: Names the files.
+    """
+    metadata = read_metadata(checkpoint)
+    check_sizes(checkpoint, metadata)
+    from megatron_mimo.checkpoint import folder as folders
+
+    if (checkpoint / folders.CHECKSUMS).exists():
+        verify(checkpoint)
+    stored = {entry.key: entry for entry in entries_of(metadata) if entry.kind is None}
+    if _EMBEDDING not in stored:
+        raise ValueError(
+            f"{checkpoint} holds no {_EMBEDDING}: expected a checkpoint of `megatron-mimo train` "
+            f"with vision encoder, projector and language model"
+        )
+    from megatron_mimo.omni import load_pretrained
+
+    model = load_pretrained(source, stored[_EMBEDDING].dtype, device="cpu")
+    from megatron_mimo.checkpoint.tensors import reads
+    from megatron_mimo.runtime.sharded_files import read
+    from megatron_mimo.runtime.solo import solo_world
+
+    with solo_world():
+        wanted = reads(_Whole.of(model))
+        _require_same(
+            {part.key: (tuple(part.global_shape), part.dtype) for part in wanted},
+            {key: (entry.shape, entry.dtype) for key, entry in stored.items()},
+            checkpoint,
+            source,
+        )
+        with warnings.catch_warnings():
+            # Of torch, that this is one process; and of how megatron-core calls it.
+            warnings.simplefilter("ignore", UserWarning)
+            read(wanted, checkpoint)
+    model.save_pretrained(target)
+    return f"the weights of {checkpoint}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """As `checkpoint.tensors` takes them."""
+
+    pg_collection: "ProcessGroupCollection"
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A whole model, by the names of its modules' parts in training."""
+
+    module: "nn.Module"
+    groups: _Groups
+
+    @classmethod
+    def of(cls, model: "OmniModel") -> "_Whole":
+        from torch import nn
+
+        from megatron_mimo.runtime.solo import solo_groups
+
+        parts = {
+            "vision": model.vision.vit,
+            "projector": model.projector,
+            "model": model.language,
+        }
+        return cls(nn.ModuleDict(parts), _Groups(solo_groups()))
+
+
+type _Described = Mapping[str, "tuple[tuple[int, ...], torch.dtype]"]
+
+
+def _require_same(wanted: _Described, stored: _Described, checkpoint: Path, source: Path) -> None:
+    """Refuse a checkpoint that lacks something of the model, or holds more.
+
+    Raises:
+        ValueError: Lists what is missing, unexpected, or of another shape or dtype.
+    """
+    faults = [f"{key} is missing" for key in wanted.keys() - stored.keys()]
+    faults += [f"{key} is not of that model" for key in stored.keys() - wanted.keys()]
+    faults += [
+        f"{key} is {_words(*stored[key])}, that model's is {_words(*wanted[key])}"
+        for key in wanted.keys() & stored.keys()
+        if wanted[key] != stored[key]
+    ]
+    if faults:
+        raise ValueError(
+            f"{checkpoint} does not hold the model of --hf {source}: {_shown(sorted(faults))}; "
+            f"expected the folder that the run began from"
+        )
+
+
+def _shown(faults: list[str], most: int = 20) -> str:
+    rest = [f"and {len(faults) - most} more"] if len(faults) > most else []
+    return "; ".join([*faults[:most], *rest])
+
+
+def _words(shape: Iterable[int], dtype: Any) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+
+
+def _refuse_to_clobber(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"--to {target} is a file: expected a folder to make")
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"--to {target} is not empty: name another folder")
