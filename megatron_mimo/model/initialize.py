@@ -24,11 +24,11 @@ _LAYER = re.compile(r"(.*\bdecoder\.layers\.)\d+\.")
 def transformer_initial(name: str, std: float, num_layers: int) -> Draw | None:
     """What a transformer's weight is drawn from, by the parameter's name.
 
-    Biases and norms stay as built. Projections back into the residual stream start smaller by
-    sqrt(2 * layers), as in megatron-core's `scaled_init_method_normal` (GPT-2, Radford et al.
+    Biases, scales and norms stay as built. Projections back into the residual stream start smaller
+    by sqrt(2 * layers), as in megatron-core's `scaled_init_method_normal` (GPT-2, Radford et al.
     2019).
     """
-    if name.endswith(".bias") or "norm" in name:
+    if name.endswith((".bias", ".scale")) or "norm" in name:
         return None
     scaled = std / math.sqrt(2 * num_layers) if _RESIDUAL_PROJECTION.search(name) else std
     return Normal(scaled)

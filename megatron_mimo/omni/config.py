@@ -74,6 +74,8 @@ def read_omni(folder: WeightFolder) -> OmniConfig:
                 f"supported"
             )
     vision = radio_weights.read_config(parts.vision)
+    # transformers trains them.
+    vision = replace(vision, layer_scale=radio_weights.has_layer_scales(parts.vision))
     if vision.final_layernorm:
         raise ValueError(
             f"the weights in {folder.path} have a norm behind the vision encoder, which "

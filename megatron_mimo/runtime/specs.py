@@ -4,6 +4,7 @@ Model builders ask here and never for a device. Imports megatron-core: `initiali
 """
 
 import logging
+from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -27,6 +28,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_mimo.runtime.attention import SdpaCoreAttention
 from megatron_mimo.runtime.host_layers import HostColumnParallelLinear, HostRowParallelLinear
+from megatron_mimo.runtime.layer_scale import ScaledAdd
 from megatron_mimo.runtime.norms import TorchNorm
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ def norm_class() -> LayerNormBuilder:
 
 
 def transformer_layer_spec(
-    config: TransformerConfig, *, attn_mask_type: AttnMaskType
+    config: TransformerConfig, *, attn_mask_type: AttnMaskType, layer_scale: bool = False
 ) -> ModuleSpec:
     """A pre-norm layer: self-attention, then an MLP, or experts where the configuration has them.
 
@@ -84,6 +86,7 @@ def transformer_layer_spec(
     Args:
         config: Says whether queries and keys are normalised, and how many experts there are.
         attn_mask_type: Mask of the attention, such as `causal` or `no_mask`.
+        layer_scale: Whether attention and MLP have a trained scale behind them.
 
     Raises:
         ValueError: The configuration recomputes MLPs that have biases.
@@ -98,6 +101,10 @@ def transformer_layer_spec(
     names = {} if fused else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if not fused and experts is None:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    add: Any = get_bias_dropout_add
+    if layer_scale:
+        sizes = {"hidden_size": config.hidden_size, "dtype": config.params_dtype}
+        add = ModuleSpec(module=ScaledAdd, params=sizes)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -117,14 +124,14 @@ def transformer_layer_spec(
                     k_layernorm=qk_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add,
             pre_mlp_layernorm=IdentityOp if fused and experts is None else norm,
             mlp=get_mlp_module_spec_for_backend(
                 backend=provider,
                 num_experts=experts,
                 moe_grouped_gemm=config.moe_grouped_gemm,
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add,
             sharded_state_dict_keys_map=names,
         ),
     )
@@ -136,6 +143,7 @@ def transformer_block_spec(
     attn_mask_type: AttnMaskType,
     post_layer_norm: bool = True,
     pp_rank: int = 0,
+    layer_scale: bool = False,
 ) -> TransformerBlockSubmodules:
     """The layers of a pipeline stage, and the norm after the last: for `TransformerBlock(spec=)`.
 
@@ -144,11 +152,12 @@ def transformer_block_spec(
         attn_mask_type: Mask of the attention.
         post_layer_norm: Whether the block ends in a norm.
         pp_rank: The stage; matters where there are several.
+        layer_scale: As `transformer_layer_spec` takes it.
 
     Raises:
         ValueError: As `transformer_layer_spec`.
     """
-    layer = transformer_layer_spec(config, attn_mask_type=attn_mask_type)
+    layer = transformer_layer_spec(config, attn_mask_type=attn_mask_type, layer_scale=layer_scale)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, pp_rank=pp_rank),
         layer_norm=spec_provider().layer_norm(has_residual=False) if post_layer_norm else None,

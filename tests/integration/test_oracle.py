@@ -80,7 +80,12 @@ def oracle(folder: str, trained: str) -> list[list[float]]:
     from megatron_mimo.data import ByteTokenizer
     from tests.unit_tests.omni.peer import theirs_of, write_omni
 
-    model = write_omni(folder, "ME*-ME", text={"vocab_size": 384, "pad_token_id": 256})
+    model = write_omni(
+        folder,
+        "ME*-ME",
+        vision={"num_hidden_layers": 2},
+        text={"vocab_size": 384, "pad_token_id": 256},
+    )
     model.config.image_token_id = model.image_token_id = ByteTokenizer.image_token_id
     model.save_pretrained(folder)
     raw, ready = samples(), encoded(data_config(folder))
@@ -243,6 +248,7 @@ def plain(run_ranks: Callable[..., list], tmp_path_factory: pytest.TempPathFacto
 def test_losses_norms_and_weights_are_those_of_transformers(
     name: str, run_ranks: Callable[..., list], plain: Found, tmp_path: Path
 ) -> None:
+    import torch
     from safetensors import safe_open
 
     folder, trained, wanted = plain
@@ -260,8 +266,12 @@ def test_losses_norms_and_weights_are_those_of_transformers(
     ):
         assert set(mine.keys()) == set(theirs.keys())
         for key in mine.keys():
-            difference = (mine.get_tensor(key) - theirs.get_tensor(key)).abs().max().item()
-            assert difference < 1e-4, key
+            difference = (mine.get_tensor(key) - theirs.get_tensor(key)).abs()
+            if key.endswith("attn.qkv.bias"):
+                # Softmax does not see a bias of all keys: its gradient is rounding noise, which
+                # Adam scales up to whole steps, other ones for each order of sums.
+                queries, _, values = difference.chunk(3)
+                difference = torch.cat([queries, values])
+            assert difference.max().item() < 1e-4, key
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "nemotron_h_omni"
-

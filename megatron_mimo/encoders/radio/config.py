@@ -18,6 +18,8 @@ class RadioConfig:
         activation: Inside the MLP; "fast_gelu" is the tanh approximation that Megatron trains with.
         layernorm_epsilon: Of every LayerNorm.
         final_layernorm: A LayerNorm after the last layer; whether there is one, the weights say.
+        layer_scale: A trained scale per channel behind attention and MLP; without, scales of a
+            checkpoint are multiplied into the weights in front of them.
         patch_dim: P, side of a square patch in pixels.
         patch_bias: A bias in the embedding of patches.
         class_token_len: c, tokens in front of an image's patches: class tokens, then registers.
@@ -43,6 +45,7 @@ class RadioConfig:
     activation: Literal["gelu", "fast_gelu"] = "gelu"
     layernorm_epsilon: float = 1e-6
     final_layernorm: bool = False
+    layer_scale: bool = False
     patch_dim: int = 16
     patch_bias: bool = False
     class_token_len: int = 10

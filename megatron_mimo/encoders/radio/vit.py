@@ -66,6 +66,7 @@ class RadioVit(nn.Module):
                 attn_mask_type=AttnMaskType.no_mask,
                 post_layer_norm=config.final_layernorm,
                 pp_rank=pg_collection.pp.rank(),
+                layer_scale=config.layer_scale,
             ),
             pre_process=self.is_first,
             post_process=self.is_last,

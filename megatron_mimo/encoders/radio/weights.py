@@ -142,6 +142,11 @@ def read_config(folder: WeightFolder) -> RadioConfig:
     )
 
 
+def has_layer_scales(folder: WeightFolder) -> bool:
+    """Whether a folder stores scales behind attention and MLP."""
+    return f"{names_of(folder).layers}.0.layer_scale1.lambda1" in folder.names
+
+
 def write_config(config: RadioConfig) -> dict[str, Any]:
     """config.json of an architecture."""
     names = {"gelu": "gelu", "fast_gelu": "gelu_pytorch_tanh"}
@@ -198,6 +203,9 @@ def _entries(config: RadioConfig, names: "Names") -> Iterator[Entry]:
                 ("mlp.linear_fc2", "mlp.fc2"),
             ):
                 yield Entry(f"{ours}.{here}.{kind}", (f"{theirs}.{there}.{kind}",))
+        if config.layer_scale:
+            yield Entry(f"{ours}.self_attn_bda.scale", (f"{theirs}.layer_scale1.lambda1",))
+            yield Entry(f"{ours}.mlp_bda.scale", (f"{theirs}.layer_scale2.lambda1",))
     if config.final_layernorm:
         for kind in ("weight", "bias"):
             yield Entry(f"decoder.final_layernorm.{kind}", (f"{names.final_norm}.{kind}",))
@@ -285,8 +293,10 @@ def _unscaled(
 
 
 def _layer_scales(config: RadioConfig, names: Names) -> dict[str, str]:
-    """Weight -> the per-channel scale that `RadioModel` multiplies its output by."""
-    scales = {}
+    """Weight -> the scale of its output that `RadioModel` has and the module here has not."""
+    scales: dict[str, str] = {}
+    if config.layer_scale:
+        return scales
     for layer in range(config.num_layers):
         prefix = f"{names.layers}.{layer}"
         for number, linear in ((1, names.proj), (2, "mlp.fc2")):
