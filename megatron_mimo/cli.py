@@ -49,7 +49,7 @@ def _dispatch(prog: str, commands: dict[str, tuple[str, Command]], argv: Sequenc
     if name in ("-h", "--help"):
         print(f"usage: {prog} COMMAND [flags]\n")
         for command, (text, _) in commands.items():
-            print(f"  {command:<8}{text}")
+            print(f"  {command:<12}{text}")
         print(f"\n`{prog} COMMAND --help` lists the flags of a command.")
         return 0
     if name == "--version":
@@ -137,14 +137,61 @@ def _plan(argv: Sequence[str]) -> int:
     return run_plan(parse_arguments(argv, PlanConfig, prog="megatron-mimo plan"))
 
 
+def _checkpoint(argv: Sequence[str]) -> int:
+    return _dispatch("megatron-mimo checkpoint", _CHECKPOINT_COMMANDS, argv)
+
+
+def _inspect(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.checkpoint import InspectConfig, run_inspect
+
+    prog = "megatron-mimo checkpoint inspect PATH"
+    paths = [token for token in argv if not token.startswith("-")]
+    flags = [token for token in argv if token.startswith("-")]
+    config = parse_arguments(flags, InspectConfig, prog=prog)
+    if len(paths) != 1:
+        raise ValueError(f"{prog}: expected one PATH, got {len(paths)}")
+    return run_inspect(paths[0], config)
+
+
+def _convert(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.checkpoint_convert import ConvertConfig, run_convert
+
+    # A field cannot have this name.
+    source, rest = _take("--from", argv)
+    prog = "megatron-mimo checkpoint convert --from PATH"
+    return run_convert(source, parse_arguments(rest, ConvertConfig, prog=prog))
+
+
+def _take(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of a flag, and the other arguments."""
+    value: str | None = None
+    rest: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        if token == flag:
+            value = next(tokens, None)
+            if value is None or value.startswith("--"):
+                raise ValueError(f"{flag} has no value: expected text")
+        elif token.startswith(f"{flag}="):
+            value = token.removeprefix(f"{flag}=")
+        else:
+            rest.append(token)
+    return value, rest
+
+
 _DATA_COMMANDS: dict[str, tuple[str, Command]] = {
     "digits": ("write a dataset of handwritten digits to try things on", _digits),
+}
+_CHECKPOINT_COMMANDS: dict[str, tuple[str, Command]] = {
+    "inspect": ("show what a checkpoint holds", _inspect),
+    "convert": ("convert weights to and from nemotron_h_omni folders", _convert),
 }
 _COMMANDS: dict[str, tuple[str, Command]] = {
     "train": ("train a model", _train),
     "demo": ("train a small model on digits, on two grids, and report", _demo),
     "data": ("write datasets", _data),
     "plan": ("show what each rank of a layout does in a step", _plan),
+    "checkpoint": ("look into checkpoints, and convert them", _checkpoint),
 }
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from megatron_mimo.tools.checkpoint import (
     check_sizes,
     entries_of,
     locate,
+    read_common,
     read_metadata,
     verify,
 )
@@ -87,7 +88,7 @@ def run_convert(source: str | None, config: ConvertConfig) -> int:
             if config.hf is None:
                 raise ValueError(
                     f"--from {origin} is a checkpoint: add --hf, the nemotron_h_omni folder that "
-                    f"its run began from"
+                    f"its run began from{_known(checkpoint)}"
                 )
             what = to_folder(checkpoint, Path(config.hf), target)
     except Damaged as error:
@@ -98,6 +99,13 @@ def run_convert(source: str | None, config: ConvertConfig) -> int:
         return 1
     sys.stdout.write(f"wrote {what} to {target}\n")
     return 0
+
+
+def _known(checkpoint: Path) -> str:
+    """Which folder that was, if the checkpoint says so."""
+    common = read_common(checkpoint, read_metadata(checkpoint)) or {}
+    folder = getattr(common.get("args"), "load_hf", None)
+    return "" if folder is None else f" ({folder})"
 
 
 def to_checkpoint(source: Path, root: Path) -> str:
@@ -126,7 +134,7 @@ def to_checkpoint(source: Path, root: Path) -> str:
     from megatron_mimo.topology import ModuleGridSpec
 
     common = {
-        "args": Namespace(converted_from=str(source), iteration=0, consumed_train_samples=0),
+        "args": Namespace(load_hf=str(source), iteration=0, consumed_train_samples=0),
         "checkpoint_version": VERSION,
         "iteration": 0,
         "consumed_train_samples": 0,

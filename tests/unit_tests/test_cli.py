@@ -21,6 +21,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         "demo",
         "data",
         "plan",
+        "checkpoint",
     ]
 
 

@@ -238,7 +238,11 @@ def test_wrong_usage_is_one_line_and_code_2(
         (["--from", hf], "--to is missing: expected --from PATH --to DIR"),
         (["--to", out, "--from"], "--from has no value"),
         (["--from", hf, "--to", out, "--hff", hf], "unknown flag --hff: the nearest is --hf"),
-        (["--from", root, "--to", out], f"--from {root} is a checkpoint: add --hf"),
+        (
+            ["--from", root, "--to", out],
+            f"--from {root} is a checkpoint: add --hf, the nemotron_h_omni folder that its run "
+            f"began from ({hf})",
+        ),
         (["--from", hf, "--to", out, "--hf", hf], f"--hf {hf}: --from {hf} is such a folder"),
         (["--from", root, "--to", hf, "--hf", hf], f"--to {hf} is not empty"),
         (["--from", str(tmp_path), "--to", out], f"{tmp_path / 'model.safetensors'} is missing"),
