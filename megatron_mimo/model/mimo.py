@@ -9,12 +9,14 @@ from torch import Tensor
 
 from megatron_mimo.images import PackedImages
 from megatron_mimo.language.config import ExecutionConfig
-from megatron_mimo.model.config import FreezeConfig, ModelConfig
+from megatron_mimo.model.config import FreezeConfig, ModelConfig, ReduceConfig
 from megatron_mimo.model.initialize import initialize_topology_invariant
 from megatron_mimo.model.modules import EncoderModule, LanguageModule
 from megatron_mimo.runtime import Device, seed_everything
 from megatron_mimo.topology import SequenceSharding
 from megatron_mimo.topology.groups import ModuleGroups, Topology
+
+_LEAST_BUCKET, _LEAST_BUCKET_SHARE = 40_000_000, 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +32,7 @@ class BuildConfig:
         seq_length: S.
         sequence_parallel: In the language model, when its tp size is above one.
         execution: What of the language model is recomputed, grouped and fused.
+        reduce: When its data-parallel ranks exchange gradients and weights.
     """
 
     params_dtype: torch.dtype
@@ -39,6 +42,7 @@ class BuildConfig:
     seq_length: int
     sequence_parallel: bool
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    reduce: ReduceConfig = field(default_factory=ReduceConfig)
 
 
 class ModuleReplica:
@@ -50,10 +54,15 @@ class ModuleReplica:
         ddp: Its gradient buffers; None when nothing in it trains.
     """
 
-    def __init__(self, groups: ModuleGroups, module: EncoderModule | LanguageModule) -> None:
+    def __init__(
+        self,
+        groups: ModuleGroups,
+        module: EncoderModule | LanguageModule,
+        reduce: ReduceConfig | None = None,
+    ) -> None:
         self.groups = groups
         self.module = module
-        self.ddp = _wrap(groups, module)
+        self.ddp = _wrap(groups, module, reduce or ReduceConfig())
 
     def __call__(self, *args: Tensor | PackedImages | None) -> Tensor:
         """Run the module's forward."""
@@ -61,9 +70,20 @@ class ModuleReplica:
         return output
 
     def zero_grad(self) -> None:
-        """Clear the gradient buffers for the next step."""
+        """Clear the gradient buffers for the next step; no backward of it reduces them."""
         if self.ddp is not None:
             self.ddp.zero_grad_buffer()
+            self._reduce_in_backward(False)
+
+    def begin_last_backward(self) -> None:
+        """From here on backward reduces what is ready, if it is to overlap."""
+        if self.ddp is not None:
+            self._reduce_in_backward(True)
+
+    def _reduce_in_backward(self, value: bool) -> None:
+        assert self.ddp is not None
+        for group in self.ddp.bucket_groups + self.ddp.expert_parallel_bucket_groups:
+            group.is_last_microbatch = value
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation; a frozen module stays in evaluation."""
@@ -152,7 +172,7 @@ def build_model(
             execution=build.execution,
         )
         _initialize(language_module, "llm", build, topology.llm)
-        language = ModuleReplica(topology.llm, language_module.to(device.torch))
+        language = ModuleReplica(topology.llm, language_module.to(device.torch), build.reduce)
     return MimoModel(
         encoder=encoder,
         language=language,
@@ -196,22 +216,27 @@ def _initialize(
 
 
 def _wrap(
-    groups: ModuleGroups, module: EncoderModule | LanguageModule
+    groups: ModuleGroups, module: EncoderModule | LanguageModule, reduce: ReduceConfig
 ) -> DistributedDataParallel | None:
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trainable:
         module.eval()
         return None
+    dp_size = groups.pg_collection.dp_cp.size()
+    bucket_size = _bucket_size(reduce, sum(map(torch.numel, trainable)), dp_size)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=reduce.overlap_grads,
+        overlap_param_gather=reduce.overlap_params,
+        bucket_size=bucket_size,
+        pad_buckets_for_high_nccl_busbw=reduce.pad_buckets,
         use_distributed_optimizer=True,
         check_for_nan_in_grad=False,
     )
     layout = DistributedOptimizer.compute_full_param_layout(
         trainable,
-        None,
-        groups.pg_collection.dp_cp.size(),
+        bucket_size,
+        dp_size,
         ddp_config,
         expert_data_parallel_world_size=groups.pg_collection.expt_dp.size(),
     )
@@ -224,3 +249,15 @@ def _wrap(
     )
     ddp.broadcast_params()
     return ddp
+
+
+def _bucket_size(reduce: ReduceConfig, num_weights: int, dp_size: int) -> int | None:
+    """Weights of a bucket, at least; None for a single one, where nothing overlaps."""
+    if not reduce.overlap_grads:
+        return None
+    if reduce.num_buckets is not None:
+        return max(1, num_weights // reduce.num_buckets)
+    if reduce.bucket_size is not None:
+        return reduce.bucket_size
+    # As megatron-core chooses: collectives over many ranks need more to be efficient.
+    return max(_LEAST_BUCKET, _LEAST_BUCKET_SHARE * dp_size)

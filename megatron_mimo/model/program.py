@@ -61,6 +61,13 @@ class MimoStep:
         self.loss_sum += loss.detach()
         return loss
 
+    def begin_last_backward(self, module: Module) -> None:
+        """What a module exchanges while its last backward runs, it exchanges from here on."""
+        encoder = module is Module.ENCODER
+        replica = self._model.encoder if encoder else self._model.language
+        assert replica is not None
+        replica.begin_last_backward()
+
     def hidden_rows(self, module: Module, microbatch: int) -> int:
         """N of the hidden states [N, width] that the stages of a module hand on."""
         drawn = self._microbatches[microbatch]

@@ -55,6 +55,10 @@ class StepProgram(Protocol):
         """N of the hidden states [N, width] that stages of a module hand on."""
         ...
 
+    def begin_last_backward(self, module: Module) -> None:
+        """The step's last backward of a module follows."""
+        ...
+
 
 class Executor:
     """Runs steps over one topology."""
@@ -89,6 +93,8 @@ class Executor:
         handlers = {module: _handlers(stage) for module, stage in stages.items()}
         with torch.set_grad_enabled(gradients):
             for action in self.actions(len(crossings), gradients=gradients):
+                if action.kind is Kind.BACKWARD and action.microbatch == len(crossings) - 1:
+                    program.begin_last_backward(action.module)
                 handlers[action.module][action.kind](action.microbatch)
             for stage in stages.values():
                 stage.drain()

@@ -29,6 +29,7 @@ def check(config: TrainConfig) -> None:
     _check_data_source(config.data)
     _check_sequence_parallel(config.grids)
     _check_checkpoints(config.checkpoints)
+    _check_reduction(config.training)
 
 
 def _check_images(model: ModelSection) -> None:
@@ -82,6 +83,30 @@ def _check_data_source(data: DataSection) -> None:
                 f"{' and '.join(given)} belongs to --dataset-provider {provider}, not to "
                 f"{data.dataset_provider}: leave it out, or change the provider"
             )
+
+
+def _check_reduction(training: TrainingSection) -> None:
+    """Flags about overlapping without it, and two sizes of buckets."""
+    sizes = {
+        "--ddp-num-buckets": training.ddp_num_buckets,
+        "--ddp-bucket-size": training.ddp_bucket_size,
+    }
+    given = [flag for flag, value in sizes.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: expected one of them")
+    for flag in given:
+        if sizes[flag] < 1:  # type: ignore[operator]
+            raise ValueError(f"{flag} is {sizes[flag]}: expected at least 1")
+    for flag, is_given in (
+        ("--overlap-param-gather", training.overlap_param_gather),
+        (
+            "--ddp-pad-buckets-for-high-nccl-busbw",
+            training.ddp_pad_buckets_for_high_nccl_busbw,
+        ),
+        *((flag, True) for flag in given),
+    ):
+        if is_given and not training.overlap_grad_reduce:
+            raise ValueError(f"{flag} without --overlap-grad-reduce: add it")
 
 
 def _check_checkpoints(checkpoints: CheckpointSection) -> None:

@@ -202,6 +202,12 @@ class TrainingSection:
         adam_beta2: Decay of Adam's second moment.
         adam_eps: Added to the root of Adam's second moment.
         clip_grad: Largest global gradient norm; 0 turns clipping off.
+        overlap_grad_reduce: Reduce gradients of the language model while its backward still runs.
+        overlap_param_gather: Gather its updated weights while its next forward already runs.
+        ddp_num_buckets: Buckets that its gradients are reduced in, with --overlap-grad-reduce.
+        ddp_bucket_size: Least size of such a bucket, in weights; left out: 40 million, or a million
+            for each data-parallel rank.
+        ddp_pad_buckets_for_high_nccl_busbw: Pad those buckets to sizes at which NCCL is fastest.
         log_num_zeros_in_grad: Count the zeros in the gradients, and log them.
         eval_interval: Iterations between evaluations on the val split, and one at the end; 0
             evaluates never.
@@ -232,6 +238,11 @@ class TrainingSection:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
+    overlap_grad_reduce: Switch = False
+    overlap_param_gather: Switch = False
+    ddp_num_buckets: Number = None
+    ddp_bucket_size: Number = None
+    ddp_pad_buckets_for_high_nccl_busbw: Switch = False
     log_num_zeros_in_grad: Switch = False
     eval_interval: int = 0
     eval_iters: int = 10

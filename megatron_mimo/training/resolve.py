@@ -12,7 +12,7 @@ from megatron_mimo.checkpoint.config import LoadConfig, SaveConfig
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.images import ImageConfig
 from megatron_mimo.language.config import ExecutionConfig, HybridConfig
-from megatron_mimo.model.config import FreezeConfig, ModelConfig
+from megatron_mimo.model.config import FreezeConfig, ModelConfig, ReduceConfig
 from megatron_mimo.omni.config import OmniConfig
 from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
 from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding
@@ -72,6 +72,7 @@ class Resolved:
         layout: Both grids.
         architecture: Of every module.
         execution: What of the language model is recomputed, grouped and fused.
+        reduce: When data-parallel ranks of the language model exchange gradients and weights.
         freeze: What does not train.
         data: Where samples come from.
         adam: Optimizer.
@@ -87,6 +88,7 @@ class Resolved:
     layout: Layout
     architecture: ModelConfig
     execution: ExecutionConfig
+    reduce: ReduceConfig
     freeze: FreezeConfig
     data: DataConfig
     adam: AdamConfig
@@ -125,6 +127,13 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
         layout=layout,
         architecture=architecture,
         execution=_execution(filled.model, architecture),
+        reduce=ReduceConfig(
+            overlap_grads=training.overlap_grad_reduce,
+            overlap_params=training.overlap_param_gather,
+            num_buckets=training.ddp_num_buckets,
+            bucket_size=training.ddp_bucket_size,
+            pad_buckets=training.ddp_pad_buckets_for_high_nccl_busbw,
+        ),
         freeze=freeze,
         data=data,
         adam=AdamConfig(

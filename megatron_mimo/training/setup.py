@@ -81,6 +81,7 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
             seq_length=model.seq_length,
             sequence_parallel=bool(resolved.config.grids.sequence_parallel),
             execution=resolved.execution,
+            reduce=resolved.reduce,
         ),
         resolved.adam,
         resolved.schedule,

@@ -62,13 +62,14 @@ def small_parts(
     provider="mock",
     overrides=("language.hidden_size=64", "vision.hidden_size=64"),
     recompute=None,
+    reduce=None,
 ):
     """Architecture, what is frozen, and how to build; every weight is drawn by name."""
     import torch
 
     from megatron_mimo.data import ByteTokenizer
     from megatron_mimo.language.config import ExecutionConfig
-    from megatron_mimo.model.config import FreezeConfig
+    from megatron_mimo.model.config import FreezeConfig, ReduceConfig
     from megatron_mimo.model.mimo import BuildConfig
     from megatron_mimo.presets import model_config
 
@@ -90,6 +91,7 @@ def small_parts(
             recompute_granularity=recompute and recompute[0],
             recompute_modules=recompute[1:] if recompute else (),
         ),
+        reduce=ReduceConfig(**(reduce or {})),
     )
     return architecture, freeze or FreezeConfig(), build
 

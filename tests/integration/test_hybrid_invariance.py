@@ -46,6 +46,7 @@ def train(
     chosen: Layout,
     overrides: tuple[str, ...] = OVERRIDES,
     recompute: tuple[str, ...] | None = None,
+    reduce: dict[str, Any] | None = None,
 ) -> Found:
     """(loss, gradient norm) of each step, expert biases behind the last, and loads in it."""
     from megatron_mimo.language.weights import table_name
@@ -57,6 +58,7 @@ def train(
         provider="nemotron-moe-vlm-tiny",
         overrides=overrides,
         recompute=recompute,
+        reduce=reduce,
     )
     loader = mock_loader(
         chosen,
@@ -109,6 +111,17 @@ def test_recomputing_changes_nothing(
     """Nor are tokens of a recomputed router counted twice."""
     chosen = LAYOUTS["llm ep 2 tp 2"]
     assert_same(run_ranks(chosen.world_size, train, chosen, OVERRIDES, recompute), one_rank)
+
+
+@pytest.mark.parametrize("overlap_params", [False, True])
+@pytest.mark.parametrize("name", ["llm ep 2", "llm pp 2 ep 2", "llm ep 2 tp 2 dp 2"])
+def test_overlapping_changes_nothing(
+    name: str, overlap_params: bool, run_ranks: Callable[..., list], one_rank: Any
+) -> None:
+    chosen = LAYOUTS[name]
+    reduce = {"overlap_grads": True, "overlap_params": overlap_params, "num_buckets": 5}
+    found = run_ranks(chosen.world_size, train, chosen, OVERRIDES, None, reduce)
+    assert_same(found, one_rank)
 
 
 def assert_same(found: list[Found], one_rank: Any) -> None:

@@ -26,7 +26,9 @@ FLAGS = """
     micro-batch-size global-batch-size train-iters train-samples seed exit-interval lr min-lr
     lr-decay-style lr-warmup-iters lr-warmup-samples lr-decay-iters lr-decay-samples
     lr-wsd-decay-iters lr-wsd-decay-samples lr-wsd-decay-style weight-decay adam-beta1 adam-beta2
-    adam-eps clip-grad log-num-zeros-in-grad eval-interval eval-iters
+    adam-eps clip-grad overlap-grad-reduce overlap-param-gather ddp-num-buckets
+    ddp-bucket-size ddp-pad-buckets-for-high-nccl-busbw log-num-zeros-in-grad
+    eval-interval eval-iters
     save save-interval load finetune no-save-optim no-load-optim no-load-scheduler no-save-rng
     no-load-rng dist-ckpt-optim-fully-reshardable async-save keep-last
     log-interval tensorboard-dir device distributed-timeout-minutes
