@@ -16,6 +16,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_mimo.checkpoint import folder as folders
+from megatron_mimo.checkpoint.agreement import (
+    broadcast,
+    check_whole,
+    compare,
+    gather,
+    listed,
+    on_first_rank,
+    together,
+)
 from megatron_mimo.checkpoint.config import LoadConfig, SaveConfig
 from megatron_mimo.checkpoint.progress import Progress
 from megatron_mimo.checkpoint.tensors import optimizer_tensors, reads, writes
@@ -90,7 +99,7 @@ class Checkpointer:
         self._pending: _Pending | None = None
         self._lock: folders.SaveLock | None = None
         self._saved: int | None = None
-        _on_first_rank(self._control, self._take_lock)
+        on_first_rank(self._control, self._take_lock)
 
     def is_due(self, iteration: int) -> bool:
         """Whether the interval ends with an iteration."""
@@ -115,9 +124,9 @@ class Checkpointer:
             progress.iteration,
             root,
         )
-        token = _broadcast(uuid.uuid4().hex[:8], self._control)
+        token = broadcast(uuid.uuid4().hex[:8], self._control)
         staged = folders.staging_folder(root, progress.iteration, token)
-        lanes = _gather(loader, self._control)
+        lanes = gather(loader, self._control)
 
         def prepare() -> None:
             folders.prune(root, None)
@@ -126,7 +135,7 @@ class Checkpointer:
             merged = {lane: state for part in lanes for lane, state in part.items()}
             _write_object(staged / folders.LOADER, {"lanes": merged, "num_lanes": len(merged)})
 
-        _on_first_rank(self._control, prepare, self._explain(progress))
+        on_first_rank(self._control, prepare, self._explain(progress))
         save = Save(self._what(), staged, folders.checksum)
         self._pending = _Pending(save, staged, progress, start)
         if self._config.in_background:
@@ -138,7 +147,7 @@ class Checkpointer:
     def poll(self) -> None:
         """Publish a checkpoint whose files are all written. Collective; cheap without one."""
         if self._pending is not None and not any(
-            _gather(self._pending.save.is_writing, self._control)
+            gather(self._pending.save.is_writing, self._control)
         ):
             self.finish()
 
@@ -152,7 +161,7 @@ class Checkpointer:
         if pending is None:
             return
         explain = self._explain(pending.progress)
-        written = _together(self._control, pending.save.finish, explain)
+        written = together(self._control, pending.save.finish, explain)
         root, iteration = self._config.root, pending.progress.iteration
 
         def publish() -> None:
@@ -166,7 +175,7 @@ class Checkpointer:
             for removed in folders.prune(root, self._config.keep_last):
                 logger.info("removed %s", removed)
 
-        _on_first_rank(self._control, publish, explain)
+        on_first_rank(self._control, publish, explain)
         self._saved = iteration
         logger.info(
             "successfully saved checkpoint from iteration %7d to %s [ %.1f s ]",
@@ -203,7 +212,10 @@ class Checkpointer:
             "grids": {grid.name: asdict(grid) for grid in self._parts.topology.layout.grids},
         }
         if self._config.optimizer:
-            common["optimizer"] = {"step": self._parts.optimizer.num_updates}
+            common["optimizer"] = {
+                "step": self._parts.optimizer.num_updates,
+                "grad_scaler": self._parts.optimizer.scaler_state,
+            }
         return common
 
     def _what(self) -> list[ShardedTensor | ShardedObject]:
@@ -231,7 +243,7 @@ def load(parts: TrainedParts, config: LoadConfig) -> Loaded | None:
             asks for (lists it).
     """
     control, root, rank = parts.topology.control, config.root, dist.get_rank()
-    iteration = _on_first_rank(control, lambda: folders.latest_iteration(root))
+    iteration = on_first_rank(control, lambda: folders.latest_iteration(root))
     if iteration is None:
         logger.warning(
             "WARNING: could not find the metadata file %s; will not load any checkpoints and will "
@@ -241,7 +253,7 @@ def load(parts: TrainedParts, config: LoadConfig) -> Loaded | None:
         return None
     start, folder = time.perf_counter(), folders.iteration_folder(root, iteration)
     logger.info("loading distributed checkpoint from %s at iteration %d", root, iteration)
-    _check(folder, control)
+    check_whole(folder, control)
     common = _read_object(folder / folders.COMMON)
     tensors, objects = stored_tensors(folder)
     with_optimizer = config.optimizer and not config.finetune
@@ -272,6 +284,7 @@ def load(parts: TrainedParts, config: LoadConfig) -> Loaded | None:
         return Loaded(Progress(0, 0), None)
     if with_optimizer:
         parts.optimizer.num_updates = common["optimizer"]["step"]
+        parts.optimizer.scaler_state = common["optimizer"]["grad_scaler"]
     else:
         parts.optimizer.refresh_main_params()
     if config.scheduler:
@@ -290,16 +303,6 @@ def load(parts: TrainedParts, config: LoadConfig) -> Loaded | None:
     )
 
 
-def _check(folder: Path, control: dist.ProcessGroup) -> None:
-    """Compare every file with its checksum, all ranks sharing the reading."""
-    expected = _on_first_rank(control, lambda: folders.read_checksums(folder))
-    mine = folders.share(expected, dist.get_rank(), dist.get_world_size())
-    wrong = folders.check_files(folder, mine, expected)
-    all_wrong = [line for part in _gather(wrong, control) for line in part]
-    if all_wrong:
-        raise folders.damaged(folder, all_wrong)
-
-
 def _require(
     wanted: Sequence[ShardedTensor],
     stored: Mapping[str, StoredTensor],
@@ -313,27 +316,13 @@ def _require(
     Raises:
         ValueError: Lists what is missing or has another shape.
     """
-    faults, asked = set(), set()
-    for part in wanted:
-        asked.add(part.key)
-        if part.key not in stored:
-            faults.add(f"{part.key} is missing")
-        elif stored[part.key].shape != tuple(part.global_shape):
-            faults.add(
-                f"{part.key} is {list(stored[part.key].shape)}, the model's is "
-                f"{list(part.global_shape)}"
-            )
-    gathered = _gather((faults, asked), control)
-    everything = sorted(set().union(*(found for found, _ in gathered)))
-    if everything:
-        shown = "; ".join(everything[:20]) + (
-            f"; and {len(everything) - 20} more" if len(everything) > 20 else ""
-        )
+    faults, known = compare(wanted, stored, control)
+    if faults:
         raise ValueError(
-            f"{folder} does not hold what this model asks for: {shown}. Check --model-provider and "
-            f"what is frozen; --finetune or --no-load-optim load the weights alone"
+            f"{folder} does not hold what this model asks for: {listed(faults, '; ')}. Check "
+            f"--model-provider and what is frozen; --finetune or --no-load-optim load the weights "
+            f"alone"
         )
-    known = set().union(*(keys for _, keys in gathered))
     unexpected = sorted(
         key
         for key in set(stored) - known
@@ -343,7 +332,7 @@ def _require(
         logger.warning(
             "%d tensors of the checkpoint are not of this model: %s",
             len(unexpected),
-            ", ".join(unexpected[:20]),
+            listed(unexpected, ", "),
         )
 
 
@@ -351,65 +340,6 @@ def _rng(spec: Any, rank: int, state: Any) -> ShardedObject:
     """A rank's random state, by its place on a module's grid."""
     place = rank - spec.offset
     return ShardedObject(f"rng_state.{spec.name}", state, (spec.size,), (place,), replica_id=0)
-
-
-# -- agreement -------------------------------------------------------------------------------------
-
-
-def _gather(value: Any, control: dist.ProcessGroup) -> list[Any]:
-    """Of every rank, on every rank."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value, group=control)
-    return found
-
-
-def _broadcast(value: Any, control: dist.ProcessGroup) -> Any:
-    """Rank 0's."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=control)
-    return box[0]
-
-
-def _on_first_rank(control: dist.ProcessGroup, work: Any, what: str = "") -> Any:
-    """Run something on rank 0 and give its result to every rank; what it raises, every rank raises.
-
-    Raises:
-        ValueError: As rank 0 raised it.
-        RuntimeError: Rank 0 could not read or write a file.
-    """
-    result = error = None
-    if dist.get_rank() == 0:
-        try:
-            result = work()
-        except (OSError, ValueError) as raised:
-            error = raised
-    result, error = _broadcast((result, error), control)
-    if isinstance(error, ValueError):
-        raise error
-    if error is not None:
-        raise RuntimeError(f"{what or 'rank 0 failed'}: {error}")
-    return result
-
-
-def _together(control: dist.ProcessGroup, work: Any, what: str) -> list[Any]:
-    """Run something on every rank; what fails on one, every rank raises.
-
-    Returns:
-        What each rank found.
-
-    Raises:
-        RuntimeError: Names the first rank that failed, and how.
-    """
-    result = error = None
-    try:
-        result = work()
-    except Exception as raised:
-        error = f"rank {dist.get_rank()}: {raised}"
-    gathered = _gather((result, error), control)
-    failed = [found for _, found in gathered if found is not None]
-    if failed:
-        raise RuntimeError(f"{what}: {failed[0]}")
-    return [found for found, _ in gathered]
 
 
 # -- small files -----------------------------------------------------------------------------------

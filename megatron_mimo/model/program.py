@@ -20,8 +20,13 @@ class MimoStep:
     """
 
     def __init__(
-        self, model: MimoModel, microbatches: Sequence[Microbatch], image_token_id: int
+        self,
+        model: MimoModel,
+        microbatches: Sequence[Microbatch],
+        image_token_id: int,
+        loss_scale: float = 1.0,
     ) -> None:
+        self._loss_scale = loss_scale
         self._model = model
         self._microbatches = microbatches
         self._image_token_id = image_token_id
@@ -40,7 +45,7 @@ class MimoStep:
         return encoder(images.to(self._model.device), hidden)
 
     def forward(self, microbatch: int, inputs: Tensor | None) -> Tensor:
-        """Summed cross entropy of the lane's target tokens, float32, or hidden states [s*B, H]."""
+        """Scaled sum of the lane's cross entropies, float32, or hidden states [s*B, H]."""
         language, text = self._model.language, self._microbatches[microbatch].text
         assert language is not None and text is not None
         groups = language.groups
@@ -59,7 +64,7 @@ class MimoStep:
             return output.flatten(0, 1)
         loss = (output.float() * self._part(text.loss_mask)).sum()
         self.loss_sum += loss.detach()
-        return loss
+        return loss * self._loss_scale
 
     def begin_last_backward(self, module: Module) -> None:
         """What a module exchanges while its last backward runs, it exchanges from here on."""

@@ -4,6 +4,25 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LossScaleConfig:
+    """What losses are multiplied by, so that float16 gradients do not vanish.
+
+    Attributes:
+        constant: A fixed scale; None adapts it.
+        initial: The first scale.
+        least: It does not get smaller.
+        window: Updates in a row after which it doubles.
+        hysteresis: Updates with gradients that are not finite after which it halves.
+    """
+
+    constant: float | None = None
+    initial: float = 2.0**32
+    least: float = 1.0
+    window: int = 1000
+    hysteresis: int = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AdamConfig:
     """AdamW and gradient clipping, one setting for every module.
 
@@ -16,6 +35,7 @@ class AdamConfig:
         eps: Added to the root of the second moment.
         clip_grad: Largest global gradient norm; 0 turns clipping off.
         log_num_zeros: Count the zeros in the gradients.
+        loss_scale: Of losses in float16; None: 1.
     """
 
     lr: float
@@ -26,6 +46,7 @@ class AdamConfig:
     eps: float
     clip_grad: float
     log_num_zeros: bool = False
+    loss_scale: LossScaleConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

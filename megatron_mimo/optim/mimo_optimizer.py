@@ -10,12 +10,17 @@ import torch.distributed as dist
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.grad_scaler import (
+    ConstantGradScaler,
+    DynamicGradScaler,
+    MegatronGradScaler,
+)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_mimo.model.mimo import MimoModel, ModuleReplica
-from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
+from megatron_mimo.optim.config import AdamConfig, LossScaleConfig, ScheduleConfig
 from megatron_mimo.optim.state import ParamState, param_states, set_step
 from megatron_mimo.runtime.engine import world_is
 
@@ -32,12 +37,14 @@ class Update:
         grad_norm: Global gradient norm over all modules, before clipping.
         module_norms: Gradient norm of each module; 0 for one that does not train.
         num_zeros: Zeros in the gradients of all modules; None when they are not counted.
+        loss_scale: That the step's loss was multiplied by.
     """
 
     applied: bool
     grad_norm: float
     module_norms: Mapping[str, float]
     num_zeros: int | None
+    loss_scale: float
 
 
 class MimoOptimizer:
@@ -55,6 +62,7 @@ class MimoOptimizer:
         self._config = config
         self._control = control
         self._num_updates = 0
+        self._scaler = _scaler(config.loss_scale)
         self._optimizers: dict[str, MegatronOptimizer] = {
             replica.groups.spec.name: _build(replica, config)
             for replica in model.replicas
@@ -65,6 +73,21 @@ class MimoOptimizer:
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups of every optimizer of this rank, for the scheduler."""
         return [group for o in self._optimizers.values() for group in o.param_groups]
+
+    @property
+    def loss_scale(self) -> float:
+        """What the next loss is to be multiplied by; 1 unless parameters are float16."""
+        return float(self._scaler.scale) if self._scaler is not None else 1.0
+
+    @property
+    def scaler_state(self) -> dict[str, Any]:
+        """Of the loss scale; empty where it is 1."""
+        return self._scaler.state_dict() if self._scaler is not None else {}
+
+    @scaler_state.setter
+    def scaler_state(self, state: dict[str, Any]) -> None:
+        if self._scaler is not None and state:
+            self._scaler.load_state_dict(state)
 
     @property
     def num_updates(self) -> int:
@@ -113,11 +136,16 @@ class MimoOptimizer:
                     )
                 optimizer.step_with_ready_grads()
             self._num_updates += 1
+        scale = self.loss_scale
+        if self._scaler is not None:
+            # Of the agreement, so that the scale stays the same on every rank.
+            self._scaler.update(not applied)
         return Update(
             applied=applied,
             grad_norm=total,
             module_norms=norms,
             num_zeros=sum(zeros) if self._config.log_num_zeros else None,
+            loss_scale=scale,
         )
 
     def _agree(self) -> tuple[dict[str, float], list[int]]:
@@ -139,17 +167,26 @@ class MimoOptimizer:
         return dict(zip(_MODULES, norms, strict=True)), [int(count) for count in zeros]
 
 
-def finalize_gradients(model: MimoModel, num_target_tokens: int) -> None:
+def finalize_gradients(
+    model: MimoModel,
+    num_target_tokens: int,
+    *,
+    encoder_scale: float = 1.0,
+    loss_scale: float = 1.0,
+) -> None:
     """Sum each module's gradients over its own groups, then divide once.
 
     Args:
         model: The modules of this rank, after the backward of every microbatch.
         num_target_tokens: Of the global batch, over all lanes; at least 1.
+        encoder_scale: Multiplies the encoder's gradients.
+        loss_scale: That the losses were multiplied by.
     """
     for replica in model.replicas:
         if replica.ddp is not None:
             finalize_model_grads([replica.ddp], pg_collection=replica.groups.pg_collection)
-            replica.ddp.scale_gradients(1.0 / num_target_tokens)
+            scale = encoder_scale if replica is model.encoder else 1.0
+            replica.ddp.scale_gradients(scale / (num_target_tokens * loss_scale))
 
 
 def build_scheduler(
@@ -187,6 +224,21 @@ def _sum_of_squares(gradients: list[Tensor]) -> float:
     return float(norms.double().square().sum())
 
 
+def _scaler(config: LossScaleConfig | None) -> MegatronGradScaler | None:
+    if config is None:
+        return None
+    if config.constant is not None:
+        return ConstantGradScaler(config.constant)
+    return DynamicGradScaler(
+        initial_scale=config.initial,
+        min_scale=config.least,
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        growth_interval=config.window,
+        hysteresis=config.hysteresis,
+    )
+
+
 def _build(replica: ModuleReplica, config: AdamConfig) -> MegatronOptimizer:
     dtype = replica.module.config.params_dtype
     optimizer_config = OptimizerConfig(
@@ -199,7 +251,8 @@ def _build(replica: ModuleReplica, config: AdamConfig) -> MegatronOptimizer:
         adam_eps=config.eps,
         clip_grad=config.clip_grad,
         log_num_zeros_in_grad=config.log_num_zeros,
-        bf16=dtype == torch.bfloat16,
+        # Not fp16: it would scale, and agree on it, for each module apart.
+        bf16=dtype != torch.float32,
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )

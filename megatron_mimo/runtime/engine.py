@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -39,6 +40,7 @@ def transformer_config(
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
+        fp16=params_dtype == torch.float16,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         calculate_per_token_loss=True,
@@ -49,6 +51,11 @@ def transformer_config(
         persist_layer_norm=False,
         **architecture,
     )
+
+
+def scale_auxiliary_losses(scale: float) -> None:
+    """Multiply the gradients of experts' balance losses as the loss itself is multiplied."""
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale))
 
 
 def is_first_stage(pg_collection: ProcessGroupCollection) -> bool:

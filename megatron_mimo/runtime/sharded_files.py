@@ -9,6 +9,7 @@ import multiprocessing
 import pickle
 import queue
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,10 @@ def read(parts: Sequence[Stored], folder: Path) -> list[Any]:
         For each part its tensor, or its object.
     """
     named = {str(index): part for index, part in enumerate(parts)}
-    found: Any = TorchDistLoadShardedStrategy().load(named, folder)
+    with warnings.catch_warnings():
+        # That no group takes part, which is meant, and an order of arguments, megatron-core's.
+        warnings.simplefilter("ignore", UserWarning)
+        found: Any = TorchDistLoadShardedStrategy().load(named, folder)
     return [found[str(index)] for index in range(len(parts))]
 
 

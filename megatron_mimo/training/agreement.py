@@ -20,10 +20,12 @@ class Agreement:
 
     Attributes:
         target_tokens: In the global batch.
+        participating: Data-parallel ranks of the encoder that have an image in it.
         manifests: Of each microbatch.
     """
 
     target_tokens: int
+    participating: int
     manifests: tuple[StepManifest, ...]
 
 
@@ -53,8 +55,9 @@ def agree_on_step(
     """Spread what ranks must know of every lane, and check that its readers drew the same samples.
 
     One reduction over the world, on the host, of three integers per lane: its largest and smallest
-    digest and its target tokens; and, where encoder ranks share the sending to several lanes, one
-    per microbatch and lane: its rows. It runs before any row moves, because readers that disagree
+    digest and its target tokens; of one per data-parallel rank of the encoder: whether it has an
+    image; and, where encoder ranks share the sending to several lanes, of one per microbatch and
+    lane: its rows. It runs before any row moves, because readers that disagree
     would also disagree about how many rows to expect.
 
     Args:
@@ -76,9 +79,11 @@ def agree_on_step(
         numbers[2, lane] = step.lane_target_tokens[lane]
     pairs = _pairs(layout) if planner.needs_network_rows else []
     rows = _network_rows(step, planner, pairs)
-    message = torch.cat([numbers.flatten(), rows.flatten()])
+    encodes = _encodes(step, layout)
+    message = torch.cat([numbers.flatten(), encodes, rows.flatten()])
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=control)
-    largest, negated_smallest, tokens = message[: numbers.numel()].view_as(numbers)
+    agreed, participating, counted = message.split([numbers.numel(), len(encodes), rows.numel()])
+    largest, negated_smallest, tokens = agreed.view_as(numbers)
     parted = torch.nonzero(largest != -negated_smallest).flatten().tolist()
     if validate and parted:
         raise RuntimeError(f"{where}: {_difference(step, parted, layout, control)}")
@@ -88,9 +93,10 @@ def agree_on_step(
             f"{where}: no target token in the global batch, so its loss has no "
             f"mean: check the answers of the dataset, or raise --global-batch-size"
         )
-    counts = message[numbers.numel() :].view_as(rows).tolist()
+    counts = counted.view_as(rows).tolist()
     return Agreement(
         target_tokens=total,
+        participating=int(participating.sum()),
         manifests=tuple(
             StepManifest(
                 entries=microbatch.manifest,
@@ -100,6 +106,15 @@ def agree_on_step(
             for i, microbatch in enumerate(step.microbatches)
         ),
     )
+
+
+def _encodes(step: StepData, layout: Layout) -> torch.Tensor:
+    """Which data-parallel ranks of the encoder have an image of the lanes read here, int64."""
+    found = torch.zeros(0 if layout.encoder is None else layout.encoder.dp, dtype=torch.int64)
+    for microbatch in step.microbatches:
+        for entry in microbatch.manifest:
+            found[entry.encoder_rank] = 1
+    return found
 
 
 def _pairs(layout: Layout) -> list[tuple[int, int]]:

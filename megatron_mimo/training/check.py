@@ -25,11 +25,35 @@ def check(config: TrainConfig) -> None:
     """
     _check_numbers(config.grids, config.training, config.watching, config.runtime)
     _check_schedule(config.training)
+    _check_loss_scale(config.model)
     _check_images(config.model)
     _check_data_source(config.data)
     _check_sequence_parallel(config.grids)
     _check_checkpoints(config.checkpoints)
+    _check_first_weights(config.checkpoints, llm_only=config.grids.llm_only)
     _check_reduction(config.training)
+
+
+def _check_loss_scale(model: ModelSection) -> None:
+    """Flags of a loss scale without float16 would do nothing."""
+    defaults = ModelSection()
+    scales = {
+        "--loss-scale": ("loss_scale", model.loss_scale),
+        "--initial-loss-scale": ("initial_loss_scale", model.initial_loss_scale),
+        "--min-loss-scale": ("min_loss_scale", model.min_loss_scale),
+        "--loss-scale-window": ("loss_scale_window", model.loss_scale_window),
+        "--hysteresis": ("hysteresis", model.hysteresis),
+    }
+    for flag, (name, value) in scales.items():
+        if value != getattr(defaults, name) and not model.fp16:
+            raise ValueError(f"{flag} {value} without --fp16: add it, or leave {flag} out")
+        if value is not None and not value > 0:
+            raise ValueError(f"{flag} is {value}: expected more than 0")
+    if model.min_loss_scale > model.initial_loss_scale:
+        raise ValueError(
+            f"--min-loss-scale {model.min_loss_scale} is above --initial-loss-scale "
+            f"{model.initial_loss_scale}: expected at most the first scale"
+        )
 
 
 def _check_images(model: ModelSection) -> None:
@@ -143,6 +167,23 @@ def _check_checkpoints(checkpoints: CheckpointSection) -> None:
         given = [flag for flag, is_given in flags.items() if is_given]
         if given and path is None:
             raise ValueError(f"{' and '.join(given)} without {needed}: add it")
+
+
+def _check_first_weights(checkpoints: CheckpointSection, *, llm_only: bool) -> None:
+    """A run begins with the weights of one place, and with a vision encoder if it has one."""
+    given = [
+        f"{flag} {path}"
+        for flag, path in (
+            ("--load-hf", checkpoints.load_hf),
+            ("--load-nemotron-checkpoint", checkpoints.load_nemotron_checkpoint),
+            ("--load-vision-from", checkpoints.load_vision_from),
+        )
+        if path is not None
+    ]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: expected at most one of them")
+    if llm_only and checkpoints.load_vision_from is not None:
+        raise ValueError(f"{given[0]} with --llm-only, which has no vision encoder: leave one out")
 
 
 def _check_sequence_parallel(grid: GridSection) -> None:

@@ -107,7 +107,13 @@ class ModelSection:
         recompute_modules: Part of a layer that is recomputed with --recompute-granularity
             selective; left out: core_attn.
         bf16: Parameters, activations and rows in bfloat16.
+        fp16: Parameters, activations and rows in float16, with scaled losses.
         fp32: Parameters, activations and rows in float32; the default.
+        loss_scale: Fixed scale of the loss in float16; left out: it adapts.
+        initial_loss_scale: First scale of the loss in float16.
+        min_loss_scale: Least scale of the loss in float16.
+        loss_scale_window: Updates in a row after which the scale doubles.
+        hysteresis: Updates with gradients that are not finite after which the scale halves.
         init: Initial weights: "megatron" draws from each rank's random stream,
             "topology-invariant" draws each parameter from (seed, name), whatever the layout.
     """
@@ -142,7 +148,13 @@ class ModelSection:
     ] = None
     recompute_modules: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="PART")] = ()
     bf16: Switch = False
+    fp16: Switch = False
     fp32: Switch = False
+    loss_scale: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")] = None
+    initial_loss_scale: float = 2.0**32
+    min_loss_scale: float = 1.0
+    loss_scale_window: int = 1000
+    hysteresis: int = 2
     init: Literal["megatron", "topology-invariant"] = "megatron"
 
 
@@ -202,6 +214,9 @@ class TrainingSection:
         adam_beta2: Decay of Adam's second moment.
         adam_eps: Added to the root of Adam's second moment.
         clip_grad: Largest global gradient norm; 0 turns clipping off.
+        correct_encoder_grad_for_partial_participation: Scale the encoder's gradients by its
+            data-parallel ranks over those with an image in the global batch. Without, they are
+            exact already: sums over tokens, divided once.
         overlap_grad_reduce: Reduce gradients of the language model while its backward still runs.
         overlap_param_gather: Gather its updated weights while its next forward already runs.
         ddp_num_buckets: Buckets that its gradients are reduced in, with --overlap-grad-reduce.
@@ -238,6 +253,7 @@ class TrainingSection:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
+    correct_encoder_grad_for_partial_participation: Switch = False
     overlap_grad_reduce: Switch = False
     overlap_param_gather: Switch = False
     ddp_num_buckets: Number = None
@@ -257,6 +273,10 @@ class CheckpointSection:
         save_interval: Iterations between checkpoints; left out: only at the end.
         load: Folder of checkpoints to go on from, the newest first; one without any starts anew.
         load_hf: Folder of a nemotron_h_omni model to begin with; what --load finds wins.
+        load_nemotron_checkpoint: Megatron checkpoint of a Nemotron vision-language model whose
+            weights to begin with, its root or one iteration's folder; what --load finds wins.
+        load_vision_from: Megatron checkpoint whose vision encoder to begin with, its root or one
+            iteration's folder; what --load finds wins.
         finetune: Load the weights alone and begin at iteration 0.
         no_save_optim: Leave the optimizer's state out.
         no_load_optim: Begin with a fresh optimizer.
@@ -273,6 +293,8 @@ class CheckpointSection:
     save_interval: Number = None
     load: Folder = None
     load_hf: Folder = None
+    load_nemotron_checkpoint: Folder = None
+    load_vision_from: Folder = None
     finetune: Switch = False
     no_save_optim: Switch = False
     no_load_optim: Switch = False

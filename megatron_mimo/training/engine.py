@@ -26,6 +26,7 @@ def build_engine(
     check_bridge: bool,
     image_token_id: int,
     validate_data: bool,
+    correct_participation: bool = False,
     device: Device,
 ) -> Engine:
     """Build every part of a rank. Collective over the world.
@@ -41,6 +42,7 @@ def build_engine(
         check_bridge: Compare sample keys and checksums of all that crosses the bridge.
         image_token_id: Token that rows replace.
         validate_data: Check each step that both grids read the same samples.
+        correct_participation: Scale the encoder's gradients as if all its ranks had images.
         device: Of this rank.
 
     Raises:
@@ -70,6 +72,7 @@ def build_engine(
         scheduler=build_scheduler(optimizer, adam, schedule),
         image_token_id=image_token_id,
         validate_data=validate_data,
+        correct_participation=correct_participation,
     )
 
 

@@ -26,7 +26,7 @@ from megatron_mimo.training.yaml_file import load_mapping
 
 # Of each set at most one is on; a later source's choice replaces an earlier one's.
 _EXCLUSIVE = (
-    ("bf16", "fp32"),
+    ("bf16", "fp16", "fp32"),
     ("train-iters", "train-samples"),
     ("lr-warmup-iters", "lr-warmup-samples"),
     ("lr-decay-iters", "lr-decay-samples"),

@@ -197,7 +197,7 @@ def _report(
         lm_loss=loss,
         grad_norm=last.update.grad_norm,
         learning_rate=last.learning_rate,
-        loss_scale=1.0,
+        loss_scale=last.update.loss_scale,
         num_zeros=last.update.num_zeros,
         iteration_time_ms=interval.milliseconds_per_step(),
         global_batch_size=config.global_batch_size,

@@ -14,7 +14,7 @@ from megatron_mimo.images import ImageConfig
 from megatron_mimo.language.config import ExecutionConfig, HybridConfig
 from megatron_mimo.model.config import FreezeConfig, ModelConfig, ReduceConfig
 from megatron_mimo.omni.config import OmniConfig
-from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
+from megatron_mimo.optim.config import AdamConfig, LossScaleConfig, ScheduleConfig
 from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding
 from megatron_mimo.training.check import check
 from megatron_mimo.training.config import (
@@ -145,6 +145,7 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
             eps=training.adam_eps,
             clip_grad=training.clip_grad,
             log_num_zeros=training.log_num_zeros_in_grad,
+            loss_scale=_loss_scale(filled.model),
         ),
         schedule=build_schedule(config.training, global_batch_size),
         global_batch_size=global_batch_size,
@@ -174,7 +175,7 @@ def _fill_defaults(config: TrainConfig, world_size: int) -> TrainConfig:
             patch_dim=vision.patch_dim,
             class_token_len=vision.class_token_len,
             pixel_shuffle=vision.pixel_shuffle,
-            fp32=not model.bf16,
+            fp32=not (model.bf16 or model.fp16),
         ),
         data=_fill_source(data),
         training=replace(
@@ -274,6 +275,18 @@ def _execution(model: ModelSection, architecture: ModelConfig) -> ExecutionConfi
         recompute_granularity=granularity,
         recompute_modules=parts or ("core_attn",),
         moe_grouped_gemm=model.moe_grouped_gemm,
+    )
+
+
+def _loss_scale(model: ModelSection) -> LossScaleConfig | None:
+    if not model.fp16:
+        return None
+    return LossScaleConfig(
+        constant=model.loss_scale,
+        initial=model.initial_loss_scale,
+        least=model.min_loss_scale,
+        window=model.loss_scale_window,
+        hysteresis=model.hysteresis,
     )
 
 

@@ -1,10 +1,12 @@
 """From checked flags to everything that a rank trains with."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
 from megatron_mimo.checkpoint.checkpointer import Checkpointer, TrainedParts, load
+from megatron_mimo.checkpoint.foreign import load_nemotron, load_vision
 from megatron_mimo.checkpoint.progress import Progress
 from megatron_mimo.data import (
     DataConfig,
@@ -19,6 +21,7 @@ from megatron_mimo.data import (
 from megatron_mimo.data.batch import ResumableLoader
 from megatron_mimo.model.mimo import BuildConfig
 from megatron_mimo.runtime import RuntimeContext
+from megatron_mimo.training.config import CheckpointSection, ModelSection
 from megatron_mimo.training.engine import build_engine, data_role
 from megatron_mimo.training.foreign import load_folder
 from megatron_mimo.training.loop import LoopConfig
@@ -74,7 +77,7 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
         resolved.architecture,
         resolved.freeze,
         BuildConfig(
-            params_dtype=torch.bfloat16 if model.bf16 else torch.float32,
+            params_dtype=_dtype(model),
             seed=resolved.config.training.seed,
             init=model.init,
             vocab_size=_vocabulary(resolved, tokenizer),
@@ -89,6 +92,9 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
         check_bridge=resolved.config.grids.check_bridge,
         image_token_id=tokenizer.image_token_id,
         validate_data=resolved.config.data.validate_data_alignment,
+        correct_participation=(
+            resolved.config.training.correct_encoder_grad_for_partial_participation
+        ),
         device=context.device,
     )
     parts = TrainedParts(engine.topology, engine.model, engine.optimizer, engine.scheduler)
@@ -101,19 +107,20 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
         }
         checkpoints = Checkpointer(parts, resolved.save, flags)
     loaded = None if resolved.load is None else load(parts, resolved.load)
-    if loaded is None and resolved.config.checkpoints.load_hf is not None:
-        load_folder(parts, resolved.config.checkpoints.load_hf)
+    if loaded is None:
+        _load_first_weights(parts, resolved.config.checkpoints)
     if loaded is not None and loaded.loader is not None:
         loader.restore(loaded.loader["lanes"])
     training, watching = resolved.config.training, resolved.config.watching
+    progress = Progress(0, 0) if loaded is None else loaded.progress
     loop = LoopConfig(
-        train_iters=resolved.train_iters,
+        train_iters=_last_iteration(resolved, progress),
         global_batch_size=resolved.global_batch_size,
         exit_interval=training.exit_interval,
         log_interval=watching.log_interval,
         eval_interval=training.eval_interval,
         eval_iters=training.eval_iters,
-        progress=Progress(0, 0) if loaded is None else loaded.progress,
+        progress=progress,
     )
     return Trainer(
         engine=engine,
@@ -124,6 +131,16 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
         loop=loop,
         checkpoints=checkpoints,
     )
+
+
+def _load_first_weights(parts: TrainedParts, checkpoints: CheckpointSection) -> None:
+    """Begin with weights that another program or run has written, where a flag names them."""
+    if checkpoints.load_hf is not None:
+        load_folder(parts, checkpoints.load_hf)
+    if checkpoints.load_nemotron_checkpoint is not None:
+        load_nemotron(parts, Path(checkpoints.load_nemotron_checkpoint))
+    if checkpoints.load_vision_from is not None:
+        load_vision(parts, Path(checkpoints.load_vision_from))
 
 
 def _vocabulary(resolved: Resolved, tokenizer: Tokenizer) -> int:
@@ -140,3 +157,18 @@ def _vocabulary(resolved: Resolved, tokenizer: Tokenizer) -> int:
             f"{resolved.folder.vocab_size}: give the folder's own as --tokenizer-model"
         )
     return resolved.folder.vocab_size
+
+
+def _dtype(model: ModelSection) -> torch.dtype:
+    if model.bf16:
+        return torch.bfloat16
+    return torch.float16 if model.fp16 else torch.float32
+
+
+def _last_iteration(resolved: Resolved, progress: Progress) -> int:
+    """Where training ends; samples count on when the global batch has changed on the way."""
+    samples = resolved.config.training.train_samples
+    if samples is None:
+        return resolved.train_iters
+    left = max(0, samples - progress.consumed_samples)
+    return progress.iteration + left // resolved.global_batch_size

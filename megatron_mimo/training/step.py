@@ -11,6 +11,7 @@ from megatron_mimo.data.batch import StepData, StepLoader
 from megatron_mimo.model.mimo import MimoModel
 from megatron_mimo.model.program import MimoStep
 from megatron_mimo.optim.mimo_optimizer import MimoOptimizer, Update, finalize_gradients
+from megatron_mimo.runtime.engine import scale_auxiliary_losses
 from megatron_mimo.schedule.executor import Executor
 from megatron_mimo.topology.groups import Topology
 from megatron_mimo.training.agreement import Agreement, agree_on_step
@@ -29,6 +30,7 @@ class Engine:
         scheduler: Learning rate.
         image_token_id: Token that rows replace.
         validate_data: Check each step that both grids read the same samples.
+        correct_participation: Scale the encoder's gradients as if all its ranks had images.
     """
 
     topology: Topology
@@ -38,6 +40,7 @@ class Engine:
     scheduler: OptimizerParamScheduler
     image_token_id: int
     validate_data: bool
+    correct_participation: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,9 +80,16 @@ def train_step(
     num_tokens = agreement.target_tokens
     for replica in engine.model.replicas:
         replica.zero_grad()
-    loss_sum = _run(engine, data, agreement, gradients=True)
+    loss_scale = engine.optimizer.loss_scale
+    scale_auxiliary_losses(loss_scale)
+    loss_sum = _run(engine, data, agreement, gradients=True, loss_scale=loss_scale)
     experts = gather_load(engine.model, len(data.microbatches))
-    finalize_gradients(engine.model, num_tokens)
+    finalize_gradients(
+        engine.model,
+        num_tokens,
+        encoder_scale=_encoder_scale(engine, agreement),
+        loss_scale=loss_scale,
+    )
     update = engine.optimizer.step()
     _require_encoder_gradient(engine, data, update, iteration)
     if update.applied:
@@ -127,8 +137,22 @@ def agree(engine: Engine, data: StepData, where: str) -> Agreement:
     )
 
 
-def _run(engine: Engine, data: StepData, agreement: Agreement, *, gradients: bool) -> Tensor:
-    program = MimoStep(engine.model, data.microbatches, engine.image_token_id)
+def _encoder_scale(engine: Engine, agreement: Agreement) -> float:
+    encoder = engine.topology.layout.encoder
+    if not engine.correct_participation or encoder is None or not agreement.participating:
+        return 1.0
+    return encoder.dp / agreement.participating
+
+
+def _run(
+    engine: Engine,
+    data: StepData,
+    agreement: Agreement,
+    *,
+    gradients: bool,
+    loss_scale: float = 1.0,
+) -> Tensor:
+    program = MimoStep(engine.model, data.microbatches, engine.image_token_id, loss_scale)
     crossings = [engine.executor.plan(manifest) for manifest in agreement.manifests]
     engine.executor.run(program, crossings, gradients=gradients)
     return program.loss_sum

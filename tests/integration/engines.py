@@ -22,10 +22,20 @@ def beside(encoder: dict[str, int], llm: dict[str, int]) -> Layout:
     return layout(encoder, llm | {"offset": ModuleGridSpec(name="encoder", **encoder).size})
 
 
-def small_engine(chosen, *, lr=1e-3, steps=20, run_ahead=1, check_bridge=False, **model):
+def small_engine(
+    chosen,
+    *,
+    lr=1e-3,
+    steps=20,
+    run_ahead=1,
+    check_bridge=False,
+    correct=False,
+    scale=None,
+    **model,
+):
     """This rank's engine over a narrow mock model; other arguments are `small_parts`'s."""
     from megatron_mimo.data import ByteTokenizer
-    from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
+    from megatron_mimo.optim.config import AdamConfig, LossScaleConfig, ScheduleConfig
     from megatron_mimo.runtime import Device
     from megatron_mimo.training.engine import build_engine
 
@@ -33,13 +43,21 @@ def small_engine(chosen, *, lr=1e-3, steps=20, run_ahead=1, check_bridge=False, 
         chosen,
         *small_parts(**model),
         AdamConfig(
-            lr=lr, min_lr=lr / 10, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_grad=1.0
+            lr=lr,
+            min_lr=lr / 10,
+            weight_decay=0.1,
+            beta1=0.9,
+            beta2=0.95,
+            eps=1e-8,
+            clip_grad=1.0,
+            loss_scale=scale and LossScaleConfig(**scale),
         ),
         ScheduleConfig(style="cosine", warmup_samples=16, decay_samples=steps * 8),
         run_ahead=run_ahead,
         check_bridge=check_bridge,
         image_token_id=ByteTokenizer.image_token_id,
         validate_data=True,
+        correct_participation=correct,
         device=Device("cpu"),
     )
 
@@ -57,6 +75,7 @@ def small_parts(
     freeze=None,
     sequence_parallel=True,
     bf16=False,
+    fp16=False,
     tied_embeddings=False,
     seq_length=SEQ_LENGTH,
     provider="mock",
@@ -81,7 +100,7 @@ def small_parts(
         ],
     )
     build = BuildConfig(
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        params_dtype=torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32,
         seed=7,
         init="topology-invariant",
         vocab_size=ByteTokenizer.vocab_size,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatron_mimo.model.config import FreezeConfig
 from megatron_mimo.topology import Layout
 from tests.integration.engines import beside, layout, mock_data, mock_loader, small_engine
 
@@ -183,6 +184,34 @@ def test_so_does_bf16(run_ranks: Callable[..., list], tmp_path: Path) -> None:
 def test_so_does_a_dense_model(run_ranks: Callable[..., list], tmp_path: Path) -> None:
     engine = {"provider": "mock", "overrides": ("language.hidden_size=64",)}
     check_exact(run_ranks, LAYOUTS["llm tp 2"], tmp_path, {}, engine, {})
+
+
+STAGES = {
+    "stage 1": FreezeConfig(vision=True, language=True),
+    "stage 2": FreezeConfig(vision=True),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_so_does_a_run_that_trains_a_part(
+    stage: str, run_ranks: Callable[..., list], tmp_path: Path
+) -> None:
+    chosen = LAYOUTS["llm ep 2"]
+    check_exact(run_ranks, chosen, tmp_path, {}, {"freeze": STAGES[stage]}, {})
+
+
+def owners(chosen: Layout, freeze: FreezeConfig) -> tuple[str, int]:
+    """This rank's module, and of how many weights it keeps optimizer state."""
+    engine, _, _ = build(chosen, {}, {"freeze": freeze})
+    (replica,) = engine.model.replicas
+    return replica.groups.spec.name, len(engine.optimizer.param_states())
+
+
+def test_ranks_of_a_frozen_module_own_no_optimizer_state(run_ranks: Callable[..., list]) -> None:
+    chosen = LAYOUTS["llm ep 2"]
+    found = run_ranks(chosen.world_size, owners, chosen, STAGES["stage 1"])
+    assert {name for name, weights in found if weights} == {"encoder"}
+    assert {name for name, _ in found} == {"encoder", "llm"}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

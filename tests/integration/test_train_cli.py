@@ -149,3 +149,15 @@ def test_a_sample_whose_images_are_missing_in_its_text_stops_the_run(digits: Pat
     assert run.returncode != 0
     assert key in run.stderr
     assert "0 <image> placeholders in its question and 1 images" in run.stderr
+
+
+def test_a_run_in_samples_goes_on_with_another_batch(tmp_path: Path) -> None:
+    """Ten samples: two batches of four, then one of two."""
+    root = tmp_path / "checkpoints"
+    flags = ("--train-samples", "10", "--save", str(root), "--load", str(root))
+    first = train(*flags, "--global-batch-size", "4", "--exit-interval", "2")
+    assert "will not load any checkpoints" in first.stdout + first.stderr
+    second = train(*flags, "--global-batch-size", "2")
+    assert "trained 1 iterations after 2 on 10 samples" in second.stdout
+    third = train(*flags, "--global-batch-size", "2")
+    assert "trained 0 iterations after 3 on 10 samples" in third.stdout

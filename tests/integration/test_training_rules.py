@@ -6,7 +6,14 @@ import pytest
 
 from megatron_mimo.model.config import FreezeConfig
 from megatron_mimo.topology import Layout
-from tests.integration.engines import beside, layout, mock_data, mock_loader, small_engine
+from tests.integration.engines import (
+    beside,
+    layout,
+    list_loader,
+    mock_data,
+    mock_loader,
+    small_engine,
+)
 
 FAN_OUT = beside({}, {"dp": 2})
 PARTS = ("vision", "projector", "model")
@@ -223,3 +230,22 @@ def test_a_learned_batch_is_answered_exactly(
 def test_bf16_learns_too(run_ranks: Callable[..., list]) -> None:
     found = run_ranks(3, learn_and_answer, FAN_OUT, True)
     assert found[FAN_OUT.logging_rank][0] < 0.05
+
+
+def encoder_norms(correct: bool) -> float:
+    """Of the first step, in which one of two encoder ranks has no image."""
+    from megatron_mimo.training.step import train_step
+
+    chosen = beside({"dp": 2}, {"dp": 2})
+    engine = small_engine(chosen, seq_length=560, correct=correct)
+    # Every other sample has an image, so one of the two lanes has none.
+    loader = list_loader(chosen, seq_length=560, micro_batch_size=1, global_batch_size=2)
+    return train_step(engine, loader, 1, 2).update.module_norms["encoder"]
+
+
+def test_gradients_are_scaled_up_for_encoder_ranks_without_images(
+    run_ranks: Callable[..., list],
+) -> None:
+    (plain, *_), (scaled, *_) = (run_ranks(4, encoder_norms, on) for on in (False, True))
+    assert plain > 0
+    assert scaled == pytest.approx(2 * plain, rel=1e-5)

@@ -20,17 +20,19 @@ FLAGS = """
     tokenizer-model image-token seq-length dynamic-resolution dynamic-resolution-min-patches
     dynamic-resolution-max-patches img-h img-w use-tiling max-num-tiles use-thumbnail patch-dim
     class-token-len pixel-shuffle moe-router-force-load-balancing moe-grouped-gemm
-    recompute-granularity recompute-modules bf16 fp32 init
+    recompute-granularity recompute-modules bf16 fp16 fp32 loss-scale
+    initial-loss-scale min-loss-scale loss-scale-window hysteresis init
     dataset-provider data-path num-workers shuffle-buffer-size validate-data-alignment
     sample-trace-dir mock-dataset-size text-only-fraction
     micro-batch-size global-batch-size train-iters train-samples seed exit-interval lr min-lr
     lr-decay-style lr-warmup-iters lr-warmup-samples lr-decay-iters lr-decay-samples
     lr-wsd-decay-iters lr-wsd-decay-samples lr-wsd-decay-style weight-decay adam-beta1 adam-beta2
-    adam-eps clip-grad overlap-grad-reduce overlap-param-gather ddp-num-buckets
-    ddp-bucket-size ddp-pad-buckets-for-high-nccl-busbw log-num-zeros-in-grad
-    eval-interval eval-iters
-    save save-interval load finetune no-save-optim no-load-optim no-load-scheduler no-save-rng
-    no-load-rng dist-ckpt-optim-fully-reshardable async-save keep-last
+    adam-eps clip-grad correct-encoder-grad-for-partial-participation overlap-grad-reduce
+    overlap-param-gather ddp-num-buckets ddp-bucket-size ddp-pad-buckets-for-high-nccl-busbw
+    log-num-zeros-in-grad eval-interval eval-iters
+    save save-interval load load-hf load-nemotron-checkpoint load-vision-from finetune no-save-optim
+    no-load-optim no-load-scheduler no-save-rng no-load-rng dist-ckpt-optim-fully-reshardable
+    async-save keep-last
     log-interval tensorboard-dir device distributed-timeout-minutes
 """.split()
 

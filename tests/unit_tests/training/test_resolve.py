@@ -219,6 +219,12 @@ def test_settings_reach_their_parts() -> None:
         (1, "--distributed-timeout-minutes 0", r"^--distributed-timeout-minutes is 0.0: expected"),
         (1, "--lr-warmup-iters 100", r"^--lr-warmup-iters 100 is not below --train-iters 100"),
         (1, "--lr-warmup-iters 9 --lr-decay-iters 9", r"is not below --lr-decay-iters 9"),
+        (1, "--load-nemotron-checkpoint a --load-vision-from b",
+         r"^--load-nemotron-checkpoint a and --load-vision-from b: expected at most one of them$"),
+        (1, "--load-hf a --load-vision-from b --model-provider hf",
+         r"^--load-hf a and --load-vision-from b: expected at most one"),
+        (1, "--load-vision-from b --llm-only",
+         r"^--load-vision-from b with --llm-only, which has no vision encoder"),
     ],
 )  # fmt: skip
 def test_refuses(world_size: int, flags: str, message: str) -> None:

@@ -1,0 +1,324 @@
+"""Saving a checkpoint: how long training stands still, ours against torch's distributed checkpoint.
+
+Four ranks, an encoder of dp 2 beside a language model of dp 2 and ep 2, hold weights, fp32 main
+weights and Adam's two moments in fp32. Both sides write the same bytes, each rank the ranges that
+it owns, to the same disk, and both sync them:
+
+- *ours*: `Checkpointer`, that is with the grids' names and offsets for another layout, with random
+  states, a checksum of every file, and a rename that publishes;
+- *the peer*: `torch.distributed.checkpoint.save` and `async_save` as they come, given for each
+  weight this rank's range of it, under a name of its own on each rank, so that nothing is searched
+  for copies. That cannot be read on another layout; it is the least that a save must do.
+
+Seconds are those of the rank that waits longest. *In the background* counts what the loop waits
+for: `save`, then `poll` after each step until the checkpoint is published; for the peer `async_save`
+and the result. Ranks meet before each of these, so that no step's own skew is counted. What the
+steps in between lose to the writer, by steps just before the save, stands in a row of its own.
+
+    python benchmarks/bench_checkpoint.py [--quick] [--json FILE]
+"""
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchlib.ranks import answer, is_rank, run_ranks, task
+from benchlib.report import Row, arguments, show, write
+
+# Of our own save in the foreground.
+STALL_TARGET = 0.2
+SEQ_LENGTH = 128
+# Of the language model: width, and width of an expert.
+SIZES = {"small": (256, 256), "large": (512, 1024)}
+SIDES = ("sync", "peer sync", "async", "peer async")
+QUIET_STEPS = 3
+# On disk, by the peer's: what a rank's files say of each tensor may differ.
+BYTES_TARGET = 1.02
+
+
+def main() -> None:
+    """Run every case and print the comparison."""
+    flags = arguments(__doc__.splitlines()[0])
+    rows: list[Row] = []
+    for size in ("small",) if flags.quick else SIZES:
+        with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as folder:
+            given = {"size": size, "folder": folder, "repetitions": 3 if flags.quick else 5}
+            rows += compared(run_ranks(__file__, 4, given))
+    show(__doc__.splitlines()[0], rows)
+    write(rows, flags.json)
+
+
+def compared(found: dict[str, Any]) -> Iterator[Row]:
+    """The rows of one size."""
+    stall = {side: statistics.median(found["stall"][side]) for side in SIDES}
+    lost = {side: statistics.median(found["lost"][side]) for side in SIDES}
+    megabytes = {side: found["bytes"][side] / 1e6 for side in SIDES}
+    # The peer writes nothing twice.
+    where = f"{megabytes['peer sync']:.0f} MB"
+    rates = " and ".join(
+        f"{megabytes['peer sync'] / stall[side]:.0f}" for side in ("sync", "peer sync")
+    )
+    yield Row(
+        case=f"{where}: foreground, by DCP's save ({rates} MB/s)",
+        ours=stall["sync"],
+        peer=stall["peer sync"],
+        target=None,
+        unit="s",
+    )
+    yield Row(
+        case=f"{where}: background, by our foreground",
+        ours=stall["async"],
+        peer=stall["sync"],
+        target=STALL_TARGET,
+        unit="s",
+    )
+    yield Row(
+        case=f"{where}: background, by DCP's async_save",
+        ours=stall["async"],
+        peer=stall["peer async"],
+        target=None,
+        unit="s",
+    )
+    yield Row(
+        case=f"{where}: background, lost by the steps meanwhile",
+        ours=lost["async"],
+        peer=lost["peer async"],
+        target=None,
+        unit="s",
+    )
+    yield Row(
+        case=f"{where}: bytes on disk",
+        ours=megabytes["sync"],
+        peer=megabytes["peer sync"],
+        target=BYTES_TARGET,
+        unit="MB",
+    )
+
+
+def work() -> None:
+    """Measure on this rank."""
+    from megatron_mimo.runtime import initialize, shutdown
+
+    initialize("cpu")
+    given = task()
+    answer(measure(given))
+    shutdown()
+
+
+def measure(given: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of every side, in turns; the first turn is not counted."""
+    from megatron_mimo.checkpoint.checkpointer import TrainedParts
+
+    engine, step = trained(*SIZES[given["size"]])
+    parts = TrainedParts(engine.topology, engine.model, engine.optimizer, engine.scheduler)
+    sides = our_sides(parts, step, Path(given["folder"])) | peer_sides(
+        parts, step, Path(given["folder"])
+    )
+    found: dict[str, Any] = {
+        "stall": {side: [] for side in SIDES},
+        "lost": {side: [] for side in SIDES},
+        "bytes": {},
+    }
+    for repetition in range(given["repetitions"] + 1):
+        for side in SIDES:
+            quiet = statistics.median([waited(step) for _ in range(QUIET_STEPS)])
+            stall, steps, folder = sides[side](repetition + 1)
+            found["bytes"][side] = removed(folder)
+            if repetition:
+                found["stall"][side].append(stall)
+                found["lost"][side].append(sum(steps) - quiet * len(steps))
+    return found
+
+
+type Side = Callable[[int], tuple[float, list[float], Path]]
+"""Saves one checkpoint, numbered from 1: stall, each step's seconds meanwhile, and where it lies.
+"""
+
+
+def our_sides(parts: Any, step: Callable[[], Any], root: Path) -> dict[str, Side]:
+    """Our checkpoints, in the foreground and in the background."""
+    from megatron_mimo.checkpoint.checkpointer import Checkpointer
+    from megatron_mimo.checkpoint.config import SaveConfig
+    from megatron_mimo.checkpoint.folder import iteration_folder
+    from megatron_mimo.checkpoint.progress import Progress
+
+    def side(name: str, *, in_background: bool) -> Side:
+        folder = root / name
+        config = SaveConfig(root=folder, in_background=in_background)
+        checkpoints = Checkpointer(parts, config, {})
+
+        def call(number: int) -> tuple[float, list[float], Path]:
+            stall = waited(lambda: checkpoints.save(Progress(number, number), {}))
+            steps, published = [], iteration_folder(folder, number)
+            while not published.exists():
+                steps.append(waited(step))
+                stall += waited(checkpoints.poll)
+            return stall, steps, published
+
+        return call
+
+    return {"sync": side("sync", in_background=False), "async": side("async", in_background=True)}
+
+
+def peer_sides(parts: Any, step: Callable[[], Any], root: Path) -> dict[str, Side]:
+    """torch's own, over the same tensors."""
+    import torch.distributed as dist
+    from torch.distributed.checkpoint import async_save, save
+
+    state = plain_state(parts)
+    # It communicates from a thread while training does.
+    group = dist.new_group(backend="gloo")
+
+    def sync(number: int) -> tuple[float, list[float], Path]:
+        folder = root / f"peer-sync-{number}"
+        return waited(lambda: save(state, checkpoint_id=folder)), [], folder
+
+    def in_background(number: int) -> tuple[float, list[float], Path]:
+        folder, futures, steps = root / f"peer-async-{number}", [], []
+
+        def start() -> None:
+            futures.append(async_save(state, checkpoint_id=folder, process_group=group))
+
+        stall = waited(start)
+        while on_every_rank(0.0 if futures[0].done() else 1.0):
+            steps.append(waited(step))
+        return stall + waited(futures[0].result), steps, folder
+
+    return {"peer sync": sync, "peer async": in_background}
+
+
+def plain_state(parts: Any) -> dict[str, Any]:
+    """This rank's ranges of every weight and moment, by names that no other rank has."""
+    import torch.distributed as dist
+
+    rank, states = dist.get_rank(), parts.optimizer.param_states()
+    found = {}
+    for replica in parts.model.replicas:
+        for name, weight in replica.module.named_parameters():
+            owned = states.get(weight.data_ptr())
+            if owned is not None:
+                own = weight.detach().view(-1)[owned.start : owned.stop]
+                found |= {
+                    f"{rank}.{name}.{kind}": tensor
+                    for kind, tensor in {"weight": own, **owned.tensors}.items()
+                }
+    return found
+
+
+def waited(call: Callable[[], Any]) -> float:
+    """Seconds of a call on the rank that takes longest; ranks start together."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    start = time.perf_counter()
+    call()
+    return on_every_rank(time.perf_counter() - start)
+
+
+def on_every_rank(value: float) -> float:
+    """The largest of all ranks'."""
+    import torch
+    import torch.distributed as dist
+
+    largest = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
+def removed(folder: Path) -> int:
+    """Remove a checkpoint; the bytes that it took."""
+    import torch.distributed as dist
+
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+    dist.barrier()
+    return size
+
+
+def trained(width: int, expert_width: int) -> tuple[Any, Callable[[], Any]]:
+    """An engine of this rank, and a call that trains one step of it."""
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+
+    from megatron_mimo.data import ByteTokenizer, DataConfig, RawSample
+    from megatron_mimo.data.loader import build_list_loader
+    from megatron_mimo.model.config import FreezeConfig
+    from megatron_mimo.model.mimo import BuildConfig
+    from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
+    from megatron_mimo.presets import model_config
+    from megatron_mimo.runtime import Device
+    from megatron_mimo.topology import Layout, ModuleGridSpec
+    from megatron_mimo.training.engine import build_engine, data_role
+    from megatron_mimo.training.step import train_step
+
+    encoder = ModuleGridSpec(name="encoder", dp=2)
+    llm = ModuleGridSpec(name="llm", offset=2, dp=2, ep=2)
+    layout = Layout(encoder=encoder, llm=llm, world_size=4)
+    architecture = model_config(
+        "nemotron-moe-vlm-tiny",
+        [
+            f"language.hidden_size={width}",
+            f"language.moe_ffn_hidden_size={expert_width}",
+            f"vision.hidden_size={width}",
+            f"vision.ffn_hidden_size={4 * width}",
+            f"projector.ffn_hidden_size={4 * width}",
+        ],
+    )
+    random = np.random.default_rng(5)
+    samples = [
+        RawSample(
+            key=str(i),
+            question="<image> what is it?",
+            answer=f"it is number {i}",
+            images=(random.integers(0, 256, (64, 64, 3), dtype=np.uint8),),
+        )
+        for i in range(2)
+    ]
+    config = DataConfig(
+        seq_length=SEQ_LENGTH,
+        micro_batch_size=1,
+        global_batch_size=2,
+        image=architecture.vision.image_config(max_patches=64),
+    )
+    role = data_role(layout, dist.get_rank())
+    data = build_list_loader(samples, config, role, ByteTokenizer()).next_step()
+
+    class Given:
+        def next_step(self) -> Any:
+            return data
+
+    engine = build_engine(
+        layout,
+        architecture,
+        FreezeConfig(),
+        BuildConfig(
+            params_dtype=torch.float32,
+            seed=1,
+            init="megatron",
+            vocab_size=ByteTokenizer.vocab_size,
+            seq_length=SEQ_LENGTH,
+            sequence_parallel=False,
+        ),
+        AdamConfig(
+            lr=1e-5, min_lr=0.0, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=1e-8, clip_grad=1.0
+        ),
+        ScheduleConfig(style="constant", warmup_samples=0, decay_samples=1000),
+        run_ahead=1,
+        check_bridge=False,
+        image_token_id=ByteTokenizer.image_token_id,
+        validate_data=True,
+        device=Device("cpu"),
+    )
+    engine.model.train()
+    return engine, lambda: train_step(engine, Given(), 1, 2)
+
+
+if __name__ == "__main__":
+    work() if is_rank() else main()
