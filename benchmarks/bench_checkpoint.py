@@ -1,19 +1,19 @@
 """Saving a checkpoint: how long training stands still, ours against torch's distributed checkpoint.
 
 Four ranks, an encoder of dp 2 beside a language model of dp 2 and ep 2, hold weights, fp32 main
-weights and Adam's two moments in fp32. Both sides write the same bytes, each rank the ranges that
-it owns, to the same disk, and both sync them:
+weights and Adam's two moments in fp32. Both sides save the same state to the same disk, each rank
+the ranges that its optimizer owns, and both sync their files:
 
-- *ours*: `Checkpointer`, that is with the grids' names and offsets for another layout, with random
-  states, a checksum of every file, and a rename that publishes;
-- *the peer*: `torch.distributed.checkpoint.save` and `async_save` as they come, given for each
-  weight this rank's range of it, under a name of its own on each rank, so that nothing is searched
-  for copies. That cannot be read on another layout; it is the least that a save must do.
+- *ours*: `Checkpointer`; each range is stored as a part of a tensor that any layout can read, and
+  there are random states, a checksum of every file, and a rename that publishes;
+- *the peer*: `torch.distributed.checkpoint.save` and `async_save` as they come, given this rank's
+  ranges as plain tensors under names that no other rank has, so that it finds no copies to remove.
+  What it writes cannot be read on another layout: it is the least that a save must do.
 
-Seconds are those of the rank that waits longest. *In the background* counts what the loop waits
-for: `save`, then `poll` after each step until the checkpoint is published; for the peer `async_save`
-and the result. Ranks meet before each of these, so that no step's own skew is counted. What the
-steps in between lose to the writer, by steps just before the save, stands in a row of its own.
+Seconds are those of the rank that waits longest. *Background* counts what the loop waits for:
+`save`, and `poll` after each step until the checkpoint is published; for the peer `async_save` and
+its result. Ranks meet before each of these, so that a step's own skew is not counted. What the
+steps meanwhile lose to the writer, by steps just before the save, stands in a row of its own.
 
     python benchmarks/bench_checkpoint.py [--quick] [--json FILE]
 """
@@ -115,9 +115,8 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
 
     engine, step = trained(*SIZES[given["size"]])
     parts = TrainedParts(engine.topology, engine.model, engine.optimizer, engine.scheduler)
-    sides = our_sides(parts, step, Path(given["folder"])) | peer_sides(
-        parts, step, Path(given["folder"])
-    )
+    root = Path(given["folder"])
+    sides = our_sides(parts, step, root) | peer_sides(parts, step, root)
     found: dict[str, Any] = {
         "stall": {side: [] for side in SIDES},
         "lost": {side: [] for side in SIDES},
@@ -125,7 +124,8 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
     }
     for repetition in range(given["repetitions"] + 1):
         for side in SIDES:
-            quiet = statistics.median([waited(step) for _ in range(QUIET_STEPS)])
+            num_quiet = QUIET_STEPS if "async" in side else 1
+            quiet = statistics.median([waited(step) for _ in range(num_quiet)])
             stall, steps, folder = sides[side](repetition + 1)
             found["bytes"][side] = removed(folder)
             if repetition:
@@ -165,9 +165,9 @@ def our_sides(parts: Any, step: Callable[[], Any], root: Path) -> dict[str, Side
 
 
 def peer_sides(parts: Any, step: Callable[[], Any], root: Path) -> dict[str, Side]:
-    """torch's own, over the same tensors."""
+    """Checkpoints of torch's own, over the same tensors."""
     import torch.distributed as dist
-    from torch.distributed.checkpoint import async_save, save
+    from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
     state = plain_state(parts)
     # It communicates from a thread while training does.
@@ -178,13 +178,15 @@ def peer_sides(parts: Any, step: Callable[[], Any], root: Path) -> dict[str, Sid
         return waited(lambda: save(state, checkpoint_id=folder)), [], folder
 
     def in_background(number: int) -> tuple[float, list[float], Path]:
-        folder, futures, steps = root / f"peer-async-{number}", [], []
+        folder = root / f"peer-async-{number}"
+        futures: list[Any] = []
+        steps: list[float] = []
 
         def start() -> None:
             futures.append(async_save(state, checkpoint_id=folder, process_group=group))
 
         stall = waited(start)
-        while on_every_rank(0.0 if futures[0].done() else 1.0):
+        while largest(0.0 if futures[0].done() else 1.0):
             steps.append(waited(step))
         return stall + waited(futures[0].result), steps, folder
 
@@ -196,7 +198,7 @@ def plain_state(parts: Any) -> dict[str, Any]:
     import torch.distributed as dist
 
     rank, states = dist.get_rank(), parts.optimizer.param_states()
-    found = {}
+    found: dict[str, Any] = {}
     for replica in parts.model.replicas:
         for name, weight in replica.module.named_parameters():
             owned = states.get(weight.data_ptr())
@@ -216,17 +218,17 @@ def waited(call: Callable[[], Any]) -> float:
     dist.barrier()
     start = time.perf_counter()
     call()
-    return on_every_rank(time.perf_counter() - start)
+    return largest(time.perf_counter() - start)
 
 
-def on_every_rank(value: float) -> float:
-    """The largest of all ranks'."""
+def largest(value: float) -> float:
+    """Of all ranks'."""
     import torch
     import torch.distributed as dist
 
-    largest = torch.tensor([value], dtype=torch.float64)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return float(largest)
+    found = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return float(found)
 
 
 def removed(folder: Path) -> int:

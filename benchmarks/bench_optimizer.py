@@ -215,7 +215,7 @@ def peer_step(model: Any, topology: Any, given: dict[str, Any]) -> Callable[[], 
         success, norm, _ = optimizer.step()
         if not success or norm is None:
             raise RuntimeError(f"megatron-core's step found gradients that are not finite: {norm}")
-        return norm
+        return float(norm)
 
     return step
 
@@ -255,7 +255,7 @@ def counted() -> Iterator[Count]:
                 count.number += group_size(func, args) > 1
             return func(*args, **(kwargs or {}))
 
-    with Counting():
+    with Counting():  # type: ignore[no-untyped-call]
         yield count
 
 

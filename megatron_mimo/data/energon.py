@@ -117,7 +117,7 @@ def _worker_config(config: DataConfig, lane: int, num_lanes: int, num_workers: i
     )
 
 
-class EnergonStream:
+class EnergonStream(Iterator[Outcome]):
     """Outcomes of one lane's readers, again and again; they start with the first outcome.
 
     Args:

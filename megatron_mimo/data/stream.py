@@ -1,6 +1,6 @@
 """A lane's samples, as a source that can be stopped and gone on with."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from megatron_mimo.data.config import DataConfig
@@ -31,7 +31,7 @@ class LaneStream(Protocol):
         ...
 
 
-class IndexedStream:
+class IndexedStream(Iterator[Outcome]):
     """Samples by number, dealt to the lanes.
 
     Sample `s * GBS + m * (L * B) + l * B + j` is the j-th of lane l in microbatch m of step s.

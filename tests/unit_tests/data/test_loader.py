@@ -2,8 +2,10 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +21,10 @@ from megatron_mimo.data.loader import (
     build_list_loader,
     build_train_loader,
     collate_text,
-    lane_indices,
 )
 from megatron_mimo.data.mock import Split, mock_sample
 from megatron_mimo.data.sample import EncodedSample, Outcome, RejectedSample, SkippedSample
+from megatron_mimo.data.stream import IndexedStream
 from megatron_mimo.data.tokenizer import ByteTokenizer
 from megatron_mimo.data.trace import SampleTrace
 from megatron_mimo.images import ImageConfig, pack_images
@@ -116,14 +118,45 @@ def test_packed_images_are_the_assigned_ones_in_manifest_order() -> None:
     torch.testing.assert_close(patches, everything.patches, rtol=0, atol=0)
 
 
+def numbers(lane: int, lanes: int, config: DataConfig) -> Any:
+    """A lane's samples, of which each is its number."""
+    return IndexedStream(lambda number: number, lane, lanes, config)  # type: ignore[arg-type]
+
+
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 def test_lanes_share_every_global_batch_alike(lanes: int, batch: int, rounds: int) -> None:
     config = DataConfig(micro_batch_size=batch, global_batch_size=batch * lanes * rounds)
     size = config.global_batch_size
-    drawn = [lane_indices(lane, lanes, config) for lane in range(lanes)]
+    drawn = [numbers(lane, lanes, config) for lane in range(lanes)]
     for step in range(3):
         samples = [i for it in drawn for i in itertools.islice(it, size // lanes)]
         assert sorted(samples) == list(range(step * size, (step + 1) * size))
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 4))
+def test_other_lanes_go_on_with_the_samples_that_are_left(
+    before: int, after: int, batch: int, done: int
+) -> None:
+    config = DataConfig(micro_batch_size=batch, global_batch_size=batch * math.lcm(before, after))
+    streams = [numbers(lane, before, config) for lane in range(before)]
+    for stream in streams:
+        for _ in range(done * config.global_batch_size // before):
+            next(stream)
+    resumed = [numbers(lane, after, config) for lane in range(after)]
+    for lane, stream in enumerate(resumed):
+        stream.restore(lane, [old.state() for old in streams])
+    size = config.global_batch_size
+    drawn = [i for stream in resumed for i in itertools.islice(stream, size // after)]
+    assert sorted(drawn) == list(range(done * size, (done + 1) * size))
+
+
+def test_samples_that_do_not_deal_evenly_keep_their_lanes() -> None:
+    config = DataConfig(micro_batch_size=1, global_batch_size=6)
+    stream = numbers(0, 3, config)
+    with pytest.raises(ValueError, match="2 lanes have drawn 3, 4 samples.*keep --llm-dp 2"):
+        stream.restore(0, [{"drawn": 3}, {"drawn": 4}])
+    stream.restore(0, [{"drawn": 3}, {"drawn": 3}])
+    assert next(stream) == 6
 
 
 def test_sample_lands_where_its_index_says() -> None:

@@ -133,6 +133,9 @@ class Toy:
         hidden = hidden * self.llm_weights[stage]
         return hidden.square().sum() / 2 if self.llm.is_last_stage else hidden
 
+    def begin_last_backward(self, module: Module) -> None:
+        """Nothing is exchanged here."""
+
     def hidden_rows(self, module: Module, m: int) -> int:
         """See `StepProgram.hidden_rows`."""
         if module is Module.ENCODER:
