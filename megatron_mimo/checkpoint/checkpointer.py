@@ -31,7 +31,7 @@ from megatron_mimo.checkpoint.tensors import optimizer_tensors, reads, writes
 from megatron_mimo.model.mimo import MimoModel
 from megatron_mimo.optim.mimo_optimizer import MimoOptimizer
 from megatron_mimo.runtime.rng import rng_state, set_rng_state
-from megatron_mimo.runtime.sharded_files import Save, StoredTensor, read, stored_tensors
+from megatron_mimo.runtime.sharded_files import Plans, Save, StoredTensor, read, stored_tensors
 from megatron_mimo.topology.groups import Topology
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class Checkpointer:
         self._pending: _Pending | None = None
         self._lock: folders.SaveLock | None = None
         self._saved: int | None = None
+        self._plans = Plans()
         on_first_rank(self._control, self._take_lock)
 
     def is_due(self, iteration: int) -> bool:
@@ -136,7 +137,7 @@ class Checkpointer:
             _write_object(staged / folders.LOADER, {"lanes": merged, "num_lanes": len(merged)})
 
         on_first_rank(self._control, prepare, self._explain(progress))
-        save = Save(self._what(), staged, folders.checksum)
+        save = Save(self._what(), staged, folders.checksum, self._plans)
         self._pending = _Pending(save, staged, progress, start)
         if self._config.in_background:
             save.start()

@@ -88,11 +88,13 @@ class LocalTensor:
     Attributes:
         name: In its module.
         data: The tensor itself.
+        trains: Whether an optimizer updates it, on whichever data-parallel rank.
         stored: Boxes that it holds, all of it together.
     """
 
     name: str
     data: Tensor
+    trains: bool
     stored: tuple[Stored, ...]
 
 
@@ -108,7 +110,9 @@ def local_tensors(replica: Replica) -> list[LocalTensor]:
     for name, entry in entries.items():
         if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
             continue  # Extra states of fp8; nothing here trains in it.
-        found.append(LocalTensor(name, entry.data.detach(), tuple(_boxes(entry))))
+        data = entry.data
+        boxes = tuple(_boxes(entry))
+        found.append(LocalTensor(name, data.detach(), data.requires_grad, boxes))
     return found
 
 
@@ -129,7 +133,9 @@ def writes(replica: Replica, states: Mapping[int, ParamState]) -> list[ShardedTe
             if state is not None:
                 start, stop = state.start, state.stop
             else:
-                start, stop = 0, 0 if box.replica else local.data.numel()
+                # What trains, and is not updated here, another rank writes.
+                nothing = local.trains or box.replica
+                start, stop = 0, 0 if nothing else local.data.numel()
             if box.is_main:
                 flat = local.data.view(-1)
                 stored += [_tensor(part, flat, part.start) for part in box.within(start, stop)]

@@ -50,6 +50,13 @@ class StoredTensor:
     dtype: torch.dtype
 
 
+class Plans:
+    """What ranks have agreed on in one save, for the next ones."""
+
+    def __init__(self) -> None:
+        self.strategy = TorchDistSaveShardedStrategy(cached_metadata=True)
+
+
 class Save:
     """One save of this rank; every rank of the world makes one at the same time.
 
@@ -57,12 +64,17 @@ class Save:
         parts: What this rank stores.
         folder: Empty, and the same for all ranks.
         digest: Called with each file that this rank has written, where it was written.
+        plans: Of earlier saves with the same parts, which are used again.
     """
 
     def __init__(
-        self, parts: Sequence[Stored], folder: Path, digest: Callable[[Path], Any]
+        self,
+        parts: Sequence[Stored],
+        folder: Path,
+        digest: Callable[[Path], Any],
+        plans: "Plans | None" = None,
     ) -> None:
-        self._strategy = TorchDistSaveShardedStrategy()
+        self._strategy = (plans or Plans()).strategy
         self._folder = folder
         self._digest = digest
         self._results, self._digests = _ResultFile(), _ResultFile()

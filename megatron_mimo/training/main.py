@@ -1,5 +1,6 @@
 """A rank's whole life, from the command line to the exit code."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -90,6 +91,9 @@ def _train(
         # Before the model: a full disk should not cost the time to build one.
         metrics = MetricsLogger(resolved.train_iters, resolved.config.watching.tensorboard_dir)
     trainer = build_trainer(resolved, context)
+    # What was built lives on; looking through it again and again would hold steps up.
+    gc.collect()
+    gc.freeze()
     training_starts()
     result = train(
         trainer.engine,

@@ -70,7 +70,9 @@ def save_until_killed(root: str, victim: int, after_s: float, in_background: boo
         if not in_background or iteration > 1:
             announced = iteration - 1 if in_background else iteration
             if dist.get_rank() == 0:
-                (Path(root) / "announced").write_text(str(announced))
+                # The kill may come in here too.
+                (Path(root) / "announcing").write_text(str(announced))
+                (Path(root) / "announcing").replace(Path(root) / "announced")
             if announced == 1 and dist.get_rank() == victim:
                 threading.Thread(target=kill, daemon=True).start()
 
