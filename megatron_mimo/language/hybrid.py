@@ -8,6 +8,7 @@ import torch
 from megatron.core.activations import squared_relu
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
 
 from megatron_mimo.language.config import ExecutionConfig, HybridConfig
 from megatron_mimo.language.execution import execution_settings
@@ -55,6 +56,8 @@ def build_hybrid(
         if size % tp:
             raise ValueError(f"{name} of {size} does not divide by --llm-tp {tp}: change one")
     stages = config.stages(pp)
+    # The engine's one tracker of balance losses has as many places as its first model has layers.
+    set_moe_metrics_tracker(MoEMetricsTracker())
     moe = _moe(config) if "E" in config.layers else {}
     settings = transformer_config(
         pg_collection,
