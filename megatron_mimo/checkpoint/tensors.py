@@ -124,7 +124,7 @@ def writes(replica: Replica, states: Mapping[int, ParamState]) -> list[ShardedTe
 
     Args:
         replica: The module.
-        states: Of `optim.state.param_states`.
+        states: Of `optim.state.param_states`; empty without an optimizer.
     """
     stored = []
     for local in local_tensors(replica):
@@ -133,9 +133,10 @@ def writes(replica: Replica, states: Mapping[int, ParamState]) -> list[ShardedTe
             if state is not None:
                 start, stop = state.start, state.stop
             else:
-                # What trains, and is not updated here, another rank writes.
-                nothing = local.trains or box.replica
-                start, stop = 0, 0 if nothing else local.data.numel()
+                # What trains, and is not updated here, another rank writes; without an optimizer
+                # there is no such rank.
+                elsewhere = (local.trains and bool(states)) or box.replica != 0
+                start, stop = 0, 0 if elsewhere else local.data.numel()
             if box.is_main:
                 flat = local.data.view(-1)
                 stored += [_tensor(part, flat, part.start) for part in box.within(start, stop)]
