@@ -166,12 +166,7 @@ class Checkpointer:
         root, iteration = self._config.root, pending.progress.iteration
 
         def publish() -> None:
-            checksums = {name: c for part in written for name, c in part.items()}
-            for name in folders.files_of(pending.staged):
-                if name not in checksums:
-                    folders.sync_file(pending.staged / name)
-                    checksums[name] = folders.checksum(pending.staged / name)
-            folders.write_checksums(pending.staged, checksums)
+            folders.seal(pending.staged, {name: c for part in written for name, c in part.items()})
             folders.publish(pending.staged, root, iteration)
             for removed in folders.prune(root, self._config.keep_last):
                 logger.info("removed %s", removed)
@@ -192,6 +187,7 @@ class Checkpointer:
 
     def _take_lock(self) -> None:
         self._lock = folders.SaveLock(self._config.root)
+        folders.put_back(self._config.root)
 
     def _explain(self, progress: Progress) -> str:
         return (

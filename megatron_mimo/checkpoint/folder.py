@@ -4,6 +4,7 @@
     DIR/iter_0000010/             as Megatron's: .metadata, metadata.json, common.pt, shards
     DIR/iter_0000010/checksums.json           file -> size and CRC-32
     DIR/.saving-0000010-TOKEN/                while one is written
+    DIR/.replaced-0000010/                    while one takes the place of an older one
 
 A folder gets its name by one rename, when every file of it is on disk. Nothing here communicates.
 """
@@ -22,10 +23,10 @@ from pathlib import Path
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 COMMON = "common.pt"
-METADATA = "metadata.json"
 LOADER = "loader.pt"
 _LOCK = ".lock"
 _STAGED = ".saving-"
+_REPLACED = ".replaced-"
 _FINISHED = re.compile(r"iter_(\d{7,})")
 _BLOCK = 1 << 22
 
@@ -74,7 +75,8 @@ def latest_iteration(root: Path) -> int | None:
     if not iteration_folder(root, int(text)).is_dir():
         raise ValueError(
             f"{tracker} names iteration {text}, and {iteration_folder(root, int(text))} is not "
-            f"there: write one of {_names(root)} into it"
+            f"there: write one of {_names(root)} into it, or go on with --save {root}, which puts "
+            f"back what a run left half replaced"
         )
     return int(text)
 
@@ -97,6 +99,21 @@ def files_of(folder: Path) -> list[str]:
 def share(names: Iterable[str], rank: int, world_size: int) -> list[str]:
     """The files that a rank reads when all check them together."""
     return [name for index, name in enumerate(sorted(names)) if index % world_size == rank]
+
+
+def seal(folder: Path, known: Mapping[str, Checksum]) -> None:
+    """Bring a staged folder to disk, and write the list that makes it whole.
+
+    Args:
+        folder: With every file of a checkpoint.
+        known: Files that are on disk already, with their checksums.
+    """
+    found = dict(known)
+    for name in files_of(folder):
+        if name not in found:
+            sync(folder / name)
+            found[name] = checksum(folder / name)
+    write_checksums(folder, found)
 
 
 def write_checksums(folder: Path, found: Mapping[str, Checksum]) -> None:
@@ -148,20 +165,21 @@ def damaged(folder: Path, wrong: Iterable[str]) -> ValueError:
 
 def publish(staged: Path, root: Path, iteration: int) -> None:
     """Give a finished folder its name, then let the tracker name it. What was there is replaced."""
-    sync_folder(staged)
+    sync(staged)
     final = iteration_folder(root, iteration)
     if final.exists():
-        # Saved before, by a run that went on from an earlier one. The tracker may name it.
-        old = root / f"{_STAGED}replaced-{staged.name}"
+        # Saved before, by a run that went on from an earlier one. The tracker may name it: if this
+        # run dies between the next two lines, `put_back` finds it.
+        old = root / f"{_REPLACED}{iteration:07d}"
         final.rename(old)
         staged.rename(final)
         shutil.rmtree(old)
     else:
         staged.rename(final)
-    sync_folder(root)
+    sync(root)
     _write(root / f"{TRACKER}.new", str(iteration))
     (root / f"{TRACKER}.new").replace(root / TRACKER)
-    sync_folder(root)
+    sync(root)
 
 
 def prune(root: Path, keep_last: int | None) -> list[Path]:
@@ -171,7 +189,7 @@ def prune(root: Path, keep_last: int | None) -> list[Path]:
         root: Of the checkpoints.
         keep_last: How many to keep; None keeps all. The one that the tracker names always stays.
     """
-    for left in root.glob(f"{_STAGED}*"):
+    for left in (*root.glob(f"{_STAGED}*"), *root.glob(f"{_REPLACED}*")):
         shutil.rmtree(left, ignore_errors=True)
     if keep_last is None:
         return []
@@ -186,18 +204,13 @@ def prune(root: Path, keep_last: int | None) -> list[Path]:
     return [iteration_folder(root, iteration) for iteration in old]
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file's contents, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Bring a file's contents to disk."""
-    sync_folder(path)
 
 
 class SaveLock:
@@ -245,6 +258,17 @@ class SaveLock:
     def release(self) -> None:
         """Let another run save there."""
         self._close()
+
+
+def put_back(root: Path) -> None:
+    """Give a checkpoint its name again, if a run died between taking and passing it on.
+
+    Only for who holds the folder's `SaveLock`.
+    """
+    for old in root.glob(f"{_REPLACED}*"):
+        final = iteration_folder(root, int(old.name.removeprefix(_REPLACED)))
+        if not final.exists():
+            old.rename(final)
 
 
 def _write(path: Path, text: str) -> None:

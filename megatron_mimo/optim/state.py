@@ -49,12 +49,6 @@ def param_states(optimizer: MegatronOptimizer) -> dict[int, ParamState]:
     return found
 
 
-def get_step(optimizer: MegatronOptimizer) -> int:
-    """Updates that the bias correction of Adam has counted; 0 where this rank owns nothing."""
-    steps = {int(step) for part in _parts(optimizer) for step in _steps(part)}
-    return max(steps, default=0)
-
-
 def set_step(optimizer: MegatronOptimizer, step: int) -> None:
     """Set what the bias correction counts from."""
     for part in _parts(optimizer):
@@ -99,9 +93,3 @@ def _allocate(part: DistributedOptimizer) -> None:
                     state[name] = torch.zeros_like(main, dtype=torch.float32)
             if isinstance(inner, torch.optim.Adam) and "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
-
-
-def _steps(part: DistributedOptimizer) -> Iterator[Any]:
-    inner: Any = part.optimizer
-    yield from (state["step"] for state in inner.state.values() if "step" in state)
-    yield from (group["step"] for group in inner.param_groups if "step" in group)

@@ -149,11 +149,7 @@ def to_checkpoint(source: Path, root: Path) -> str:
             save.write()
             checksums = save.finish()
         torch.save(common, staged / folders.COMMON)
-        for name in folders.files_of(staged):
-            folders.sync_file(staged / name)
-            if name not in checksums:
-                checksums[name] = folders.checksum(staged / name)
-        folders.write_checksums(staged, checksums)
+        folders.seal(staged, checksums)
         folders.publish(staged, root, 0)
     finally:
         # Of one that was published there is nothing left.

@@ -103,6 +103,8 @@ def _train(
         metrics,
         trainer.checkpoints,
     )
+    if trainer.checkpoints is not None:
+        trainer.checkpoints.close()
     if metrics is not None:
         first = trainer.loop.progress.iteration
         # A run that went on from the last iteration has no loss.

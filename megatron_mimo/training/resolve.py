@@ -115,7 +115,7 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     folder = read_folder(config.model.model_provider, config.checkpoints.load_hf)
     architecture = _architecture(config.model, folder)
     check_shards(layout, architecture)
-    filled = _fill_defaults(config, world_size)
+    filled = _fill_defaults(config, world_size, folder)
     _check_sequence(layout, architecture, filled)
     training = filled.training
     freeze = _freeze(filled.model, llm_only=layout.encoder is None)
@@ -156,11 +156,10 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     )
 
 
-def _fill_defaults(config: TrainConfig, world_size: int) -> TrainConfig:
+def _fill_defaults(config: TrainConfig, world_size: int, folder: OmniConfig | None) -> TrainConfig:
     """The config with every default that follows from other flags."""
     grid, model, data, training = config.grids, config.model, config.data, config.training
     encoder_offset, llm_offset = _offsets(grid, world_size)
-    folder = read_folder(model.model_provider, config.checkpoints.load_hf)
     vision = _architecture(model, folder).vision
     return replace(
         config,

@@ -130,7 +130,8 @@ def damage_each(root: str) -> list[tuple[str, str, str | None]]:
                 error = str(raised)
                 assert weights(engine) == before, (name, how)
             dist.barrier()
-            (folder / name).write_bytes(whole) if dist.get_rank() == 0 else None
+            if dist.get_rank() == 0:
+                (folder / name).write_bytes(whole)
             found.append((name, how, error))
     return found
 

@@ -111,17 +111,21 @@ def straight(
     root: str,
     save: dict[str, Any],
 ) -> tuple[list[list[float]], dict[str, Any]]:
-    """Train without a break, saving in the middle."""
+    """Train without a break, saving after each step of the first half."""
     from megatron_mimo.checkpoint.checkpointer import Checkpointer
     from megatron_mimo.checkpoint.config import SaveConfig
     from megatron_mimo.checkpoint.progress import Progress
     from megatron_mimo.training.loop import _lane_states
 
     built, loader, parts = build(chosen, data, engine)
-    points = steps(built, loader, 0, BEFORE)
     checkpoints = Checkpointer(parts, SaveConfig(root=Path(root), **save), {})
-    progress = Progress(BEFORE, BEFORE * GLOBAL_BATCH_SIZE)
-    checkpoints.save(progress, _lane_states(built, loader))
+    points = steps(built, loader, 0, 1)
+    # Later saves use the plans of the first ones.
+    for done in range(1, BEFORE + 1):
+        progress = Progress(done, done * GLOBAL_BATCH_SIZE)
+        checkpoints.save(progress, _lane_states(built, loader))
+        if done < BEFORE:
+            points += steps(built, loader, done, 1)
     points += steps(built, loader, BEFORE, AFTER)
     checkpoints.finish()
     return points, weights(built)

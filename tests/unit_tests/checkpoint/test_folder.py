@@ -62,6 +62,35 @@ def test_an_iteration_saved_again_is_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000005", folders.TRACKER]
 
 
+def test_a_death_while_replacing_leaves_the_older_one_to_be_put_back(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    before = (tmp_path / "iter_0000005" / "weights").read_bytes()
+    staged = stage(tmp_path, 5, "b")
+    (staged / "weights").write_bytes(b"new")
+
+    class Killed(BaseException):
+        """Stands for SIGKILL between the two renames."""
+
+    rename = Path.rename
+
+    def die(self: Path, target: Path) -> Path:
+        if self == staged:
+            raise Killed
+        return rename(self, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", die)
+        with pytest.raises(Killed):
+            folders.publish(staged, tmp_path, 5)
+    with pytest.raises(ValueError, match="iter_0000005 is not there.* half replaced"):
+        folders.latest_iteration(tmp_path)
+    folders.put_back(tmp_path)
+    assert folders.latest_iteration(tmp_path) == 5
+    assert (tmp_path / "iter_0000005" / "weights").read_bytes() == before
+    folders.prune(tmp_path, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000005", folders.TRACKER]
+
+
 def test_only_the_newest_are_kept_and_the_named_one(tmp_path: Path) -> None:
     save(tmp_path, 5, 10, 15, 20)
     (tmp_path / folders.TRACKER).write_text("5")
