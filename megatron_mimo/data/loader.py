@@ -224,28 +224,20 @@ class StreamLoader(StepLoader):
         )
 
     def _draw(self, lane: int) -> EncodedSample:
-        """The lane's next readable sample."""
-        for _ in range(self._config.max_skips_in_row):
-            outcome = next(self._streams[lane], None)
-            if outcome is None:
-                raise ValueError(
-                    f"lane {lane} of {self._role.num_lanes} ran out of samples: the dataset is "
-                    f"too small for this many lanes and --num-workers {self._config.num_workers}; "
-                    f"lower one of them, or add samples"
-                )
-            match outcome:
-                case EncodedSample():
-                    return outcome
-                case RejectedSample(message=message):
-                    raise ValueError(message)
-                case SkippedSample():
-                    last = outcome
-                    self._report_skip(lane, outcome)
-        raise ValueError(
-            f"lane {lane}: {self._config.max_skips_in_row} unreadable samples in a row, the last "
-            f"one {last.key!r} of {last.source} ({last.reason}): the dataset is broken; check or "
-            f"rewrite it"
-        )
+        """The lane's next sequence."""
+        drawn = next(self._streams[lane], None)
+        if drawn is None:
+            raise ValueError(
+                f"lane {lane} of {self._role.num_lanes} ran out of samples: the dataset is "
+                f"too small for this many lanes and --num-workers {self._config.num_workers}; "
+                f"lower one of them, or add samples"
+            )
+        if isinstance(drawn, RejectedSample):
+            raise ValueError(drawn.message)
+        for skipped in drawn.skipped:
+            self._report_skip(lane, skipped)
+        (document,) = drawn.documents
+        return document
 
     def _report_skip(self, lane: int, skipped: SkippedSample) -> None:
         self.num_skipped += 1
@@ -326,7 +318,7 @@ def collate_text(samples: Sequence[EncodedSample], seq_length: int, pad_id: int)
         length = len(sample.tokens) - 1
         input_ids[i, :length] = sample.tokens[:-1]
         labels[i, :length] = sample.tokens[1:]
-        loss_mask[i, sample.prompt_length - 1 : length] = 1
+        loss_mask[i, :length] = sample.targets[1:]
     return TextBatch(
         sample_keys=tuple(sample.key for sample in samples),
         input_ids=torch.from_numpy(input_ids),

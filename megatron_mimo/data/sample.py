@@ -1,5 +1,6 @@
 """One sample: from a question, an answer and images to tokens, a target mask and patches."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,20 +38,20 @@ class EncodedSample:
 
     Attributes:
         key: As stored.
-        tokens: int64 [n], prompt, answer and end of sequence; image tokens already expanded.
-        prompt_length: Tokens before the answer; the others are targets.
+        tokens: int64 [n]; image tokens already expanded.
+        targets: bool [n], the tokens to learn; never the first, which nothing predicts.
         images: In token order.
     """
 
     key: str
     tokens: NDArray[np.int64]
-    prompt_length: int
+    targets: NDArray[np.bool_]
     images: tuple[EncodedImage, ...]
 
     @property
     def target_tokens(self) -> int:
         """Tokens that count in the loss."""
-        return len(self.tokens) - self.prompt_length
+        return int(self.targets.sum())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +83,52 @@ class RejectedSample:
 # Outcomes travel as values: a reader process hands them to the training process, which counts
 # skips and raises errors, in the order of the samples.
 Outcome = EncodedSample | SkippedSample | RejectedSample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn:
+    """One sequence, and what was left out on the way to it.
+
+    Attributes:
+        documents: The samples that share the sequence, in order; one without packing.
+        skipped: Unreadable samples, in order.
+    """
+
+    documents: tuple[EncodedSample, ...]
+    skipped: tuple[SkippedSample, ...] = ()
+
+
+Draw = Drawn | RejectedSample
+
+
+def draw(
+    outcomes: Iterator[Outcome | tuple[EncodedSample, ...]], where: str, max_skips_in_row: int
+) -> Draw | None:
+    """The next sequence; None at the end of the outcomes.
+
+    Args:
+        outcomes: Samples, or the samples of one sequence.
+        where: Names the source in the error.
+        max_skips_in_row: Unreadable samples in a row that mean a broken dataset.
+    """
+    skipped: list[SkippedSample] = []
+    for outcome in outcomes:
+        match outcome:
+            case RejectedSample():
+                return outcome
+            case SkippedSample():
+                skipped.append(outcome)
+                if len(skipped) >= max_skips_in_row:
+                    return RejectedSample(
+                        message=f"{where}: {len(skipped)} unreadable samples in a row, the last "
+                        f"one {outcome.key!r} of {outcome.source} ({outcome.reason}): the dataset "
+                        f"is broken; check or rewrite it"
+                    )
+            case EncodedSample():
+                return Drawn(documents=(outcome,), skipped=tuple(skipped))
+            case _:
+                return Drawn(documents=outcome, skipped=tuple(skipped))
+    return None
 
 
 def try_encode(
@@ -146,7 +193,7 @@ def encode_sample(
     return EncodedSample(
         key=raw.key,
         tokens=np.array(tokens, dtype=np.int64),
-        prompt_length=len(prompt),
+        targets=np.arange(len(tokens)) >= len(prompt),
         images=images,
     )
 

@@ -4,22 +4,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.sample import Outcome
+from megatron_mimo.data.sample import Draw, Outcome, draw
 
 
 class LaneStream(Protocol):
-    """Outcomes of one lane, endless or not."""
+    """Sequences of one lane, endless or not."""
 
-    def __next__(self) -> Outcome:
+    def __next__(self) -> Draw:
         """The next one."""
         ...
 
     def state(self) -> Any:
-        """All that is needed to go on behind the last outcome; plain data."""
+        """All that is needed to go on behind the last draw; plain data."""
         ...
 
     def restore(self, lane: int, lanes: Sequence[Any]) -> None:
-        """Go on where a run with `len(lanes)` lanes stopped; before the first outcome.
+        """Go on where a run with `len(lanes)` lanes stopped; before the first draw.
 
         Args:
             lane: This stream's.
@@ -31,7 +31,7 @@ class LaneStream(Protocol):
         ...
 
 
-class IndexedStream(Iterator[Outcome]):
+class IndexedStream(Iterator[Draw]):
     """Samples by number, dealt to the lanes.
 
     Sample `s * GBS + m * (L * B) + l * B + j` is the j-th of lane l in microbatch m of step s.
@@ -51,13 +51,20 @@ class IndexedStream(Iterator[Outcome]):
         self._make = make
         self._lane, self._num_lanes = lane, num_lanes
         self._size = config.micro_batch_size
+        self._max_skips = config.max_skips_in_row
         self._drawn = 0
 
-    def __next__(self) -> Outcome:
-        microbatch, within = divmod(self._drawn, self._size)
-        self._drawn += 1
-        first = (microbatch * self._num_lanes + self._lane) * self._size
-        return self._make(first + within)
+    def __next__(self) -> Draw:
+        found = draw(self._outcomes(), f"lane {self._lane}", self._max_skips)
+        assert found is not None
+        return found
+
+    def _outcomes(self) -> Iterator[Outcome]:
+        while True:
+            microbatch, within = divmod(self._drawn, self._size)
+            self._drawn += 1
+            first = (microbatch * self._num_lanes + self._lane) * self._size
+            yield self._make(first + within)
 
     def state(self) -> Mapping[str, int]:
         """How many samples were drawn."""

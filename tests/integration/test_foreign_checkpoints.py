@@ -240,7 +240,7 @@ def peer(root: str, style: str) -> dict[str, Any]:
             ids = torch.from_numpy(sample.tokens)
             logits = decoded(language, ids, rows)
             found["logits"].append(logits)
-            first = sample.prompt_length
+            first = len(ids) - sample.target_tokens
             loss = torch.nn.functional.cross_entropy(
                 logits[first - 1 : -1], ids[first:], reduction="sum"
             )

@@ -107,13 +107,13 @@ def oracle(folder: str, trained: str) -> list[list[float]]:
     points = []
     for step in range(STEPS):
         chosen = [(step * GLOBAL_BATCH_SIZE + i) % len(raw) for i in range(GLOBAL_BATCH_SIZE)]
-        targets = {i: len(ready[i].tokens) - ready[i].prompt_length for i in set(chosen)}
+        targets = {i: ready[i].target_tokens for i in set(chosen)}
         whole = sum(targets[i] for i in chosen)
         total = 0.0
         for i in chosen:
             ids = torch.from_numpy(ready[i].tokens)[None]
             labels = ids.clone()
-            labels[:, : ready[i].prompt_length] = -100
+            labels[:, ~torch.from_numpy(ready[i].targets)] = -100
             images = [
                 torch.from_numpy(image).permute(2, 0, 1).float() / 255 for image in raw[i].images
             ]

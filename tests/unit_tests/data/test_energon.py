@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from megatron_mimo.data.config import DataConfig, DataRole
-from megatron_mimo.data.energon import parse_parts, train_stream
+from megatron_mimo.data.energon import train_stream
 from megatron_mimo.data.loader import StreamLoader, build_eval_loader, build_train_loader
-from megatron_mimo.data.sample import EncodedSample, RawSample, RejectedSample, SkippedSample
+from megatron_mimo.data.sample import RawSample, RejectedSample, SkippedSample
+from megatron_mimo.data.task_encoder import parse_parts
 from megatron_mimo.data.tokenizer import ByteTokenizer
 from megatron_mimo.data.webdataset import prepare, write_shard
 
@@ -59,7 +60,7 @@ def test_encoder_and_language_model_read_the_same_samples(
 def test_lanes_share_an_epoch_without_overlap(digits_path: Path, num_workers: int) -> None:
     settings = config(digits_path, num_workers=num_workers)
     epoch = [
-        {o.key for o in islice(stream, 30) if isinstance(o, EncodedSample)}
+        {document.key for drawn in islice(stream, 30) for document in drawn.documents}
         for stream in (
             train_stream(settings, lane, LANES, TOKENIZER, with_patches=False)
             for lane in range(LANES)

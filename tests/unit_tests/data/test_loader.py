@@ -23,7 +23,14 @@ from megatron_mimo.data.loader import (
     collate_text,
 )
 from megatron_mimo.data.mock import Split, mock_sample
-from megatron_mimo.data.sample import EncodedSample, Outcome, RejectedSample, SkippedSample
+from megatron_mimo.data.sample import (
+    Drawn,
+    EncodedSample,
+    Outcome,
+    RejectedSample,
+    SkippedSample,
+    draw,
+)
 from megatron_mimo.data.stream import IndexedStream
 from megatron_mimo.data.tokenizer import ByteTokenizer
 from megatron_mimo.data.trace import SampleTrace
@@ -119,8 +126,12 @@ def test_packed_images_are_the_assigned_ones_in_manifest_order() -> None:
 
 
 def numbers(lane: int, lanes: int, config: DataConfig) -> Any:
-    """A lane's samples, of which each is its number."""
-    return IndexedStream(lambda number: number, lane, lanes, config)  # type: ignore[arg-type]
+    """A lane's samples, of which each has its number for a key."""
+    return IndexedStream(lambda number: plain(str(number), [1, 2], 1), lane, lanes, config)
+
+
+def number(drawn: Drawn) -> int:
+    return int(drawn.documents[0].key)
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
@@ -129,7 +140,7 @@ def test_lanes_share_every_global_batch_alike(lanes: int, batch: int, rounds: in
     size = config.global_batch_size
     drawn = [numbers(lane, lanes, config) for lane in range(lanes)]
     for step in range(3):
-        samples = [i for it in drawn for i in itertools.islice(it, size // lanes)]
+        samples = [number(d) for it in drawn for d in itertools.islice(it, size // lanes)]
         assert sorted(samples) == list(range(step * size, (step + 1) * size))
 
 
@@ -146,7 +157,7 @@ def test_other_lanes_go_on_with_the_samples_that_are_left(
     for lane, stream in enumerate(resumed):
         stream.restore(lane, [old.state() for old in streams])
     size = config.global_batch_size
-    drawn = [i for stream in resumed for i in itertools.islice(stream, size // after)]
+    drawn = [number(d) for stream in resumed for d in itertools.islice(stream, size // after)]
     assert sorted(drawn) == list(range(done * size, (done + 1) * size))
 
 
@@ -156,7 +167,7 @@ def test_samples_that_do_not_deal_evenly_keep_their_lanes() -> None:
     with pytest.raises(ValueError, match="2 lanes have drawn 3, 4 samples.*keep --llm-dp 2"):
         stream.restore(0, [{"drawn": 3}, {"drawn": 4}])
     stream.restore(0, [{"drawn": 3}, {"drawn": 3}])
-    assert next(stream) == 6
+    assert number(next(stream)) == 6
 
 
 def test_sample_lands_where_its_index_says() -> None:
@@ -199,7 +210,10 @@ def test_no_samples_to_list_is_an_error() -> None:
 
 def plain(key: str, tokens: list[int], prompt: int) -> EncodedSample:
     return EncodedSample(
-        key=key, tokens=np.array(tokens, dtype=np.int64), prompt_length=prompt, images=()
+        key=key,
+        tokens=np.array(tokens, dtype=np.int64),
+        targets=np.arange(len(tokens)) >= prompt,
+        images=(),
     )
 
 
@@ -216,7 +230,7 @@ def test_labels_are_shifted_and_only_answers_count() -> None:
 @given(st.lists(st.text(max_size=3), min_size=4, max_size=4), st.permutations(range(4)))
 def test_digest_tells_keys_and_their_order_apart(keys: list[str], order: list[int]) -> None:
     def digest(names: list[str]) -> int:
-        stream = iter([plain(name, [1, 2], 1) for name in names])
+        stream = iter([Drawn(documents=(plain(name, [1, 2], 1),)) for name in names])
         config = DataConfig(global_batch_size=4)
         role = DataRole(lanes=(0,), num_lanes=1, text_lane=0, encoder_rank=None, serving={})
         return StreamLoader({0: stream}, config, role, TOKENIZER).next_step().lane_digest[0]
@@ -234,7 +248,9 @@ def skipped(key: str) -> SkippedSample:
 
 def stream_loader(outcomes: Iterator[Outcome], **fields: int) -> StreamLoader:
     role = DataRole(lanes=(0,), num_lanes=1, text_lane=0, encoder_rank=None, serving={})
-    return StreamLoader({0: outcomes}, DataConfig(**fields), role, TOKENIZER)
+    config = DataConfig(**fields)
+    drawn = iter(lambda: draw(outcomes, "lane 0", config.max_skips_in_row), None)
+    return StreamLoader({0: drawn}, config, role, TOKENIZER)
 
 
 def test_skips_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -56,8 +56,8 @@ def test_each_placeholder_becomes_its_images_rows(
         expected += TOKENIZER.encode(text) if index else []
         expected += [IMAGE] * rows_for(width, height, ImageConfig())
     expected += TOKENIZER.encode(text + "\n")
-    assert sample.tokens[: sample.prompt_length].tolist() == expected
-    assert sample.tokens[sample.prompt_length :].tolist() == [*answer.encode(), TOKENIZER.eos_id]
+    assert sample.tokens[~sample.targets].tolist() == expected
+    assert sample.tokens[sample.targets].tolist() == [*answer.encode(), TOKENIZER.eos_id]
     assert sample.target_tokens == len(answer) + 1
 
 
