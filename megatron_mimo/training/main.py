@@ -103,6 +103,7 @@ def _train(
         metrics,
         trainer.checkpoints,
     )
+    trainer.loader.close()
     if trainer.checkpoints is not None:
         trainer.checkpoints.close()
     if metrics is not None:

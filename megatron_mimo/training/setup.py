@@ -18,7 +18,7 @@ from megatron_mimo.data import (
     build_tokenizer,
     build_train_loader,
 )
-from megatron_mimo.data.batch import ResumableLoader
+from megatron_mimo.data.share import SharedLoader, build_reading_group
 from megatron_mimo.model.mimo import BuildConfig
 from megatron_mimo.runtime import RuntimeContext
 from megatron_mimo.training.config import CheckpointSection, ModelSection
@@ -44,7 +44,7 @@ class Trainer:
     """
 
     engine: Engine
-    loader: ResumableLoader
+    loader: SharedLoader
     data: DataConfig
     role: DataRole
     tokenizer: Tokenizer
@@ -65,13 +65,16 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
     """
     model, data = resolved.config.model, resolved.data
     tokenizer = build_tokenizer(model.tokenizer_model, model.image_token)
-    role = data_role(resolved.layout, context.rank)
+    roles = [data_role(resolved.layout, rank) for rank in range(resolved.layout.world_size)]
+    role = roles[context.rank]
+    readers = build_reading_group(roles, context.rank)
     trace = None
-    if data.sample_trace_dir is not None:
+    if data.sample_trace_dir is not None and readers.reads:
         role_name = resolved.layout.describe_rank(context.rank)
         trace = SampleTrace(data.sample_trace_dir, context.rank, role_name)
     # Data first: a wrong path should not cost the time to build a model.
-    loader = build_train_loader(data, role, tokenizer, trace=trace)
+    source = build_train_loader(data, role, tokenizer) if readers.reads else None
+    loader = SharedLoader(source, readers, trace=trace)
     engine = build_engine(
         resolved.layout,
         resolved.architecture,
