@@ -196,7 +196,7 @@ def drawn(layout: Any) -> tuple[Any, int]:
 
     random = np.random.default_rng(5)
     samples = [
-        RawSample(
+        RawSample.asking(
             key=str(i),
             question="<image> and <image>: which one?",
             answer=f"the answer to question number {i} is the first image",

@@ -7,12 +7,14 @@ from megatron_mimo.data.batch import (
     TextBatch,
 )
 from megatron_mimo.data.config import DataConfig, DataRole
+from megatron_mimo.data.conversation import Turn
 from megatron_mimo.data.loader import (
     StreamLoader,
     build_eval_loader,
     build_list_loader,
     build_train_loader,
 )
+from megatron_mimo.data.prompt import check_prompt_format
 from megatron_mimo.data.sample import RawSample
 from megatron_mimo.data.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
 from megatron_mimo.data.trace import SampleTrace
@@ -29,8 +31,10 @@ __all__ = [
     "StreamLoader",
     "TextBatch",
     "Tokenizer",
+    "Turn",
     "build_eval_loader",
     "build_list_loader",
     "build_tokenizer",
     "build_train_loader",
+    "check_prompt_format",
 ]

@@ -4,7 +4,7 @@ Letters: B samples, S tokens of a sequence.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -18,11 +18,14 @@ class TextBatch:
     """Tokens of one lane's microbatch.
 
     Attributes:
-        sample_keys: Keys of the B samples, one for each sequence.
+        sample_keys: Keys of the samples: of the B sequences, or of the documents of a packed one.
         input_ids: int64 [B, S]; image tokens stand where rows go.
         labels: int64 [B, S], already shifted: `labels[:, i]` is the target of position `i`.
         loss_mask: float32 [B, S], 1 where the target is part of an answer.
-        position_ids: int64 [B, S].
+        position_ids: int64 [B, S]; they begin anew with each document.
+        lengths: Tokens of each document of the packed sequence, and of the padding behind them, if
+            any; they sum to S, and B is 1. None without packing.
+        cu_seqlens: int32 [N+1], the lengths cumulated; None without packing.
     """
 
     sample_keys: tuple[str, ...]
@@ -30,6 +33,8 @@ class TextBatch:
     labels: Tensor
     loss_mask: Tensor
     position_ids: Tensor
+    lengths: tuple[int, ...] | None = None
+    cu_seqlens: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +44,8 @@ class Microbatch:
     Attributes:
         index: Position within the step.
         manifest: Images of the lanes that this rank reads, in canonical order.
-        keys: Lane -> keys of its samples, one for each sequence, of the lanes that this rank reads.
+        keys: Lane -> keys of its samples, of the lanes that this rank reads.
+        starts: Lane -> where each of these samples begins: (sequence, position).
         text: Tokens, on ranks of the language model.
         images: Patches, on ranks of the encoder; None when no image is assigned to this one.
     """
@@ -49,6 +55,7 @@ class Microbatch:
     keys: Mapping[int, tuple[str, ...]]
     text: TextBatch | None
     images: PackedImages | None
+    starts: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,11 +66,13 @@ class StepData:
         microbatches: In order.
         lane_digest: Lane -> 63-bit hash of the step's sample keys and of where rows go.
         lane_target_tokens: Lane -> target tokens of the step.
+        lane_positions: Lane -> positions of the step that are no padding; empty without packing.
     """
 
     microbatches: tuple[Microbatch, ...]
     lane_digest: dict[int, int]
     lane_target_tokens: dict[int, int]
+    lane_positions: dict[int, int] = field(default_factory=dict)
 
 
 class StepLoader(Protocol):

@@ -223,7 +223,7 @@ def read_digits_split(path: str | Path, split: Split, kind: Kind | None = None) 
             text = json.loads(parts["json"])
             if kind is None or text["kind"] == kind:
                 samples.append(
-                    RawSample(
+                    RawSample.asking(
                         key=key,
                         question=text["question"],
                         answer=text["answer"],

@@ -1,219 +1,230 @@
-"""Samples from a dataset on disk, read with megatron-energon, one stream per lane.
+"""Datasets on disk, read with megatron-energon by *virtual workers*.
 
-A lane is one *rank* in energon's words: `WorkerConfig(rank=lane, world_size=num_lanes)`. Whoever
-reads a lane, on whichever process, builds the same config and so gets the same samples in the same
-order; no process group takes part.
+What energon calls a worker is a share of the dataset and an order of it, and both follow from the
+worker's number alone, its *global worker id*: lane times workers per lane, plus worker. Here a
+worker is an object, which any process may hold, alone or beside others.
+
+Nothing that works on a sample may use the global random generators, or ask energon to seed them
+(`stateless(restore_seeds=True)`): workers that share a process share those.
 """
 
-import gc
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import contextlib
+import io
+import pickle
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from megatron.energon import WorkerConfig, get_train_dataset, get_val_dataset
-from megatron.energon.epathlib import EPath
+from megatron.energon import WorkerConfig
 from megatron.energon.errors import reraise_exception
-from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
-from megatron.energon.flavors.webdataset.metadata import EnergonDatasetType, get_dataset_type
-from megatron.energon.savable_loader import SavableDataLoader
+from megatron.energon.metadataset import load_dataset
 
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.sample import Draw, Outcome, draw
+from megatron_mimo.data.dataset_errors import (
+    OPEN_ERRORS,
+    READ_ERRORS,
+    checked_path,
+    unfit_state,
+    unreadable_shard,
+    unreadable_split,
+)
+from megatron_mimo.data.sample import Draw, RejectedSample, draw
 from megatron_mimo.data.task_encoder import MimoTaskEncoder
 from megatron_mimo.data.tokenizer import Tokenizer
 
+SplitName = Literal["train", "val"]
 
-def train_stream(
-    config: DataConfig, lane: int, num_lanes: int, tokenizer: Tokenizer, *, with_patches: bool
-) -> "EnergonStream":
-    """Endless, shuffled outcomes of a lane's share of the train split.
+# Energon keeps the active worker in a class variable: one at a time in a process, whose training
+# and evaluation may read in different threads. Whoever forks holds it too, so that no process
+# begins with somebody else's worker active; reentrant, as the forked thread holds it as well.
+energon_lock = threading.RLock()
 
-    Args:
-        config: Dataset, seed, shuffling and reader processes.
-        lane: Whose samples.
-        num_lanes: Among how many lanes the split is shared.
-        tokenizer: Of the texts.
-        with_patches: Keep the pixels.
 
-    Raises:
-        ValueError: The dataset is missing, not prepared, or has no train split.
+class _VirtualWorkerConfig(WorkerConfig):
+    """A rank with one worker, which is wherever it is used."""
+
+    __slots__ = ()
+
+    def rank_worker_id(self) -> int:
+        """Energon would ask torch which of its processes this is."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSplit:
+    """A split of which all metadata has been read: workers are built without opening more.
+
+    Attributes:
+        path: Of the dataset.
+        split: Train or val.
+        loaded: Energon's factories.
+        config: Seed, shuffling and packing.
+        encoder: Energon's task encoder.
     """
-    worker_config = _worker_config(config, lane, num_lanes, config.num_workers)
-    path = _checked_path(config)
-    try:
-        dataset: Any = get_train_dataset(
-            path,
+
+    path: str
+    split: SplitName
+    loaded: Any
+    config: DataConfig
+    encoder: MimoTaskEncoder
+
+    @property
+    def num_samples(self) -> tuple[int, ...]:
+        """Samples of each dataset of a blend."""
+        return tuple(len(loaded.dataset) for loaded in self.loaded.datasets)
+
+    def build(self, worker: int, num_workers: int) -> "VirtualWorker":
+        """One worker.
+
+        Args:
+            worker: Its global id.
+            num_workers: Of the whole job.
+
+        Raises:
+            ValueError: Energon cannot make sense of the dataset.
+        """
+        worker_config = _worker_config(self.config, worker, num_workers)
+        for loaded in self.loaded.datasets:
+            loaded.dataset.worker_config = worker_config
+        try:
+            # Energon reports on standard output what each worker of a JSONL dataset reads.
+            with contextlib.redirect_stdout(io.StringIO()):
+                dataset = self._build(worker_config)
+        except OPEN_ERRORS as error:
+            raise unreadable_split(self.path, self.split, error) from error
+        return VirtualWorker(dataset, self.config.max_skips_in_row, self.path)
+
+    def _build(self, worker_config: WorkerConfig) -> Any:
+        # Single samples, although energon's own hints ask for a size.
+        size: Any = None
+        if self.split == "val":
+            return self.encoder.build_val_datasets(
+                datasets=self.loaded.datasets,
+                worker_config=worker_config,
+                batch_size=size,
+                packing_buffer_size=self.config.packing_buffer_size,
+            )
+        return self.encoder.build_train_datasets(
+            datasets=self.loaded.datasets,
             worker_config=worker_config,
-            batch_size=None,
-            shuffle_buffer_size=config.shuffle_buffer_size or None,
-            max_samples_per_sequence=config.max_samples_per_sequence,
-            task_encoder=MimoTaskEncoder(config, tokenizer, with_patches=with_patches),
+            batch_size=size,
+            packing_buffer_size=self.config.packing_buffer_size,
+            shuffle_buffer_size=self.config.shuffle_buffer_size or None,
+            blend_mode=self.loaded.blend_mode,
         )
-    except _BUILD_ERRORS as error:
-        raise _unreadable(path, "train", error) from error
-    return EnergonStream(dataset, config)
 
 
-def eval_stream(
-    config: DataConfig, lane: int, num_lanes: int, tokenizer: Tokenizer, *, with_patches: bool
-) -> "EnergonStream":
-    """Outcomes of a lane's share of the val split, in stored order, from its start; endless.
-
-    Read in this process whatever `num_workers` says: evaluations are short, and their samples then
-    do not depend on the number of workers.
+def open_split(
+    config: DataConfig, split: SplitName, tokenizer: Tokenizer, *, with_patches: bool
+) -> OpenedSplit:
+    """Read a split's metadata.
 
     Args:
-        config: Dataset.
-        lane: Whose samples.
-        num_lanes: Among how many lanes the split is shared.
+        config: The dataset.
+        split: Train, which is shuffled and endless, or val, in stored order.
         tokenizer: Of the texts.
         with_patches: Keep the pixels.
 
     Raises:
-        ValueError: The dataset is missing, not prepared, or has no val split.
+        ValueError: The dataset is missing, not prepared, or lacks the split.
     """
-    path = _checked_path(config)
+    assert config.path is not None
+    path = checked_path(config.path)
+    encoder = MimoTaskEncoder(config, tokenizer, with_patches=with_patches)
+    training = split == "train"
+    # What energon takes for granted when it is not told.
+    sequence = {"max_samples_per_sequence": config.max_samples_per_sequence} if training else {}
     try:
-        dataset: Any = get_val_dataset(
-            path,
-            worker_config=_worker_config(config, lane, num_lanes, num_workers=0),
-            # Single samples, although energon's own hint asks for a size.
-            batch_size=None,
-            task_encoder=MimoTaskEncoder(config, tokenizer, with_patches=with_patches),
+        loaded = load_dataset(path).get_datasets(
+            training=training,
+            split_part=split,
+            # Another takes its place in each worker.
+            worker_config=_worker_config(config, 0, 1),
+            decoder=encoder.decoder,
+            **sequence,
         )
-    except _BUILD_ERRORS as error:
-        raise _unreadable(path, "val", error) from error
-    return EnergonStream(dataset, config)
+    except OPEN_ERRORS as error:
+        raise unreadable_split(path, split, error) from error
+    return OpenedSplit(path, split, loaded, config, encoder)
 
 
-def _worker_config(config: DataConfig, lane: int, num_lanes: int, num_workers: int) -> WorkerConfig:
-    return WorkerConfig(
-        rank=lane,
-        world_size=num_lanes,
-        num_workers=num_workers,
+def _worker_config(config: DataConfig, worker: int, num_workers: int) -> WorkerConfig:
+    return _VirtualWorkerConfig(
+        rank=worker,
+        world_size=num_workers,
+        num_workers=1,
         seed_offset=config.seed,
         # Errors of a sample travel as outcomes; any other would leave samples out unseen.
         global_error_handler=reraise_exception,
     )
 
 
-class EnergonStream(Iterator[Draw]):
-    """Sequences of one lane's readers, again and again; they start with the first draw.
+class VirtualWorker:
+    """The sequences of one global worker id, epoch after epoch.
 
     Args:
-        dataset: Of one lane.
-        config: Batch sizes; names the dataset in errors.
+        dataset: Energon's, built for this worker.
+        max_skips_in_row: Unreadable samples in a row that mean a broken dataset.
+        path: Names the dataset in errors.
     """
 
-    def __init__(self, dataset: Any, config: DataConfig) -> None:
-        in_process = dataset.worker_config.num_workers == 0
-        self._num_workers = dataset.worker_config.num_workers
-        self._loader: Any = SavableDataLoader(
-            dataset,
-            prefetch_factor=max(2, 2 * config.micro_batch_size),
-            # energon collects garbage every few samples, and freezes what lives: right for a
-            # reader process, but not for the training process.
-            gc_collect_every_n_steps=0 if in_process else 100,
-            watchdog_timeout_seconds=None if in_process else 60,
-        )
-        # Outcomes hold no tensors, so there is nothing to pin.
-        self._loader.pin_memory = False
-        self._where = f"--data-path {config.path}"
-        self._max_skips = config.max_skips_in_row
-        self._outcomes: Iterator[Outcome] | None = None
+    def __init__(self, dataset: Any, max_skips_in_row: int, path: str) -> None:
+        self._dataset = dataset
+        self._max_skips = max_skips_in_row
+        self._path = path
+        self._outcome_index = 0
+        self._outcomes = self._passes()
+        self._rejected: RejectedSample | None = None
 
-    def __next__(self) -> Draw:
-        if self._outcomes is None:
-            if self._num_workers:
-                # Readers are forked, and collect garbage: what this process has left, process
-                # groups of gloo for one, must be gone by then, as it cannot be ended elsewhere.
-                gc.collect()
-            self._outcomes = _passes(self._loader, self._where)
-        found = draw(self._outcomes, self._where, self._max_skips)
-        if found is None:
-            raise StopIteration
-        return found
-
-    def state(self) -> Mapping[str, Any]:
-        """Energon's own state of the readers."""
-        return {"energon": self._loader.save_state_rank(), "num_workers": self._num_workers}
-
-    def restore(self, lane: int, lanes: Sequence[Any]) -> None:
-        """Go on; energon binds what was read to its lanes and reader processes.
-
-        Raises:
-            ValueError: Their number has changed, or the checkpoint is of another kind of data.
-        """
-        before = lanes[lane] if lane < len(lanes) else lanes[0]
-        if "energon" not in before:
-            raise ValueError(
-                f"{self._where}: the checkpoint's data was not read with energon; "
-                f"use --finetune to begin with this dataset"
-            )
-        world_size = self._loader.worker_config.world_size
-        if len(lanes) != world_size or before["num_workers"] != self._num_workers:
-            raise ValueError(
-                f"{self._where} cannot go on with --llm-dp {world_size} --num-workers "
-                f"{self._num_workers}: the checkpoint's readers had --llm-dp {len(lanes)} "
-                f"--num-workers {before['num_workers']}; keep them"
-            )
-        self._loader.restore_state_rank(before["energon"])
-
-
-def _passes(loader: Any, dataset: str) -> Iterator[Outcome]:
-    """Outcomes of the loader, again and again; none if a pass is empty."""
-    was_empty = False
-    while not was_empty:
-        was_empty = True
+    def draw(self) -> Draw | None:
+        """The next sequence; None if there is not a single one."""
+        if self._rejected is not None:
+            return self._rejected
         try:
-            for outcome in iter(loader):
-                was_empty = False
+            return draw(self._outcomes, f"--data-path {self._path}", self._max_skips)
+        except READ_ERRORS as error:
+            self._rejected = RejectedSample(message=unreadable_shard(self._path, error))
+            return self._rejected
+
+    def snapshot(self) -> bytes:
+        """Where it stands."""
+        with self._active():
+            return pickle.dumps((self._outcome_index, self._dataset.save_state()))
+
+    def restore(self, snapshot: bytes) -> None:
+        """Stand where another stood; if it cannot, every draw says why."""
+        try:
+            # Checkpoints are the user's own, and unpickled as a whole.
+            self._outcome_index, state = pickle.loads(snapshot)  # noqa: S301
+            self._dataset.restore_state(state)
+        except (AssertionError, LookupError, TypeError, ValueError) as error:
+            self._rejected = RejectedSample(message=unfit_state(self._path, error))
+        self._outcomes = self._passes()
+
+    def _passes(self) -> Iterator[Any]:
+        """Outcomes, again and again; none if the worker's share is empty."""
+        with self._active():
+            empty = not self._dataset.worker_has_samples()
+        while not empty:
+            empty = True
+            outcomes = iter(self._dataset)
+            while True:
+                with self._active():
+                    try:
+                        outcome = next(outcomes)
+                    except StopIteration:
+                        break
+                empty = False
+                self._outcome_index += 1
                 yield outcome
-        except _READ_ERRORS as error:
-            # From a reader process comes its traceback, whose last line says what happened.
-            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise ValueError(
-                f"{dataset}: a shard cannot be read ({reason[0]}): check that every tar file of "
-                f"the dataset is there and whole, and run `energon prepare` after changing one"
-            ) from error
 
-
-# -- the dataset's own errors ----------------------------------------------------------------------
-
-# What reading a missing, empty or cut shard raises.
-_READ_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError)
-# What energon raises when it cannot make sense of a folder.
-_BUILD_ERRORS = (AssertionError, EmptyDatasetError, OSError, ValueError, KeyError, TypeError)
-
-
-def _checked_path(config: DataConfig) -> str:
-    """The dataset's path, after the mistakes that users make first."""
-    assert config.path is not None
-    path = Path(config.path)
-    if not path.exists():
-        raise ValueError(
-            f"--data-path {path} does not exist: expected an Energon dataset; "
-            f"`megatron-mimo data digits --out {path}` writes one to try"
-        )
-    kind = get_dataset_type(EPath(path))
-    if path.is_dir() and kind is not EnergonDatasetType.WEBDATASET:
-        raise ValueError(
-            f"--data-path {path} is not prepared for Energon: {path / '.nv-meta' / '.info.json'} "
-            f"is missing; run `energon prepare {path}` on a folder of tar files"
-        )
-    if path.is_file() and kind is not EnergonDatasetType.METADATASET:
-        raise ValueError(
-            f"--data-path {path} is a file that Energon cannot train from here: expected a "
-            f"dataset folder, or a metadataset ending in .yaml"
-        )
-    return str(path)
-
-
-def _unreadable(path: str, split: str, error: Exception) -> ValueError:
-    reason = str(error) or type(error).__name__
-    return ValueError(
-        f"--data-path {path}: the {split} split cannot be opened ({reason}): expected .nv-meta "
-        f"with split.yaml and dataset.yaml, and shards for {split}; run `energon prepare {path}` "
-        f"again"
-    )
+    @contextlib.contextmanager
+    def _active(self) -> Iterator[None]:
+        with energon_lock:
+            worker_config = self._dataset.worker_config
+            worker_config.worker_activate(self._outcome_index)
+            try:
+                yield
+            finally:
+                worker_config.worker_deactivate()

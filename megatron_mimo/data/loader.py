@@ -1,17 +1,22 @@
 """From streams of encoded samples, one per lane, to the data of a step."""
 
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from megatron_mimo.bridge.manifest import ManifestEntry
 from megatron_mimo.data.batch import Microbatch, StepData, StepLoader, TextBatch
+from megatron_mimo.data.collate import (
+    Documents,
+    collate_packed,
+    collate_text,
+    placed,
+    require_known_fields,
+    runs_of,
+)
 from megatron_mimo.data.config import DataConfig, DataRole
 from megatron_mimo.data.mock import Split, mock_sample
 from megatron_mimo.data.sample import (
@@ -19,27 +24,19 @@ from megatron_mimo.data.sample import (
     Outcome,
     RawSample,
     RejectedSample,
-    SkippedSample,
     try_encode,
 )
+from megatron_mimo.data.skips import SkipReport
 from megatron_mimo.data.stream import IndexedStream, LaneStream
 from megatron_mimo.data.tokenizer import Tokenizer
-from megatron_mimo.data.trace import SampleTrace
 from megatron_mimo.images import EncodedImage, pack_images
 from megatron_mimo.topology import assign_images
-
-_logger = logging.getLogger(__name__)
-# Skips beyond the first few are reported once in a while only.
-_SKIPS_LOGGED_EACH = 10
-_SKIPS_LOGGED_EVERY = 100
 
 
 def build_train_loader(
     config: DataConfig,
     role: DataRole,
     tokenizer: Tokenizer,
-    *,
-    trace: SampleTrace | None = None,
 ) -> "StreamLoader":
     """Endless steps of training samples.
 
@@ -47,12 +44,11 @@ def build_train_loader(
         config: Where samples come from.
         role: What this rank needs of a step.
         tokenizer: Of the texts.
-        trace: Records the sample keys of every step.
 
     Raises:
         ValueError: The dataset is missing or not prepared, or the batch sizes do not divide.
     """
-    return _build(config, role, tokenizer, Split.TRAIN, trace)
+    return _build(config, role, tokenizer, Split.TRAIN)
 
 
 def build_eval_loader(config: DataConfig, role: DataRole, tokenizer: Tokenizer) -> "StreamLoader":
@@ -67,7 +63,7 @@ def build_eval_loader(config: DataConfig, role: DataRole, tokenizer: Tokenizer) 
         ValueError: The dataset is missing, not prepared or without a val split, or the batch sizes
             do not divide.
     """
-    return _build(config, role, tokenizer, Split.VAL, None)
+    return _build(config, role, tokenizer, Split.VAL)
 
 
 def build_list_loader(
@@ -89,7 +85,7 @@ def build_list_loader(
     """
     if not samples:
         raise ValueError("no samples to evaluate: expected at least one")
-    config = _without_augmentation(config)
+    config = replace(_without_augmentation(config), packing_buffer_size=None)
     with_patches = role.encoder_rank is not None
 
     def make(index: int) -> Outcome:
@@ -105,7 +101,6 @@ def _build(
     role: DataRole,
     tokenizer: Tokenizer,
     split: Split,
-    trace: SampleTrace | None,
 ) -> "StreamLoader":
     if split is not Split.TRAIN:
         config = _without_augmentation(config)
@@ -120,14 +115,11 @@ def _build(
         streams = {lane: IndexedStream(make, lane, role.num_lanes, config) for lane in role.lanes}
     else:
         # energon takes a second to import; only runs that use it pay.
-        from megatron_mimo.data.energon import eval_stream, train_stream
+        from megatron_mimo.data.readers import eval_streams, train_streams
 
-        stream = train_stream if split is Split.TRAIN else eval_stream
-        streams = {
-            lane: stream(config, lane, role.num_lanes, tokenizer, with_patches=with_patches)
-            for lane in role.lanes
-        }
-    return StreamLoader(streams, config, role, tokenizer, trace=trace)
+        build = train_streams if split is Split.TRAIN else eval_streams
+        streams = build(config, role, tokenizer)
+    return StreamLoader(streams, config, role, tokenizer)
 
 
 def _without_augmentation(config: DataConfig) -> DataConfig:
@@ -142,10 +134,9 @@ class StreamLoader(StepLoader):
         config: Batch sizes and sequence length.
         role: What this rank needs.
         tokenizer: Padding.
-        trace: Records the sample keys of every step.
 
     Attributes:
-        num_skipped: Unreadable samples left out so far, over the lanes read here.
+        skips: What was left out so far, over the lanes read here.
     """
 
     def __init__(
@@ -154,8 +145,6 @@ class StreamLoader(StepLoader):
         config: DataConfig,
         role: DataRole,
         tokenizer: Tokenizer,
-        *,
-        trace: SampleTrace | None = None,
     ) -> None:
         assert sorted(streams) == sorted(role.lanes), (sorted(streams), role.lanes)
         self._streams = streams
@@ -164,9 +153,8 @@ class StreamLoader(StepLoader):
         self._pad_id = tokenizer.pad_id
         self._image_token_id = tokenizer.image_token_id
         self._num_microbatches = config.num_microbatches(role.num_lanes)
-        self._trace = trace
         self._step = 0
-        self.num_skipped = 0
+        self.skips = SkipReport(config.max_bad_sample_fraction)
 
     def state(self) -> dict[int, Any]:
         """What `restore` needs, by lane; of every lane that this rank reads."""
@@ -197,22 +185,22 @@ class StreamLoader(StepLoader):
                 samples in a row are unreadable; names the sample, the dataset and the shard.
         """
         digests = {lane: hashlib.blake2b(digest_size=8) for lane in self._role.lanes}
-        keys: dict[int, list[str]] = {lane: [] for lane in self._role.lanes}
         targets = dict.fromkeys(self._role.lanes, 0)
+        packed = self._config.packing_buffer_size is not None
+        positions = dict.fromkeys(self._role.lanes if packed else (), 0)
         microbatches = []
         for index in range(self._num_microbatches):
-            samples = {
+            sequences = {
                 lane: [self._draw(lane) for _ in range(self._config.micro_batch_size)]
                 for lane in sorted(self._role.lanes)
             }
-            microbatch = self._collate(index, samples)
-            for lane, drawn in samples.items():
-                keys[lane] += microbatch.keys[lane]
-                targets[lane] += sum(sample.target_tokens for sample in drawn)
+            microbatch = self._collate(index, sequences)
+            for lane, drawn in sequences.items():
+                targets[lane] += sum(d.target_tokens for documents in drawn for d in documents)
+                if packed:
+                    positions[lane] += sum(d.num_positions for seq in drawn for d in seq)
                 digests[lane].update(_identity(microbatch, lane))
             microbatches.append(microbatch)
-        if self._trace is not None:
-            self._trace.write(keys)
         self._step += 1
         return StepData(
             microbatches=tuple(microbatches),
@@ -221,10 +209,11 @@ class StreamLoader(StepLoader):
                 for lane, digest in digests.items()
             },
             lane_target_tokens=targets,
+            lane_positions=positions,
         )
 
-    def _draw(self, lane: int) -> EncodedSample:
-        """The lane's next sequence."""
+    def _draw(self, lane: int) -> tuple[EncodedSample, ...]:
+        """The documents of the lane's next sequence."""
         drawn = next(self._streams[lane], None)
         if drawn is None:
             raise ValueError(
@@ -234,51 +223,39 @@ class StreamLoader(StepLoader):
             )
         if isinstance(drawn, RejectedSample):
             raise ValueError(drawn.message)
-        for skipped in drawn.skipped:
-            self._report_skip(lane, skipped)
-        (document,) = drawn.documents
-        return document
-
-    def _report_skip(self, lane: int, skipped: SkippedSample) -> None:
-        self.num_skipped += 1
-        if self.num_skipped > _SKIPS_LOGGED_EACH and self.num_skipped % _SKIPS_LOGGED_EVERY:
-            return
-        _logger.warning(
-            "lane %d skips sample %r of %s: %s (%d skipped so far)",
-            lane,
-            skipped.key,
-            skipped.source,
-            skipped.reason,
-            self.num_skipped,
-        )
+        for document in drawn.documents:
+            require_known_fields(document, f"lane {lane}")
+        self.skips.add(lane, drawn)
+        return drawn.documents
 
     def _image_seed(self, key: str, number: int) -> int:
         """Of an image's augmentation: another in each step, the same on whichever rank runs it."""
         name = f"{self._config.seed}/{self._step}/{key}/{number}"
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
-    def _collate(self, index: int, samples: Mapping[int, Sequence[EncodedSample]]) -> Microbatch:
-        """One microbatch from the samples of each lane, lanes ascending."""
+    def _collate(self, index: int, sequences: Mapping[int, Sequence[Documents]]) -> Microbatch:
+        """One microbatch from the sequences of each lane, lanes ascending."""
         role = self._role
         manifest: list[ManifestEntry] = []
         mine: list[EncodedImage] = []
         seeds: list[int] = []
-        for lane, drawn in samples.items():
+        for lane, drawn in sequences.items():
             serving = role.serving.get(lane, ())
             if not serving:
                 # The language model alone: image tokens are tokens like others.
                 continue
-            ranks = iter(assign_images(sum(len(s.images) for s in drawn), serving, index))
-            for sequence, sample in enumerate(drawn):
-                positions = np.flatnonzero(sample.tokens == self._image_token_id)
+            number_of = sum(len(document.images) for documents in drawn for document in documents)
+            ranks = iter(assign_images(number_of, serving, index))
+            for (sequence, start), sample in placed(drawn):
+                positions = start + np.flatnonzero(sample.tokens == self._image_token_id)
                 rows = [image.rows for image in sample.images]
                 ends = np.cumsum(rows)[:-1]
                 pieces = zip(sample.images, np.split(positions, ends), strict=False)
                 for number, (image, at) in enumerate(pieces):
                     rank = next(ranks)
                     manifest += [
-                        ManifestEntry(lane, rank, count, sequence, start)
-                        for start, count in _runs(at)
+                        ManifestEntry(lane, rank, count, sequence, first)
+                        for first, count in runs_of(at)
                     ]
                     if rank == role.encoder_rank:
                         mine.append(image)
@@ -286,43 +263,30 @@ class StreamLoader(StepLoader):
         return Microbatch(
             index=index,
             manifest=tuple(manifest),
-            keys={lane: tuple(sample.key for sample in drawn) for lane, drawn in samples.items()},
-            text=None
-            if role.text_lane is None
-            else collate_text(samples[role.text_lane], self._config.seq_length, self._pad_id),
+            keys={
+                lane: tuple(sample.key for _, sample in placed(drawn))
+                for lane, drawn in sequences.items()
+            },
+            text=self._collate_text(sequences),
             images=pack_images(mine, self._config.image, seeds),
+            starts={
+                lane: tuple(place for place, _ in placed(drawn))
+                for lane, drawn in sequences.items()
+            },
         )
 
-
-def _runs(positions: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Cut ascending positions into runs of consecutive ones: (first, length)."""
-    if not len(positions):
-        return []
-    pieces = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
-    return [(int(piece[0]), len(piece)) for piece in pieces]
+    def _collate_text(self, sequences: Mapping[int, Sequence[Documents]]) -> TextBatch | None:
+        lane, seq_length = self._role.text_lane, self._config.seq_length
+        if lane is None:
+            return None
+        if self._config.packing_buffer_size is None:
+            samples = [sample for _, sample in placed(sequences[lane])]
+            return collate_text(samples, seq_length, self._pad_id)
+        (documents,) = sequences[lane]
+        return collate_packed(documents, seq_length, self._pad_id)
 
 
 def _identity(microbatch: Microbatch, lane: int) -> bytes:
-    """What the readers of a lane must agree on: its samples, and where their rows go."""
+    """What the readers of a lane must agree on: its samples, and where they and their rows go."""
     entries = tuple(entry for entry in microbatch.manifest if entry.lane == lane)
-    return repr((microbatch.keys[lane], entries)).encode()
-
-
-def collate_text(samples: Sequence[EncodedSample], seq_length: int, pad_id: int) -> TextBatch:
-    """Stack token sequences, padded to S, with labels shifted by one."""
-    batch = len(samples)
-    input_ids = np.full((batch, seq_length), pad_id, dtype=np.int64)
-    labels = np.full((batch, seq_length), pad_id, dtype=np.int64)
-    loss_mask = np.zeros((batch, seq_length), dtype=np.float32)
-    for i, sample in enumerate(samples):
-        length = len(sample.tokens) - 1
-        input_ids[i, :length] = sample.tokens[:-1]
-        labels[i, :length] = sample.tokens[1:]
-        loss_mask[i, :length] = sample.targets[1:]
-    return TextBatch(
-        sample_keys=tuple(sample.key for sample in samples),
-        input_ids=torch.from_numpy(input_ids),
-        labels=torch.from_numpy(labels),
-        loss_mask=torch.from_numpy(loss_mask),
-        position_ids=torch.arange(seq_length).expand(batch, -1).contiguous(),
-    )
+    return repr((microbatch.keys[lane], microbatch.starts[lane], entries)).encode()

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mimo.data.config import DataConfig
+from megatron_mimo.data.prompt import image_tags
 from megatron_mimo.data.sample import RawSample
 
 _COLOURS = {
@@ -48,13 +49,13 @@ def mock_sample(index: int, split: Split, config: DataConfig) -> RawSample:
     key = f"mock-{split.name.lower()}-{index}"
     if rng.random() < config.text_only_fraction:
         word = _NAMES[rng.integers(len(_NAMES))]
-        return RawSample(key=key, question=f"Say {word}.", answer=word, source="mock")
+        return RawSample.asking(key=key, question=f"Say {word}.", answer=word, source="mock")
     count = int(rng.integers(1, 3))
     names = [_NAMES[rng.integers(len(_NAMES))] for _ in range(count)]
     largest = _largest_image(config)
     images = tuple(_picture(name, largest, config.image.unit, rng) for name in names)
     noun = "Colour?" if count == 1 else "Colours?"
-    return RawSample(
+    return RawSample.asking(
         key=key,
         question=config.image_token * count + noun,
         answer=" ".join(names),
@@ -65,7 +66,8 @@ def mock_sample(index: int, split: Split, config: DataConfig) -> RawSample:
 
 def _largest_image(config: DataConfig) -> int:
     """Rows of an image such that two of them and the text fit a sequence; one at least."""
-    return max(1, (config.seq_length - _TEXT_BUDGET) // 2)
+    tags = 2 * len("".join(image_tags(config)))
+    return max(1, (config.seq_length - _TEXT_BUDGET - tags) // 2)
 
 
 def _picture(name: str, max_rows: int, unit: int, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -1,9 +1,36 @@
 """Text to tokens: a byte tokenizer that needs no file, or a Hugging Face one."""
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 _VOCAB_MULTIPLE = 128
+
+
+class ChatTemplate(Protocol):
+    """How a tokenizer writes conversations; a message has a role and a content, both texts."""
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Write messages out.
+
+        Raises:
+            ValueError: The template refuses them.
+        """
+        ...
+
+    def render_marked(
+        self, messages: Sequence[Mapping[str, str]]
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """Write messages out, with where its generated parts begin and end.
+
+        Returns:
+            The text, and its generated parts; None where the template does not mark any.
+
+        Raises:
+            ValueError: The template refuses them.
+        """
+        ...
 
 
 class Tokenizer(Protocol):
@@ -14,12 +41,14 @@ class Tokenizer(Protocol):
         image_token_id: Token that rows replace.
         pad_id: Fills sequences up.
         eos_id: Ends an answer.
+        chat_template: How it writes conversations, if it says so.
     """
 
     vocab_size: int
     image_token_id: int
     pad_id: int
     eos_id: int
+    chat_template: ChatTemplate | None
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without special tokens around it."""
@@ -27,6 +56,10 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens, without special tokens."""
+        ...
+
+    def token_id(self, token: str) -> int | None:
+        """The token that a text is by itself, or None."""
         ...
 
 
@@ -37,6 +70,7 @@ class ByteTokenizer:
     eos_id = 257
     image_token_id = 258
     vocab_size = 384
+    chat_template: ChatTemplate | None = None
 
     def encode(self, text: str) -> list[int]:
         """The text's UTF-8 bytes."""
@@ -45,6 +79,10 @@ class ByteTokenizer:
     def decode(self, tokens: list[int]) -> str:
         """Text of the bytes; special tokens are dropped, broken UTF-8 is marked."""
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    def token_id(self, token: str) -> int | None:
+        """The byte of one ASCII character; None of anything else."""
+        return ord(token) if len(token) == 1 and token.isascii() else None
 
 
 class HuggingFaceTokenizer:
@@ -86,10 +124,14 @@ class HuggingFaceTokenizer:
                 f"eos_token in its tokenizer_config.json"
             )
         pad_id = self._tokenizer.pad_token_id
+        self._vocabulary: dict[str, int] = vocabulary
         self.image_token_id: int = vocabulary[image_token]
         self.eos_id: int = eos_id
         self.pad_id: int = eos_id if pad_id is None else pad_id
         self.vocab_size = -(-len(self._tokenizer) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+        self.chat_template: ChatTemplate | None = (
+            HuggingFaceChatTemplate(self._tokenizer) if self._tokenizer.chat_template else None
+        )
 
     def encode(self, text: str) -> list[int]:
         """Tokens of the text, without special tokens around it."""
@@ -100,6 +142,56 @@ class HuggingFaceTokenizer:
         """Text of the tokens, without special tokens."""
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
+
+    def token_id(self, token: str) -> int | None:
+        """Its number in the vocabulary, if it is there."""
+        return self._vocabulary.get(token)
+
+
+class HuggingFaceChatTemplate:
+    """The template in a `transformers` tokenizer's folder.
+
+    Args:
+        tokenizer: Of `transformers`, with a chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._template: str = tokenizer.get_chat_template()
+        self._marks = re.search(r"\{%-?\s*generation\s*-?%\}", self._template) is not None
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Write messages out."""
+        return self._render(messages)[0]
+
+    def render_marked(
+        self, messages: Sequence[Mapping[str, str]]
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """Write messages out, with what stands in `generation` blocks."""
+        text, marked = self._render(messages)
+        return text, marked if self._marks else None
+
+    def _render(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+        from jinja2.exceptions import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            (text,), marked = render_jinja_template(
+                conversations=[list(messages)],
+                chat_template=self._template,
+                return_assistant_tokens_mask=self._marks,
+                # Thoughts of earlier turns are learnt too; templates that do not know the name
+                # pass it over.
+                truncate_history_thinking=False,
+                **self._tokenizer.special_tokens_map,
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"the tokenizer's chat template refuses a conversation of {roles} ({error}): "
+                f"change the sample, or choose another --tokenizer-prompt-format"
+            ) from error
+        return text, [(start, stop) for start, stop in marked[0]] if marked else []
 
 
 def build_tokenizer(path: str | None, image_token: str) -> Tokenizer:

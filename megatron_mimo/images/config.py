@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 RowOrder = Literal["nemotron", "megatron"]
+GridRule = Literal["nearest", "nemotron-omni"]
 
 # Mean and standard deviation of the channels that CLIP, and RADIO after it, were trained with.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -23,6 +24,8 @@ class ImageConfig:
         row_order: Which four: "nemotron" takes each 2 x 2 square, so that a grid has even sides;
             "megatron" takes four in raster order, as megatron-core does with images of any shape.
         dynamic_resolution: Keep an image near its native size and aspect ratio.
+        grid_rule: Which size near the native one: "nearest" rounds, "nemotron-omni" takes the grids
+            that transformers' processor of Nemotron H Omni models takes.
         min_patches: An image with fewer patches is enlarged (native resolution).
         max_patches: An image with more patches is shrunk; 0 is uncapped (native resolution).
         img_h: Height of an image or a tile in pixels (other modes).
@@ -42,6 +45,7 @@ class ImageConfig:
     pixel_shuffle: bool = True
     row_order: RowOrder = "nemotron"
     dynamic_resolution: bool = True
+    grid_rule: GridRule = "nearest"
     min_patches: int = 4
     max_patches: int = 256
     img_h: int = 32
@@ -64,6 +68,8 @@ class ImageConfig:
         }
         if self.row_order not in ("nemotron", "megatron"):
             raise ValueError(f"row_order {self.row_order!r}: expected nemotron or megatron")
+        if self.grid_rule not in ("nearest", "nemotron-omni"):
+            raise ValueError(f"grid_rule {self.grid_rule!r}: expected nearest or nemotron-omni")
         for flag, (value, lowest) in least.items():
             if value < lowest:
                 raise ValueError(f"{flag} is {value}: expected at least {lowest}")

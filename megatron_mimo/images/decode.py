@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from megatron_mimo.images.structure import UNKNOWN_FORMAT, structure_flaw
 
 ImageSource = bytes | NDArray[np.uint8]
 
@@ -20,17 +22,32 @@ class BrokenImageError(Exception):
     """An image file that does not decode."""
 
 
-def image_size(image: ImageSource) -> tuple[int, int]:
-    """Width and height in pixels, upright; of a file the header alone is read.
+def examine_image(image: ImageSource) -> tuple[int, int]:
+    """Width and height in pixels, upright, of an image that looks whole.
+
+    Of a file, the header and the frame of its format are read, which finds it cut short or, where
+    the format carries checksums, changed; its pixels are not decoded, unless the format has no such
+    frame. What passes almost always decodes, and every reader asks this first.
 
     Raises:
-        BrokenImageError: The file is no image.
+        BrokenImageError: The file is corrupt, cut short, or no image.
     """
     if not isinstance(image, bytes):
         return image.shape[1], image.shape[0]
     with _opened(image) as opened:
         width, height = opened.size
-        return (height, width) if _orientation(opened) in _SIDEWAYS else (width, height)
+        upright = (height, width) if _orientation(opened) in _SIDEWAYS else (width, height)
+        flaw = structure_flaw(image, opened)
+    if flaw == UNKNOWN_FORMAT:
+        return decode_image(image).size
+    if flaw is not None:
+        raise _broken(image, flaw)
+    return upright
+
+
+def blank_image(width: int, height: int) -> Image.Image:
+    """Mid-grey, in mode RGB."""
+    return Image.new("RGB", (width, height), (128, 128, 128))
 
 
 def decode_image(image: ImageSource) -> Image.Image:
@@ -53,7 +70,7 @@ def decode_image(image: ImageSource) -> Image.Image:
 
 
 @contextmanager
-def _opened(image: bytes) -> Iterator[Image.Image]:
+def _opened(image: bytes) -> Iterator[ImageFile.ImageFile]:
     try:
         with warnings.catch_warnings():
             # A picture too large to be honest is broken, not worth a warning.
@@ -67,7 +84,11 @@ def _opened(image: bytes) -> Iterator[Image.Image]:
     # PIL's decoders raise nearly anything on broken bytes.
     except Exception as error:
         reason = str(error) or type(error).__name__
-    raise BrokenImageError(f"image of {len(image)} bytes does not decode: {reason}")
+    raise _broken(image, reason)
+
+
+def _broken(image: bytes, reason: str) -> BrokenImageError:
+    return BrokenImageError(f"image of {len(image)} bytes does not decode: {reason}")
 
 
 def _orientation(opened: Image.Image) -> int:

@@ -19,7 +19,8 @@ def image_grids(width: int, height: int, config: ImageConfig) -> tuple[Grid, ...
         config: Mode, bounds and patch size.
     """
     if config.dynamic_resolution:
-        return (native_grid(width, height, config),)
+        native = native_grid if config.grid_rule == "nearest" else nemotron_omni_grid
+        return (native(width, height, config),)
     fixed = (config.img_h // config.patch_dim, config.img_w // config.patch_dim)
     if not config.use_tiling:
         return (fixed,)
@@ -55,6 +56,35 @@ def native_grid(width: int, height: int, config: ImageConfig) -> Grid:
     if config.max_patches:
         grid_h, grid_w = _shrink(grid_h, grid_w, config.max_patches // side**2)
     return grid_h * side, grid_w * side
+
+
+def nemotron_omni_grid(width: int, height: int, config: ImageConfig) -> Grid:
+    """The grid that transformers' processor of Nemotron H Omni models chooses, step by step.
+
+    Sides are counted in patches, begun ones whole, and then one more for an odd number of whole
+    ones; scaled down into the maximum, then up to the minimum; and completed to pairs of patches
+    where that keeps the maximum, cut to pairs otherwise. Rows come first. The order of these steps
+    decides the grid: between them the maximum may be left again.
+    """
+    # Halves are rounded to even, which is where the odd ones grow.
+    grid_h, grid_w = (round(side / config.patch_dim + 0.5) for side in (height, width))
+    most = config.max_patches or math.inf
+    factor = min(math.sqrt(most / (grid_h * grid_w)), 1.0)
+    grid_h, grid_w = math.floor(factor * grid_h), math.floor(factor * grid_w)
+    if not grid_h * grid_w:
+        # So long that these steps would leave nothing of the shorter side.
+        return native_grid(width, height, config)
+    if grid_h * grid_w < config.min_patches < most:
+        factor = math.sqrt(config.min_patches / (grid_h * grid_w))
+        grid_h, grid_w = math.ceil(factor * grid_h), math.ceil(factor * grid_w)
+    grid_h = _to_units(grid_h, grid_w, config.grid_unit, most)
+    return grid_h, _to_units(grid_w, grid_h, config.grid_unit, most)
+
+
+def _to_units(side: int, other: int, unit: int, most: float) -> int:
+    """A side made a multiple of the unit: the next one if the grid keeps its maximum."""
+    above = -(-side // unit) * unit
+    return above if above == side or above * other <= most else max(unit, side // unit * unit)
 
 
 def _shrink(grid_h: int, grid_w: int, most: int) -> Grid:

@@ -13,6 +13,7 @@ from megatron_mimo.model.config import FreezeConfig, ModelConfig, ReduceConfig
 from megatron_mimo.model.initialize import initialize_topology_invariant
 from megatron_mimo.model.modules import EncoderModule, LanguageModule
 from megatron_mimo.runtime import Device, seed_everything
+from megatron_mimo.runtime.packed import PackedSegments
 from megatron_mimo.topology import SequenceSharding
 from megatron_mimo.topology.groups import ModuleGroups, Topology
 
@@ -64,7 +65,7 @@ class ModuleReplica:
         self.module = module
         self.ddp = _wrap(groups, module, reduce or ReduceConfig())
 
-    def __call__(self, *args: Tensor | PackedImages | None) -> Tensor:
+    def __call__(self, *args: Tensor | PackedImages | PackedSegments | None) -> Tensor:
         """Run the module's forward."""
         output: Tensor = (self.ddp or self.module)(*args)
         return output

@@ -15,6 +15,7 @@ from megatron_mimo.language.hybrid import hybrid_initial
 from megatron_mimo.model.config import FreezeConfig, ModelConfig
 from megatron_mimo.model.initialize import transformer_initial
 from megatron_mimo.model.merge import merge_rows
+from megatron_mimo.runtime.packed import PackedSegments
 from megatron_mimo.weights.initial import Draw, Normal
 
 _EMBEDDING = "model.embedding.word_embeddings.weight"
@@ -158,6 +159,7 @@ class LanguageModule(MegatronModule):
         inputs: Tensor | None,
         positions: Tensor | None,
         labels: Tensor | None = None,
+        documents: PackedSegments | None = None,
     ) -> Tensor:
         """Per-token losses, logits when there are no labels, or hidden states.
 
@@ -170,6 +172,8 @@ class LanguageModule(MegatronModule):
                 images; on later stages the hidden states [s, B, H] of the stage before.
             positions: int64 [R], where the rows go (`row_positions`); needed with rows.
             labels: int64 [B, S], target of each position; None before the last stage.
+            documents: Bounds of the documents of a packed sequence (`packed_documents`), which do
+                not see each other; B is 1. The same on every stage.
 
         Returns:
             With labels: float32 [B, S], cross entropy of each position. Without: this tp rank's
@@ -184,6 +188,11 @@ class LanguageModule(MegatronModule):
         else:
             self.model.set_input_tensor(inputs)
         output: Tensor = self.model(
-            input_ids, position_ids, attention_mask=None, decoder_input=embeddings, labels=labels
+            input_ids,
+            position_ids,
+            attention_mask=None,
+            decoder_input=embeddings,
+            labels=labels,
+            packed_seq_params=documents,
         )
         return output

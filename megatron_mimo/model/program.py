@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_mimo.data.batch import Microbatch
+from megatron_mimo.data.batch import Microbatch, TextBatch
 from megatron_mimo.model.merge import positions_in, row_positions
 from megatron_mimo.model.mimo import MimoModel
+from megatron_mimo.runtime.packed import PackedSegments, packed_documents
 from megatron_mimo.schedule.actions import Module
 
 
@@ -59,7 +60,8 @@ class MimoStep:
             inputs = inputs.view(self._model.sharding.shard_length, batch, -1)
         if groups.is_last_stage:
             labels = self._part(text.labels)
-        output = language(input_ids, position_ids, inputs, positions, labels)
+        documents = self._documents(text)
+        output = language(input_ids, position_ids, inputs, positions, labels, documents)
         if not groups.is_last_stage:
             return output.flatten(0, 1)
         loss = (output.float() * self._part(text.loss_mask)).sum()
@@ -85,6 +87,19 @@ class MimoStep:
     def _part(self, tokens: Tensor) -> Tensor:
         """This cp rank's part of [B, S], on the device."""
         return tokens[:, self._read].to(self._model.device)
+
+    def _documents(self, text: TextBatch) -> PackedSegments | None:
+        """Bounds of a packed sequence's documents; on the device, where thd kernels read them.
+
+        Transformer Engine's take int32 [N+1], 0 to S without gaps, and the longest length as a
+        number of the host: a tensor left on the host, or a length asked of the device, would make
+        every layer wait. The padding is a segment too, so that no position lies outside of all.
+        """
+        if text.lengths is None:
+            return None
+        assert text.cu_seqlens is not None and text.input_ids.shape[0] == 1
+        bounds = text.cu_seqlens.to(self._model.device, non_blocking=True)
+        return packed_documents(bounds, text.lengths)
 
     def _row_positions(self, input_ids: Tensor) -> Tensor:
         """Where this rank's rows go, from [B, S] on the host; on the device."""

@@ -22,6 +22,8 @@ PREPROCESSOR = "preprocessor_config.json"
 # Frames that transformers' embedding of video takes at once.
 FRAMES = 2
 _MERGE = 0.5
+# What transformers' image processor keeps to unless it is told otherwise.
+_MIN_PATCHES, _MAX_PATCHES = 1024, 13312
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,13 +43,14 @@ class OmniConfig:
     vocab_size: int
     seq_length: int
     image_token_id: int
-    min_patches: int = 1024
-    max_patches: int = 13312
+    min_patches: int = _MIN_PATCHES
+    max_patches: int = _MAX_PATCHES
 
     def image_config(self) -> ImageConfig:
         """How images of any size become patches."""
-        bounds = {"min_patches": self.min_patches, "max_patches": self.max_patches}
-        return self.model.vision.image_config(**bounds)
+        return self.model.vision.image_config(
+            grid_rule="nemotron-omni", min_patches=self.min_patches, max_patches=self.max_patches
+        )
 
 
 def read_omni(folder: WeightFolder) -> OmniConfig:
@@ -109,9 +112,18 @@ def read_omni(folder: WeightFolder) -> OmniConfig:
         vocab_size=vocab_size,
         seq_length=parts.language.config.get("max_position_embeddings", 4096),
         image_token_id=image_token_id,
-        min_patches=processing.get("min_num_patches", 1024),
-        max_patches=processing.get("max_num_patches", 13312),
+        min_patches=processing.get("min_num_patches", _MIN_PATCHES),
+        max_patches=_max_patches(processing),
     )
+
+
+def _max_patches(processing: Mapping[str, Any]) -> int:
+    """Most patches of an image by itself: the context of the language model is a bound too."""
+    context: int = processing.get("max_model_len", 16384)
+    least: int = processing.get("min_num_patches", _MIN_PATCHES)
+    of_context = max(round(1 / _MERGE) ** 2 * (context - 4), least)
+    most: int = processing.get("max_num_patches", _MAX_PATCHES)
+    return max(min(most or of_context, of_context), least)
 
 
 def write_omni(config: OmniConfig) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Where a rank stands among its peers, read from the launcher's environment variables."""
 
+import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,6 +55,16 @@ def read_environment(env: Mapping[str, str]) -> RankEnvironment:
     if "SLURM_PROCID" in env and env.get("SLURM_NTASKS") != "1":
         return _slurm(env)
     return RankEnvironment(rank=0, world_size=1, local_rank=0, init_method=None)
+
+
+def cores_per_rank(env: Mapping[str, str]) -> int:
+    """Cores that a rank may keep busy: Slurm's word, or the process's divided by its peers here."""
+    if env.get("SLURM_CPUS_PER_TASK", "").isdigit() and "LOCAL_WORLD_SIZE" not in env:
+        return int(env["SLURM_CPUS_PER_TASK"])
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    # Slurm without a word about cores binds each task to its own, or says how many share them.
+    peers = env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_NTASKS_PER_NODE", "")
+    return max(1, cores // (int(peers) if peers.isdigit() and int(peers) else 1))
 
 
 def _torchrun(env: Mapping[str, str]) -> RankEnvironment:

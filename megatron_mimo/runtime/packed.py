@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -43,8 +44,8 @@ def packed_documents(cu_seqlens: Tensor, lengths: tuple[int, ...]) -> PackedSegm
         cu_seqlens: int32 [N+1] on the device of the tokens.
         lengths: The N lengths that it cumulates.
     """
-    numbers = torch.arange(len(lengths), device=cu_seqlens.device).int()
-    counts = torch.tensor(lengths, device=cu_seqlens.device)
     segments = packed_segments(cu_seqlens, lengths)
-    segments.seq_idx = torch.repeat_interleave(numbers, counts, output_size=sum(lengths))[None]
+    # Counted out on the host: there the lengths are, and a copy does not wait for the device.
+    seq_idx = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    segments.seq_idx = torch.from_numpy(seq_idx)[None].to(cu_seqlens.device, non_blocking=True)
     return segments

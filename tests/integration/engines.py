@@ -168,9 +168,9 @@ def list_loader(chosen, *, seq_length, micro_batch_size, global_batch_size):
     )
     random = np.random.default_rng(3)
     samples = [
-        RawSample(key=f"text-{i}", question=f"say {i}", answer=f"it is {i}")
+        RawSample.asking(key=f"text-{i}", question=f"say {i}", answer=f"it is {i}")
         if i % 2
-        else RawSample(
+        else RawSample.asking(
             key=f"image-{i}",
             question="<image> what?",
             answer=f"this is {i}",

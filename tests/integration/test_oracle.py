@@ -35,7 +35,7 @@ def samples() -> list[Any]:
 
     random = np.random.default_rng(3)
     return [
-        RawSample(
+        RawSample.asking(
             key=f"sample-{index}",
             question="<image>" * len(grids) + f"what {index}?",
             answer=f"it is {index * 7}",

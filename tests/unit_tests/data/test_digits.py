@@ -85,7 +85,7 @@ def test_pictures_vary_and_fit_a_short_sequence(digits_path: Path) -> None:
 def test_widest_picture_and_longest_answer_fit(seed: int) -> None:
     glyphs = [np.full((8, 8), 16.0)] * 4
     picture = np.asarray(draw(glyphs, np.random.default_rng(seed)).convert("RGB"))
-    sample = digits_module.RawSample(
+    sample = digits_module.RawSample.asking(
         key="k", question="<image>Which digits?", answer="1 2 3 4", images=(picture,)
     )
     encode_sample(sample, DataConfig(seq_length=64), ByteTokenizer(), with_patches=False)

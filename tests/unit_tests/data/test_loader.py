@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mimo.data.batch import StepData
+from megatron_mimo.data.collate import collate_text
 from megatron_mimo.data.config import DataConfig, DataRole
 from megatron_mimo.data.loader import (
     StreamLoader,
     build_eval_loader,
     build_list_loader,
     build_train_loader,
-    collate_text,
 )
 from megatron_mimo.data.mock import Split, mock_sample
 from megatron_mimo.data.sample import (
@@ -31,6 +31,7 @@ from megatron_mimo.data.sample import (
     SkippedSample,
     draw,
 )
+from megatron_mimo.data.share import ReadingGroup, SharedLoader
 from megatron_mimo.data.stream import IndexedStream
 from megatron_mimo.data.tokenizer import ByteTokenizer
 from megatron_mimo.data.trace import SampleTrace
@@ -243,7 +244,9 @@ def test_digest_tells_keys_and_their_order_apart(keys: list[str], order: list[in
 
 
 def skipped(key: str) -> SkippedSample:
-    return SkippedSample(key=key, source="dataset d, shard 0.tar", reason="it is torn")
+    return SkippedSample(
+        key=key, source="dataset d, shard 0.tar", kind="malformed text", reason="it is torn"
+    )
 
 
 def stream_loader(outcomes: Iterator[Outcome], **fields: int) -> StreamLoader:
@@ -259,14 +262,14 @@ def test_skips_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         step = loader.next_step()
     assert step.microbatches[0].text.sample_keys == ("good",)
-    assert loader.num_skipped == 2
+    assert loader.skips.num_skipped == 2
     assert "lane 0 skips sample 'bad-2' of dataset d, shard 0.tar: it is torn" in caplog.text
 
 
 def test_too_many_skips_in_a_row_stop() -> None:
     loader = stream_loader(map(skipped, map(str, itertools.count())), max_skips_in_row=7)
     with pytest.raises(
-        ValueError, match=r"lane 0: 7 unreadable samples in a row, the last one '6' of dataset d"
+        ValueError, match=r"lane 0: 7 unusable samples in a row, the last one '6' of dataset d"
     ):
         loader.next_step()
 
@@ -310,9 +313,11 @@ def test_trace_has_a_line_per_step(tmp_path: Path) -> None:
     trace = SampleTrace(str(tmp_path / "trace"), 3, "encoder dp 0", first_step=5)
     config = DataConfig(global_batch_size=2)
     role = roles(1, 2)[0][0]
-    loader = build_train_loader(config, role, TOKENIZER, trace=trace)
+    source = build_train_loader(config, role, TOKENIZER)
+    loader = SharedLoader(source, ReadingGroup((3,), None, 3), trace=trace)
     loader.next_step()
     loader.next_step()
+    loader.close()
     lines = (tmp_path / "trace" / "rank-00003.jsonl").read_text().splitlines()
     assert json.loads(lines[1]) == {
         "step": 6,

@@ -65,10 +65,13 @@ def test_colour_of_the_picture_decides_the_answer() -> None:
             assert nearest == name
 
 
-@given(indices, st.integers(40, 200), st.booleans(), st.sampled_from([8, 16]))
-def test_samples_fit_their_sequence(index: int, length: int, shuffle: bool, patch: int) -> None:
+@given(indices, st.integers(60, 200), st.booleans(), st.sampled_from([8, 16]), st.booleans())
+def test_samples_fit_their_sequence(
+    index: int, length: int, shuffle: bool, patch: int, tags: bool
+) -> None:
     image = ImageConfig(pixel_shuffle=shuffle, patch_dim=patch, min_patches=1)
-    config = DataConfig(seq_length=length, image=image)
+    tag_type = "internvl" if tags else None
+    config = DataConfig(seq_length=length, image=image, image_tag_type=tag_type)
     encode_sample(
         mock_sample(index, Split.TRAIN, config), config, ByteTokenizer(), with_patches=False
     )

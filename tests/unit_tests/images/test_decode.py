@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from megatron_mimo.images import BrokenImageError, decode_image, image_size
+from megatron_mimo.images import BrokenImageError, decode_image, examine_image
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -26,7 +26,7 @@ def halves(width: int = 12, height: int = 8) -> Image.Image:
 def colours(file: bytes) -> np.ndarray:
     image = decode_image(file)
     assert image.mode == "RGB"
-    assert image.size == image_size(file)
+    assert image.size == examine_image(file)
     return np.asarray(image).astype(int)
 
 
@@ -74,7 +74,7 @@ def test_exif_rotation(kind: str, orientation: int) -> None:
     # Where the left side of the stored picture belongs, by the Exif standard.
     red_at = {1: "left", 2: "right", 3: "right", 4: "left", 5: "top", 6: "top", 7: "bottom"}
     side = red_at.get(orientation, "bottom")
-    assert image_size(file) == ((48, 16) if orientation < 5 else (16, 48))
+    assert examine_image(file) == ((48, 16) if orientation < 5 else (16, 48))
     corner = {"left": (8, 0), "right": (8, -1), "top": (0, 8), "bottom": (-1, 8)}[side]
     assert found[corner][0] > 180 > 80 > found[corner][2]
 
@@ -87,7 +87,7 @@ def test_orientation_behind_the_pixels_is_not_seen_by_either() -> None:
     length = int.from_bytes(file[chunk : chunk + 4], "big") + 12
     end = file.index(b"IEND") - 4
     moved = file[:chunk] + file[chunk + length : end] + file[chunk : chunk + length] + file[end:]
-    assert image_size(moved) == decode_image(moved).size == (48, 16)
+    assert examine_image(moved) == decode_image(moved).size == (48, 16)
 
 
 def test_first_frame_of_an_animation() -> None:
@@ -106,18 +106,18 @@ def test_truncated_files_are_broken_though_their_header_is_not(kind: str) -> Non
 
 @pytest.mark.parametrize("file", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])
 def test_what_is_no_image(file: bytes) -> None:
-    for read in (image_size, decode_image):
+    for read in (examine_image, decode_image):
         with pytest.raises(BrokenImageError, match=f"image of {len(file)} bytes does not decode"):
             read(file)
 
 
 def test_pixels_are_taken_as_they_are() -> None:
     pixels = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
-    assert image_size(pixels) == (7, 5)
+    assert examine_image(pixels) == (7, 5)
     np.testing.assert_array_equal(np.asarray(decode_image(pixels)), pixels)
 
 
 def test_a_bomb_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(BrokenImageError, match="exceeds limit"):
-        image_size(saved(halves(), "PNG"))
+        examine_image(saved(halves(), "PNG"))

@@ -1,3 +1,9 @@
+import ast
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +20,7 @@ from megatron_mimo.images import (
     rows_for,
 )
 from megatron_mimo.images.encode import patchify
-from megatron_mimo.images.grid import native_grid
+from megatron_mimo.images.grid import native_grid, nemotron_omni_grid
 from megatron_mimo.images.packing import pack_patches
 
 sides = st.integers(1, 3000)
@@ -71,6 +77,61 @@ def test_long_image_uses_the_patches_it_may_have() -> None:
     config = ImageConfig(patch_dim=8, pixel_shuffle=False, min_patches=1, max_patches=100)
     assert native_grid(8 * 5000, 8, config) == (1, 100)
     assert native_grid(8, 8 * 5000, config) == (100, 1)
+
+
+@pytest.fixture(scope="module")
+def transformers_grid() -> Callable[..., tuple[int, int]]:
+    """transformers' own choice of a grid; its module needs torchvision, the function does not."""
+    import transformers
+
+    folder = Path(transformers.__file__).parent / "models/nemotron_h_omni"
+    source = (folder / "image_processing_nemotron_h_omni.py").read_text(encoding="utf-8")
+    (function,) = (
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "get_patch_grid_size"
+    )
+    names: dict[str, Any] = {"math": math}
+    exec(compile(ast.Module([function], []), "transformers", "exec"), names)
+    chosen: Callable[..., tuple[int, int]] = names["get_patch_grid_size"]
+    return chosen
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("least", "most"), [(1024, 13312), (16, 256), (64, 66), (4, 0)])
+def test_grids_of_nemotron_omni_are_those_of_transformers(
+    transformers_grid: Callable[..., tuple[int, int]], least: int, most: int, shuffle: bool
+) -> None:
+    config = ImageConfig(
+        patch_dim=16,
+        min_patches=least,
+        max_patches=most,
+        pixel_shuffle=shuffle,
+        grid_rule="nemotron-omni",
+    )
+    random = np.random.default_rng(least)
+    sizes = np.exp(random.uniform(0, np.log(4000), (2000, 2))).astype(int)
+    sizes[::4] = 16 * (1 + sizes[::4] // 16)
+    expected, found = [], []
+    for width, height in sizes.tolist():
+        bounds = {"min_num_patches": least, "max_num_patches": most or 10**12}
+        try:
+            theirs = transformers_grid(height, width, 16, config.grid_unit, **bounds)
+        except ZeroDivisionError:
+            theirs = (0, 0)
+        # The shorter side of a long thin image may come to nothing.
+        if theirs[0] * theirs[1]:
+            expected.append(theirs)
+            found.append(image_grids(width, height, config)[0])
+    assert found == expected
+    assert len(found) > 1500
+
+
+def test_a_thread_of_an_image_keeps_both_sides() -> None:
+    config = ImageConfig(patch_dim=16, max_patches=256, grid_rule="nemotron-omni")
+    for size in ((16 * 5000, 16), (1, 10**6)):
+        grid_h, grid_w = nemotron_omni_grid(*size, config)
+        assert grid_h >= 2 and grid_w >= 2 and grid_h * grid_w <= 256
 
 
 def test_fixed_resolution_ignores_the_image() -> None:

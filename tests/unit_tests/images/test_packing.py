@@ -13,8 +13,8 @@ from megatron_mimo.images import (
     ImageConfig,
     decode_image,
     encode_image,
+    examine_image,
     image_grids,
-    image_size,
     pack_images,
     rows_for,
 )
@@ -141,7 +141,7 @@ def test_rows_from_the_header_are_the_rows_produced() -> None:
         config = random_config(random)
         file = io.BytesIO()
         Image.new("L", (width, height)).save(file, "BMP")
-        from_header = rows_for(*image_size(file.getvalue()), config)
+        from_header = rows_for(*examine_image(file.getvalue()), config)
         image = encode_image(decode_image(file.getvalue()), config, with_patches=True)
         assert image.patches is not None
         assert from_header == image.rows == len(image.patches) // config.patches_per_row

@@ -306,12 +306,14 @@ def older_names(folder: Path) -> tuple[bool, list[str]]:
                 "patch_size": 4,
                 "norm_mean": [0.48145466, 0.4578275, 0.40821073],
                 "min_num_patches": 16,
+                # Rows of an image and a little text: a bound like max_num_patches.
+                "max_model_len": 104,
             }
         )
     )
     model = megatron_mimo.load_pretrained(folder / "in", device="cpu")
-    assert model.config.image_config().min_patches == 16
-    assert model.config.image_config().max_patches == 13312
+    images = model.config.image_config()
+    assert (images.grid_rule, images.min_patches, images.max_patches) == ("nemotron-omni", 16, 400)
     model.save_pretrained(folder / "out")
     return model.loss(*batch).equal(wanted), changed(folder / "in", folder / "out")
 

@@ -4,7 +4,13 @@ import re
 
 import pytest
 
-from megatron_mimo.runtime.environment import RankEnvironment, first_node, read_environment
+from megatron_mimo.runtime import environment
+from megatron_mimo.runtime.environment import (
+    RankEnvironment,
+    cores_per_rank,
+    first_node,
+    read_environment,
+)
 
 TORCHRUN = {
     "RANK": "5",
@@ -98,3 +104,24 @@ def test_first_node(nodes: str, first: str) -> None:
 def test_incomplete_variables_are_named(env: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_environment(env)
+
+
+@pytest.mark.parametrize(
+    ("env", "cores"),
+    [
+        ({}, 24),
+        ({"LOCAL_WORLD_SIZE": "8"}, 3),
+        ({"LOCAL_WORLD_SIZE": "100"}, 1),
+        ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "9"}, 6),
+        ({"SLURM_CPUS_PER_TASK": "9", "SLURM_NTASKS_PER_NODE": "8"}, 9),
+        ({"SLURM_NTASKS_PER_NODE": "12"}, 2),
+    ],
+)
+def test_ranks_of_a_machine_share_its_cores(
+    env: dict[str, str], cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment.sys, "platform", "linux")
+    monkeypatch.setattr(
+        environment.os, "sched_getaffinity", lambda pid: set(range(24)), raising=False
+    )
+    assert cores_per_rank(env) == cores

@@ -10,7 +10,7 @@ from megatron_mimo.tools.demo_worker import shuffle_images
 
 
 def sample(key: str, answer: str, question: str = "<image>Which?", image: bytes = b"") -> RawSample:
-    return RawSample(key=key, question=question, answer=answer, images=(image,))
+    return RawSample.asking(key=key, question=question, answer=answer, images=(image,))
 
 
 def test_exact_match_is_to_the_letter() -> None:

@@ -1,0 +1,231 @@
+"""Documents that share a sequence must not know of each other: losses, gradients, and leaks."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from megatron_mimo.topology import Layout
+from tests.integration.engines import SEQ_LENGTH, beside, layout, small_engine
+
+if TYPE_CHECKING:
+    from megatron_mimo.data.sample import EncodedSample
+
+HYBRID = {
+    "provider": "nemotron-moe-vlm-tiny",
+    # Balance is counted over whole sequences, of which packing makes fewer.
+    "overrides": (
+        "language.pattern=ME*-ME",
+        "language.moe_aux_loss_coeff=0.0",
+        "language.ffn_hidden_size=192",
+        "vision.hidden_size=64",
+    ),
+}
+# The mock model's positions are rotations, which must begin anew with each document.
+GPT: dict[str, Any] = {"provider": "mock"}
+ONE_RANK = layout({}, {})
+LAYOUTS = {
+    "one rank": ONE_RANK,
+    "llm tp 2": beside({}, {"tp": 2}),
+    "llm pp 2": beside({}, {"pp": 2}),
+    "colocated, llm tp 2": layout({"dp": 2}, {"tp": 2}),
+    "llm tp 2 pp 2, encoder tp 2": beside({"tp": 2}, {"tp": 2, "pp": 2}),
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a document is made of.
+
+    Attributes:
+        text: Tokens of text, the last five of which are targets.
+        grids: Patch rows and columns of each image, in front of the text.
+        seed: Of both.
+    """
+
+    text: int
+    grids: tuple[tuple[int, int], ...] = ()
+    seed: int = 0
+
+
+# 60 of 64 positions: the rest is padding. Two documents have the same length.
+DOCUMENTS = (
+    Document(8, ((4, 4), (2, 6)), 1),
+    Document(9, (), 2),
+    Document(16, ((4, 2),), 3),
+    Document(7, ((4, 4),), 4),
+    Document(11, (), 5),
+)
+
+
+def encode(document: Document, number: int) -> "EncodedSample":
+    """Random tokens and pixels."""
+    from megatron_mimo.data.sample import EncodedSample
+    from megatron_mimo.data.tokenizer import ByteTokenizer
+    from megatron_mimo.images.encode import EncodedImage
+
+    random = np.random.default_rng(document.seed)
+    images = []
+    for height, width in document.grids:
+        pixels = random.integers(0, 256, (height * width, 3 * 8 * 8), dtype=np.uint8)
+        images.append(EncodedImage(((height, width),), height * width // 4, pixels))
+    rows = sum(image.rows for image in images)
+    tokens = np.concatenate(
+        [np.full(rows, ByteTokenizer.image_token_id), random.integers(0, 256, document.text)]
+    )
+    return EncodedSample(
+        key=f"document-{number}",
+        tokens=tokens,
+        targets=np.arange(len(tokens)) >= len(tokens) - 5,
+        images=tuple(images),
+    )
+
+
+def only_targets_of(sample: "EncodedSample", wanted: bool) -> "EncodedSample":
+    return sample if wanted else replace(sample, targets=np.zeros_like(sample.targets))
+
+
+def run(
+    engine: Any, sequences: Sequence[tuple["EncodedSample", ...]], *, gradients: bool
+) -> tuple[float, dict[str, Any]]:
+    """Mean loss over the sequences as one step, and this rank's gradients."""
+    import torch.distributed as dist
+
+    from megatron_mimo.data import ByteTokenizer, DataConfig, StreamLoader
+    from megatron_mimo.data.sample import Drawn
+    from megatron_mimo.model.program import MimoStep
+    from megatron_mimo.optim.mimo_optimizer import finalize_gradients
+    from megatron_mimo.presets import model_config
+    from megatron_mimo.training.engine import data_role
+    from megatron_mimo.training.step import agree
+
+    packs = any(len(documents) > 1 for documents in sequences)
+    config = DataConfig(
+        provider="energon",
+        path="fed by hand",
+        seq_length=SEQ_LENGTH,
+        global_batch_size=len(sequences),
+        packing_buffer_size=2 if packs else None,
+        image=model_config("mock").vision.image_config(),
+    )
+    role = data_role(engine.topology.layout, dist.get_rank())
+    stream: Any = iter([Drawn(documents=documents) for documents in sequences])
+    data = StreamLoader({0: stream}, config, role, ByteTokenizer()).next_step()
+    texts = [m.text for m in data.microbatches if m.text is not None]
+    assert all((text.lengths is not None) == packs for text in texts)
+    agreement = agree(engine, data, "here")
+    for replica in engine.model.replicas:
+        replica.zero_grad()
+    program = MimoStep(engine.model, data.microbatches, engine.image_token_id)
+    crossings = [engine.executor.plan(manifest) for manifest in agreement.manifests]
+    engine.executor.run(program, crossings, gradients=gradients)
+    if not gradients:
+        return float(program.loss_sum), {}
+    finalize_gradients(engine.model, agreement.target_tokens)
+    found = {}
+    for replica in engine.model.replicas:
+        groups = replica.groups.pg_collection
+        for buffers, group in (
+            (replica.ddp.buffers, groups.dp_cp),
+            (replica.ddp.expert_parallel_buffers, groups.expt_dp),
+        ):
+            for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
+                # A rank holds the sum of its own shard only, as its optimizer needs no other.
+                shards = list(bucket.grad_data.chunk(group.size()))
+                dist.all_gather(shards, shards[group.rank()].clone(), group=group)
+        for name, parameter in replica.module.named_parameters():
+            found[f"{replica.groups.spec.name} {name}"] = parameter.main_grad.clone()
+    return float(program.loss_sum), found
+
+
+def differences(
+    chosen: Layout, model: dict[str, Any], recompute: tuple[str, ...] | None = None
+) -> tuple[list[list[float]], dict[str, float]]:
+    """Packed and alone: the loss of each document, then of all; and how far gradients part."""
+    engine = small_engine(chosen, recompute=recompute, **model)
+    samples = [encode(document, i) for i, document in enumerate(DOCUMENTS)]
+    losses = []
+    for i, sample in enumerate(samples):
+        marked = tuple(only_targets_of(other, other is sample) for other in samples)
+        packed, _ = run(engine, [marked], gradients=False)
+        losses.append([packed, run(engine, [(samples[i],)], gradients=False)[0]])
+    packed, found = run(engine, [tuple(samples)], gradients=True)
+    alone, wanted = run(engine, [(sample,) for sample in samples], gradients=True)
+    parted = {}
+    for name, gradient in wanted.items():
+        scale = float(gradient.abs().max())
+        assert scale > 0 or not found[name].any(), name
+        parted[name] = float((found[name] - gradient).abs().max()) / (scale or 1.0)
+    return [*losses, [packed, alone]], parted
+
+
+def assert_alike(found: list[tuple[list[list[float]], dict[str, float]]]) -> None:
+    seen = 0
+    for losses, parted in found:
+        for packed, alone in losses:
+            seen += alone > 0
+            assert packed == pytest.approx(alone, rel=1e-5)
+        assert max(parted.values()) < 1e-4, {k: v for k, v in parted.items() if v >= 1e-4}
+    assert seen >= len(DOCUMENTS) + 1
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_documents_are_learnt_as_if_they_were_alone(
+    name: str, run_ranks: Callable[..., list]
+) -> None:
+    chosen = LAYOUTS[name]
+    assert_alike(run_ranks(chosen.world_size, differences, chosen, HYBRID))
+
+
+@pytest.mark.parametrize("name", ["one rank", "llm tp 2", "llm pp 2"])
+def test_positions_begin_anew(name: str, run_ranks: Callable[..., list]) -> None:
+    chosen = LAYOUTS[name]
+    assert_alike(run_ranks(chosen.world_size, differences, chosen, GPT))
+
+
+@pytest.mark.parametrize(
+    "recompute", [("full",), ("selective", "core_attn", "mlp", "moe")], ids=",".join
+)
+def test_recomputing_keeps_documents_apart(
+    recompute: tuple[str, ...], run_ranks: Callable[..., list]
+) -> None:
+    chosen = LAYOUTS["llm tp 2"]
+    assert_alike(run_ranks(chosen.world_size, differences, chosen, HYBRID, recompute))
+
+
+def leaks(chosen: Layout, model: dict[str, Any]) -> list[list[float]]:
+    """Loss of each document as it is, then with each of the documents changed."""
+    engine = small_engine(chosen, **model)
+    rows = []
+    for changed in (None, *range(len(DOCUMENTS))):
+        samples = []
+        for i, document in enumerate(DOCUMENTS):
+            other = replace(document, seed=document.seed + 100 * (i == changed))
+            samples.append(encode(other, i))
+        rows.append(
+            [
+                run(
+                    engine,
+                    [tuple(only_targets_of(s, i == j) for j, s in enumerate(samples))],
+                    gradients=False,
+                )[0]
+                for i in range(len(samples))
+            ]
+        )
+    return rows
+
+
+@pytest.mark.parametrize("model", [HYBRID, GPT], ids=["hybrid", "gpt"])
+def test_nothing_leaks_into_other_documents(
+    model: dict[str, Any], run_ranks: Callable[..., list]
+) -> None:
+    """A document is changed with its images, of which one stands in front of the text."""
+    ((wanted, *others),) = run_ranks(1, leaks, ONE_RANK, model)
+    for changed, found in enumerate(others):
+        for document, (loss, was) in enumerate(zip(found, wanted, strict=True)):
+            if document == changed:
+                assert abs(loss - was) > 1e-4 * was
+            else:
+                assert loss == pytest.approx(was, rel=1e-6)
