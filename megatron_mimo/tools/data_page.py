@@ -1,0 +1,364 @@
+"""The page of `megatron-mimo data inspect`: HTML that needs nothing beside it."""
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from megatron_mimo.data.config import DataConfig
+from megatron_mimo.data.sample import EncodedSample
+from megatron_mimo.data.tokenizer import Tokenizer
+from megatron_mimo.images import EncodedImage
+from megatron_mimo.tools.data_statistics import (
+    PERCENTILES,
+    Distribution,
+    Observation,
+    Source,
+    Statistics,
+)
+
+_MOST_SHARDS = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """A sequence to show.
+
+    Attributes:
+        documents: Samples that share it, with patches.
+        places: Of each, where it is from.
+    """
+
+    documents: tuple[EncodedSample, ...]
+    places: tuple[Observation, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """Neighbouring tokens that are shown alike.
+
+    Attributes:
+        kind: Text, a token that stands for no text, or the rows of one image.
+        text: To show.
+        is_target: Whether the model learns to write it.
+        number: Of tokens.
+    """
+
+    kind: Literal["text", "special", "image"]
+    text: str
+    is_target: bool
+    number: int
+
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+         color: #1c2024; background: #fcfcfd; }
+  h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+  h3 { font-size: .95rem; margin: 0 0 .4rem; font-weight: 600; overflow-wrap: anywhere; }
+  table { border-collapse: collapse; font-size: .9rem; }
+  td, th { padding: .25rem 1rem .25rem 0; text-align: left; border-bottom: 1px solid #e0e3e6;
+           overflow-wrap: anywhere; vertical-align: top; }
+  td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+  .charts { display: grid; gap: 1.5rem;
+            grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); }
+  .bar { display: grid; grid-template-columns: 8.5rem 1fr 4.5rem; gap: .5rem; font-size: .8rem;
+         font-variant-numeric: tabular-nums; align-items: center; }
+  .bar span { text-align: right; } .bar div { height: .8rem; background: #3b6fb6; }
+  .small { font-size: .85rem; color: #5a6168; margin: .2rem 0; }
+  section { padding: .8rem; border: 1px solid #d9dce0; border-radius: .3rem; background: #fff;
+            margin-bottom: 1rem; }
+  .strip { display: flex; height: .9rem; background: #e6e8eb; margin: .4rem 0 .8rem; gap: 1px; }
+  .strip div { background: #b9c9e2; overflow: hidden; display: flex; min-width: 1px; }
+  .strip div:nth-child(even) { background: #93aed6; }
+  article { border-left: .3rem solid #93aed6; padding-left: .8rem; margin: .8rem 0; }
+  .images { display: flex; flex-wrap: wrap; gap: .75rem; margin: .4rem 0; }
+  figure { margin: 0; } figcaption { font-size: .8rem; color: #5a6168; }
+  figure img { min-height: 4rem; max-height: 16rem; max-width: 100%; object-fit: contain;
+               image-rendering: pixelated; border: 1px solid #d9dce0; }
+  .tokens { font: 13px/1.6 ui-monospace, monospace; white-space: pre-wrap;
+            overflow-wrap: anywhere; }
+  .tokens span { background: #eef0f2; border-radius: .15rem; }
+  .tokens .target { background: #bfe5cb; }
+  .tokens .special { outline: 1px solid #9aa1a8; padding: 0 .2rem; margin: 0 .1rem; }
+  .tokens .image { background: #f6dfb5; padding: 0 .3rem; margin: 0 .1rem; }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<p>$lead</p>
+<h2>Datasets</h2>
+$sources
+<h2>Lengths</h2>
+<div class="charts">$charts</div>
+<h2>Left out of training</h2>
+$bad
+<h2>Sequences</h2>
+<p class="tokens"><span class="target">learnt</span> <span>read only</span> <span
+class="image">rows of an image</span> <span class="special">special token</span></p>
+$sequences
+</body>
+</html>
+""")
+
+
+def write_page(
+    path: Path,
+    statistics: Statistics,
+    shown: Sequence[Shown],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    lead: str,
+    title: str,
+) -> None:
+    """Write the page.
+
+    Args:
+        path: Where to.
+        statistics: Of all samples.
+        shown: Sequences to show.
+        config: That they were encoded with.
+        tokenizer: That they were encoded with.
+        lead: A sentence on what was read.
+        title: Heading.
+    """
+    page = _PAGE.substitute(
+        title=html.escape(title),
+        lead=html.escape(lead),
+        sources=_sources(statistics),
+        charts="".join(
+            _chart(title, distribution)
+            for title, distribution in (
+                ("positions of a sample (tokens and rows)", statistics.positions),
+                ("targets of a sample (tokens to learn)", statistics.targets),
+                ("rows of a sample with images", statistics.rows_of_samples),
+                ("rows of an image", statistics.rows_of_images),
+                ("images of a sample", statistics.images),
+                ("positions taken of a sequence", statistics.filled),
+            )
+            if distribution.counts
+        ),
+        bad=_bad(statistics),
+        sequences="".join(_sequence(sequence, config, tokenizer) for sequence in shown)
+        or "<p>None.</p>",
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def _sources(statistics: Statistics) -> str:
+    rows = [(name, source) for name, source in statistics.sources.items()]
+    shards = [(f"{name}, {shard}", source) for (name, shard), source in statistics.shards.items()]
+    head = ("", "samples", "bad", "text only", "images", "positions", "targets")
+
+    def table(listed: list[tuple[str, Source]]) -> str:
+        lines = [
+            (
+                name,
+                f"{source.samples:,}",
+                f"{source.bad:,}",
+                f"{source.text_only:,}",
+                f"{source.images:,}",
+                f"{source.tokens:,}",
+                f"{source.targets:,}",
+            )
+            for name, source in listed
+        ]
+        return _table(head, lines)
+
+    folded = f"<details><summary>by shard: {len(shards)}</summary>{table(shards[:_MOST_SHARDS])}"
+    more = f"<p>and {len(shards) - _MOST_SHARDS} more</p>" if len(shards) > _MOST_SHARDS else ""
+    return f"{table(rows)}{folded}{more}</details>"
+
+
+def _bad(statistics: Statistics) -> str:
+    rows = [
+        (kind, f"{found.count:,}", f"{found.example}: {found.detail}")
+        for kind, found in sorted(statistics.bad.items(), key=lambda item: -item[1].count)
+    ]
+    if not rows:
+        return f"<p>None of {statistics.samples:,} samples.</p>"
+    return _table(("what is wrong", "samples", "for instance"), rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    lines = "".join(
+        "<tr>"
+        + "".join(
+            f"<td{' class=number' if cell[:1].isdigit() else ''}>{html.escape(cell)}</td>"
+            for cell in row
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def _chart(title: str, distribution: Distribution) -> str:
+    bars = distribution.bars()
+    most = max(count for _, _, count in bars)
+    lines = "".join(
+        f'<div class="bar"><span>{first:,}{f" to {last:,}" if last > first else ""}</span>'
+        f'<div style="width: {100 * count / most:.1f}%"></div><span>{count:,}</span></div>'
+        for first, last, count in bars
+    )
+    at = ", ".join(f"p{percent} {distribution.percentile(percent):,}" for percent in PERCENTILES)
+    return (
+        f"<div><h3>{html.escape(title)}</h3>{lines}"
+        f'<p class="small">mean {distribution.mean:,.1f}, {at}, largest '
+        f"{distribution.largest:,}</p></div>"
+    )
+
+
+# -- sequences -------------------------------------------------------------------------------------
+
+
+def _sequence(shown: Shown, config: DataConfig, tokenizer: Tokenizer) -> str:
+    sizes = [document.num_positions for document in shown.documents]
+    start, bounds = 0, []
+    for size in sizes:
+        bounds.append((start, start + size))
+        start += size
+    targets = sum(document.target_tokens for document in shown.documents)
+    title = (
+        f"{start:,} of {config.seq_length:,} positions, {targets:,} targets, "
+        f"{len(sizes)} document{'s' if len(sizes) > 1 else ''}"
+    )
+    strip = "".join(
+        f'<div style="width: {100 * size / config.seq_length:.2f}%"></div>' for size in sizes
+    )
+    documents = "".join(
+        _document(document, place, bound, config, tokenizer)
+        for document, place, bound in zip(shown.documents, shown.places, bounds, strict=True)
+    )
+    return f'<section><h3>{title}</h3><div class="strip">{strip}</div>{documents}</section>'
+
+
+def _document(
+    document: EncodedSample,
+    place: Observation,
+    bound: tuple[int, int],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+) -> str:
+    rows = sum(image.rows for image in document.images)
+    where = f"{place.source}, {place.shard}"
+    about = (
+        f"{where}: positions {bound[0]:,} to {bound[1] - 1:,}, {rows:,} rows, "
+        f"{document.target_tokens:,} targets"
+    )
+    flaw = (
+        "" if document.flaw is None else f'<p class="small">{html.escape(document.flaw.reason)}</p>'
+    )
+    images = "".join(
+        _figure(number, image, config.image.patch_dim)
+        for number, image in enumerate(document.images, 1)
+    )
+    tokens = "".join(map(_span, spans(document, tokenizer)))
+    return (
+        f"<article><h3>{html.escape(document.key)}</h3>"
+        f'<p class="small">{html.escape(about)}</p>{flaw}'
+        f'<div class="images">{images}</div><div class="tokens">{tokens}</div></article>'
+    )
+
+
+def _figure(number: int, image: EncodedImage, patch_dim: int) -> str:
+    sources = "".join(
+        f'<img src="data:image/png;base64,{base64.b64encode(_png(pixels)).decode("ascii")}" '
+        f'alt="image {number}">'
+        for pixels in unpatchify(image, patch_dim)
+    )
+    rows, columns = image.grids[0]
+    pieces = f", {len(image.grids)} pieces" if len(image.grids) > 1 else ""
+    return (
+        f"<figure>{sources}<figcaption>image {number}: {columns * patch_dim} x {rows * patch_dim} "
+        f"pixels, {columns} x {rows} patches{pieces}, {image.rows} rows</figcaption></figure>"
+    )
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def unpatchify(image: EncodedImage, patch_dim: int) -> Iterator[NDArray[np.uint8]]:
+    """The pixels of an image's pieces, uint8 [H, W, 3] each, from its patches.
+
+    Args:
+        image: With patches.
+        patch_dim: P.
+    """
+    assert image.patches is not None, "the image was encoded without patches"
+    start = 0
+    for rows, columns in image.grids:
+        patches = image.patches[start : start + rows * columns]
+        start += rows * columns
+        tiles = patches.reshape(rows, columns, 3, patch_dim, patch_dim)
+        yield np.ascontiguousarray(
+            tiles.transpose(0, 3, 1, 4, 2).reshape(rows * patch_dim, columns * patch_dim, 3)
+        )
+
+
+def _span(span: Span) -> str:
+    kinds = [*([span.kind] if span.kind != "text" else []), *(["target"] if span.is_target else [])]
+    mark = f' class="{" ".join(kinds)}"' if kinds else ""
+    return f'<span{mark} title="{span.number} tokens">{html.escape(span.text)}</span>'
+
+
+def spans(document: EncodedSample, tokenizer: Tokenizer) -> list[Span]:
+    """A document's tokens in runs of one kind; the rows of each image are a run.
+
+    Args:
+        document: Encoded with the tokenizer.
+        tokenizer: Writes tokens as text; those that it leaves out are shown by name or number.
+    """
+    found: list[Span] = []
+    text: list[int] = []
+    tokens, targets = document.tokens.tolist(), document.targets.tolist()
+    images = enumerate(document.images, 1)
+
+    def flush(is_target: bool) -> None:
+        if text:
+            decoded = tokenizer.decode(text)
+            found.append(Span(kind="text", text=decoded, is_target=is_target, number=len(text)))
+            text.clear()
+
+    at = 0
+    while at < len(tokens):
+        token, is_target = tokens[at], targets[at]
+        if at and targets[at - 1] != is_target:
+            flush(targets[at - 1])
+        if token == tokenizer.image_token_id:
+            flush(is_target)
+            number, image = next(images)
+            shown = f"image {number}: {image.rows} rows"
+            found.append(Span(kind="image", text=shown, is_target=False, number=image.rows))
+            at += image.rows
+            continue
+        if tokenizer.decode([token]):
+            text.append(token)
+        else:
+            flush(is_target)
+            name = "end of sequence" if token == tokenizer.eos_id else f"token {token}"
+            found.append(Span(kind="special", text=name, is_target=is_target, number=1))
+        at += 1
+    flush(bool(targets[-1:] and targets[-1]))
+    return found

@@ -1,0 +1,453 @@
+"""`megatron-mimo data prepare`: an Energon dataset from a folder, a JSONL or JSON file, or shards.
+
+A source is read twice: once to check every sample and to split, and once to write. Of the samples
+only a byte each stays in memory.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from megatron_mimo.data.webdataset import prepare, write_shard
+from megatron_mimo.tools.data_shards import ShardSurvey, survey_shards
+from megatron_mimo.tools.data_sources import (
+    Found,
+    Problem,
+    kind_of,
+    problem_of,
+    read_array,
+    read_folder,
+    read_lines,
+)
+from megatron_mimo.training.config import Folder, Switch
+
+Split = Literal["train", "val"]
+_SPLITS: tuple[Split, ...] = ("train", "val")
+_BAD, _TRAIN, _VAL = 0, 1, 2
+_SHOWN = 20
+_FAILED = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig:
+    """Make an Energon dataset, without questions asked.
+
+    SOURCE is a folder of images with a caption beside each (cat.jpg with cat.txt or cat.json), a
+    JSONL file of samples with paths of images, a JSON file that holds an array of them, or a folder
+    of tar shards in webdataset form, which are indexed as they are.
+
+    Attributes:
+        out: Folder to make; must not exist. For tar shards it may be SOURCE, and is if left out;
+            elsewhere it holds links to them.
+        image_root: What relative paths of images in a JSONL or JSON file are relative to; left out:
+            the file's folder.
+        val_fraction: Part of the samples that becomes the val split, 0 to 1; 0 for none.
+        shard_size: Samples of a shard, at most.
+        shard_bytes: Bytes of a shard's files, at most; a larger sample has a shard of its own.
+        image_token: Placeholder of an image in texts.
+        skip_bad: Leave bad samples out, instead of refusing them all.
+        workers: Threads that read samples and write shards, and processes that index them.
+    """
+
+    out: Folder = None
+    image_root: Folder = None
+    val_fraction: float = 0.05
+    shard_size: int = 1000
+    shard_bytes: int = 500_000_000
+    image_token: str = "<image>"
+    skip_bad: Switch = False
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(
+                f"--val-fraction is {self.val_fraction}: expected at least 0 and below 1"
+            )
+        least = {"--shard-size": self.shard_size, "--shard-bytes": self.shard_bytes}
+        for flag, value in {**least, "--workers": self.workers}.items():
+            if value < 1:
+                raise ValueError(f"{flag} is {value}: expected at least 1")
+        if not self.image_token:
+            raise ValueError("--image-token is empty: expected a placeholder such as <image>")
+
+
+@dataclass(kw_only=True, slots=True)
+class Survey:
+    """What the first reading of a source found.
+
+    Attributes:
+        verdicts: Of each sample, in order: bad, train or val.
+        num_bad: Bad samples.
+        problems: The first of them.
+    """
+
+    verdicts: bytearray = field(default_factory=bytearray)
+    num_bad: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+
+def run_prepare(source: str, config: PrepareConfig) -> int:
+    """Write the dataset, and print what was written and what to run next.
+
+    Args:
+        source: What to read.
+        config: Where to, and how.
+
+    Returns:
+        0, or 1 when a file could not be written.
+
+    Raises:
+        ValueError: The source is of no known kind or has bad samples, or the target exists.
+    """
+    path = Path(source)
+    kind = kind_of(path)
+    if kind != "shards" and config.out is None:
+        raise ValueError("--out is missing: expected the folder to make")
+    out = path if config.out is None else Path(config.out)
+    _refuse_target(path, out, kind)
+    if config.image_root is not None:
+        if kind not in ("lines", "array"):
+            raise ValueError(f"--image-root is for JSONL and JSON files: leave it out for {path}")
+        if not Path(config.image_root).is_dir():
+            raise ValueError(f"--image-root {config.image_root} is not a folder")
+    try:
+        report = (
+            _index_shards(path, out, config)
+            if kind == "shards"
+            else _write_dataset(_reader(path, kind, config), path, out, config)
+        )
+    except OSError as error:
+        sys.stderr.write(f"error: {out} was not written: {error}\n")
+        return _FAILED
+    sys.stdout.write(report + _next_commands(out))
+    return 0
+
+
+def _refuse_target(source: Path, out: Path, kind: str) -> None:
+    if kind == "shards" and out.resolve() == source.resolve():
+        if (out / ".nv-meta").exists():
+            raise ValueError(
+                f"{out} is prepared already: remove {out / '.nv-meta'} to index it anew"
+            )
+        return
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"--out {out} exists: name another folder, or remove it")
+    if kind in ("folder", "shards") and source.resolve() in out.resolve().parents:
+        raise ValueError(f"--out {out} is in {source}, which is read: name a folder beside it")
+
+
+def _next_commands(out: Path) -> str:
+    path = shlex.quote(str(out))
+    flags = "--model-provider nemotron-moe-vlm-tiny --seq-length 1024 --packing-buffer-size 100"
+    return (
+        f"\nlook at it:  megatron-mimo data inspect {path} {flags} --out inspect.html\n"
+        f"train on it: megatron-mimo train --nproc 2 {flags} --dataset-provider energon "
+        f"--data-path {path}\n"
+    )
+
+
+# -- samples ---------------------------------------------------------------------------------------
+
+Read = Callable[[], Iterator[Found | Problem]]
+
+
+def _reader(path: Path, kind: str, config: PrepareConfig) -> Read:
+    if kind == "folder":
+        return lambda: read_folder(path)
+    root = path.parent if config.image_root is None else Path(config.image_root)
+    read = read_lines if kind == "lines" else read_array
+    return lambda: read(path, root, config.image_token)
+
+
+def _write_dataset(read: Read, source: Path, out: Path, config: PrepareConfig) -> str:
+    """Check, split and write; what was done, for the user."""
+    survey = survey_samples(read(), config)
+    total = len(survey.verdicts)
+    if survey.num_bad and not config.skip_bad:
+        raise _refusal(source, survey.problems, survey.num_bad, total)
+    if total == survey.num_bad:
+        if total:
+            raise _refusal(source, survey.problems, survey.num_bad, total)
+        raise ValueError(
+            f"{source} holds no samples: expected images with captions beside them, or lines or "
+            f"items with text"
+        )
+    with _building(out) as folder:
+        shards = _write_shards(read(), survey.verdicts, folder, config)
+        prepare(folder, shards, workers=config.workers)
+    num_shards = sum(map(len, shards.values()))
+    size = sum(shard.stat().st_size for shard in out.rglob("*.tar"))
+    return (
+        f"wrote {survey.verdicts.count(_TRAIN)} train and {survey.verdicts.count(_VAL)} val "
+        f"samples in {num_shards} shards ({size / 1e6:.1f} MB) to {out}\n"
+        + _left_out(survey.problems, survey.num_bad)
+    )
+
+
+def survey_samples(samples: Iterable[Found | Problem], config: PrepareConfig) -> Survey:
+    """Check every sample, and choose its split by a hash of its images or text.
+
+    A sample's split does not depend on the others, save that neither split stays empty where there
+    are two good samples.
+
+    Args:
+        samples: Of a source.
+        config: Fraction and placeholder.
+    """
+    survey = Survey()
+    lowest = highest = (-1, -1.0)  # number and score
+
+    def check(sample: Found | Problem) -> Found | Problem:
+        if isinstance(sample, Problem):
+            return sample
+        return problem_of(sample, config.image_token) or sample
+
+    for number, sample in enumerate(_in_order(check, samples, config.workers)):
+        if isinstance(sample, Problem):
+            survey.num_bad += 1
+            survey.verdicts.append(_BAD)
+            if len(survey.problems) < _SHOWN:
+                survey.problems.append(sample)
+            continue
+        score = split_score(sample.identity)
+        survey.verdicts.append(_VAL if score < config.val_fraction else _TRAIN)
+        if lowest[0] < 0 or score < lowest[1]:
+            lowest = (number, score)
+        if highest[0] < 0 or score > highest[1]:
+            highest = (number, score)
+    if config.val_fraction and len(survey.verdicts) - survey.num_bad > 1:
+        if _VAL not in survey.verdicts:
+            survey.verdicts[lowest[0]] = _VAL
+        elif _TRAIN not in survey.verdicts:
+            survey.verdicts[highest[0]] = _TRAIN
+    return survey
+
+
+def split_score(identity: str) -> float:
+    """A number in [0, 1) that depends on the text alone; below --val-fraction means val."""
+    digest = blake2b(identity.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return (int.from_bytes(digest) >> 11) / (1 << 53)
+
+
+def _write_shards(
+    samples: Iterable[Found | Problem],
+    verdicts: bytearray,
+    folder: Path,
+    config: PrepareConfig,
+) -> dict[str, list[str]]:
+    """Write the samples that are good; the shards by split."""
+    shards: dict[str, list[str]] = {split: [] for split in _SPLITS}
+    for split in _SPLITS:
+        (folder / split).mkdir()
+    with _writers(config.workers) as submit:
+        for split, chunk in _chunks(samples, verdicts, config):
+            shards[split].append(f"{split}/{len(shards[split]):06d}.tar")
+            submit(folder / shards[split][-1], chunk)
+    return shards
+
+
+def _chunks(
+    samples: Iterable[Found | Problem], verdicts: bytearray, config: PrepareConfig
+) -> Iterator[tuple[Split, list[Found]]]:
+    """The samples of one shard after the other."""
+    chunks: dict[Split, list[Found]] = {split: [] for split in _SPLITS}
+    sizes = dict.fromkeys(_SPLITS, 0)
+    number = -1
+    for number, sample in enumerate(samples):
+        verdict = verdicts[number] if number < len(verdicts) else _BAD
+        if isinstance(sample, Problem) or verdict == _BAD:
+            if isinstance(sample, Problem) and verdict != _BAD:
+                raise ValueError(f"{sample.where} has changed while it was read: start again")
+            continue
+        split: Split = "val" if verdict == _VAL else "train"
+        try:
+            size = sample.size()
+        except OSError as error:
+            raise ValueError(f"{sample.where}: {error} since it was checked: start again") from None
+        chunk = chunks[split]
+        if len(chunk) == config.shard_size or (chunk and sizes[split] + size > config.shard_bytes):
+            yield split, chunk
+            chunks[split], sizes[split] = [], 0
+        chunks[split].append(sample)
+        sizes[split] += size
+    if number + 1 != len(verdicts):
+        raise ValueError(
+            f"the source had {len(verdicts)} samples and now has {number + 1}: it has changed "
+            f"while it was read; start again"
+        )
+    for split in _SPLITS:
+        if chunks[split]:
+            yield split, chunks[split]
+
+
+@contextmanager
+def _writers(workers: int) -> Iterator[Callable[[Path, list[Found]], None]]:
+    """A function that writes a shard, in one of some threads; all are written at the end."""
+    running: set[Future[None]] = set()
+    with ThreadPoolExecutor(workers) as pool:
+
+        def submit(path: Path, chunk: list[Found]) -> None:
+            running.add(pool.submit(_write, path, chunk))
+            # Chunks that wait are held in memory.
+            if len(running) > workers:
+                _collect(running, wait(running, return_when=FIRST_COMPLETED).done)
+
+        try:
+            yield submit
+            _collect(running, wait(running).done)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _collect(running: set[Future[None]], done: set[Future[None]]) -> None:
+    for future in done:
+        future.result()
+    running -= done
+
+
+def _in_order[A, B](function: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
+    """The function of each item, worked out a little ahead in threads."""
+    ahead: deque[Future[B]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                ahead.append(pool.submit(function, item))
+                if len(ahead) > 4 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _write(path: Path, chunk: Sequence[Found]) -> None:
+    write_shard(path, ((sample.key, sample.parts()) for sample in chunk))
+
+
+# -- shards ----------------------------------------------------------------------------------------
+
+
+def _index_shards(source: Path, out: Path, config: PrepareConfig) -> str:
+    """Check shards and index them; what was done, for the user."""
+    survey = survey_shards(source, config.image_token, most=_SHOWN)
+    if survey.num_bad and not config.skip_bad:
+        raise _refusal(source, survey.problems, survey.num_bad, survey.num_samples)
+    splits = _split_shards(survey, config.val_fraction)
+    in_place = out.resolve() == source.resolve()
+    if not in_place and not survey.in_folders:
+        placed = {split: {f"{split}/{name}": name for name in splits[split]} for split in splits}
+    else:
+        placed = {split: {name: name for name in splits[split]} for split in splits}
+    inside = {name: new for names in placed.values() for new, name in names.items()}
+    with _building(out, in_place=in_place) as folder:
+        for new, name in ((new, name) for names in placed.values() for new, name in names.items()):
+            (folder / new).parent.mkdir(parents=True, exist_ok=True)
+            (folder / new).symlink_to((source / name).resolve())
+        prepare(
+            folder,
+            {split: list(names) for split, names in placed.items()},
+            exclude=[f"{inside[shard]}/{key}" for shard, key in survey.bad_samples],
+            workers=config.workers,
+        )
+    counts = {split: sum(survey.shards[name] for name in names) for split, names in splits.items()}
+    listed = " and ".join(
+        f"{counts[split]} {split} samples in {len(splits[split])} shards" for split in splits
+    )
+    how = "as they are" if in_place else "by links: keep the shards where they are"
+    return f"indexed {listed} ({how}) in {out}\n" + _left_out(survey.problems, survey.num_bad)
+
+
+def _split_shards(survey: ShardSurvey, val_fraction: float) -> dict[str, list[str]]:
+    """Shards by split: by their folders train and val, or by a hash of their names."""
+    names = list(survey.shards)
+    splits: dict[str, list[str]] = {split: [] for split in _SPLITS}
+    if survey.in_folders:
+        for name in names:
+            splits[name.split("/", 1)[0]].append(name)
+        return splits
+    in_order = sorted(names, key=split_score)
+    num_val = sum(split_score(name) < val_fraction for name in names)
+    if val_fraction and len(names) > 1:
+        num_val = min(max(num_val, 1), len(names) - 1)
+    else:
+        num_val = 0
+    val = set(in_order[:num_val])
+    for name in names:
+        splits["val" if name in val else "train"].append(name)
+    return splits
+
+
+# -- common ----------------------------------------------------------------------------------------
+
+
+def _refusal(source: Path, problems: Sequence[Problem], number: int, total: int) -> ValueError:
+    lines = [f"{source}: {number} of {total} samples are bad; nothing was written"]
+    lines += [f"  {problem.where}: {problem.reason}" for problem in problems]
+    if number > len(problems):
+        lines.append(f"  and {number - len(problems)} more")
+    lines.append("mend them, or pass --skip-bad to leave them out")
+    return ValueError("\n".join(lines))
+
+
+def _left_out(problems: Sequence[Problem], number: int) -> str:
+    if not number:
+        return ""
+    shown = "".join(f"  {problem.where}: {problem.reason}\n" for problem in problems)
+    more = f"  and {number - len(problems)} more\n" if number > len(problems) else ""
+    return f"left out {number} bad samples:\n{shown}{more}"
+
+
+@contextmanager
+def _building(out: Path, *, in_place: bool = False) -> Iterator[Path]:
+    """A folder that takes its place under its name when it is complete, or goes away."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    name = f".{out.name}.partial-{os.getpid()}"
+    folder = out / name if in_place else out.with_name(name)
+    with _ended_by_sigterm():
+        try:
+            folder.mkdir()
+            yield folder
+            if in_place:
+                _move_index(folder, out)
+            else:
+                folder.rename(out)
+        finally:
+            # Gone when renamed; whatever is left else, of a failure too, is of no use.
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move_index(folder: Path, out: Path) -> None:
+    """Put index files beside their shards and then .nv-meta, which makes them a dataset."""
+    for index in folder.rglob("*.tar.idx"):
+        index.rename(out / index.relative_to(folder))
+    (folder / ".nv-meta").rename(out / ".nv-meta")
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM end the process as an interrupt does, so that it can clean up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,205 @@
+"""Reading a dataset once, as training reads it, and watching what becomes of each sample."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from megatron.energon import (
+    LimitDataset,
+    SavableDataset,
+    WorkerConfig,
+    get_val_dataset,
+    stateless,
+)
+from megatron.energon.errors import reraise_exception
+from megatron.energon.savable_loader import SavableDataLoader
+
+from megatron_mimo.data.config import DataConfig
+from megatron_mimo.data.dataset_errors import (
+    OPEN_ERRORS,
+    READ_ERRORS,
+    checked_path,
+    unreadable_shard,
+    unreadable_split,
+)
+from megatron_mimo.data.sample import EncodedSample, Outcome, SkippedSample, name_source
+from megatron_mimo.data.task_encoder import MimoTaskEncoder
+from megatron_mimo.data.tokenizer import Tokenizer
+from megatron_mimo.tools.data_statistics import Observation, kind_of_message
+
+Split = Literal["train", "val"]
+_ENDLESS = 2**40  # positions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sequence:
+    """A sequence that training would read.
+
+    Attributes:
+        documents: Samples that share it; without patches.
+        stored: The same as they are stored, in the same order.
+        numbers: Of each, in the order of reading.
+    """
+
+    documents: tuple[EncodedSample, ...]
+    stored: tuple[Any, ...]
+    numbers: tuple[int, ...]
+
+
+class DatasetReader:
+    """One split of a dataset or blend, each sample once, in stored order.
+
+    Args:
+        config: Dataset, and how samples are encoded and packed.
+        split: Which part.
+        tokenizer: Of the texts.
+        observe: Told of every stored sample.
+        limit: Samples of each dataset of a blend, at most.
+        decode: Decode every image; otherwise their headers are read.
+
+    Raises:
+        ValueError: The dataset cannot be opened.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        split: Split,
+        tokenizer: Tokenizer,
+        observe: Callable[[Observation], None],
+        *,
+        limit: int | None = None,
+        decode: bool = False,
+    ) -> None:
+        assert config.path is not None
+        self._path = checked_path(config.path)
+        self._encoder = _WatchedEncoder(config, tokenizer, observe, limit=limit, decode=decode)
+        try:
+            dataset: Any = get_val_dataset(
+                config.path,
+                split_part=split,
+                worker_config=WorkerConfig(
+                    rank=0, world_size=1, num_workers=0, global_error_handler=reraise_exception
+                ),
+                # Single samples, although energon's own hint asks for a size.
+                batch_size=None,
+                packing_buffer_size=config.packing_buffer_size,
+                task_encoder=self._encoder,
+            )
+        except OPEN_ERRORS as error:
+            raise unreadable_split(self._path, split, error) from error
+        self._loader: Any = SavableDataLoader(dataset, gc_collect_every_n_steps=0)
+        self._loader.pin_memory = False
+
+    def sequences(self) -> Iterator[Sequence]:
+        """Sequences as they come.
+
+        Raises:
+            ValueError: A shard cannot be read.
+        """
+        try:
+            for outcome in self._loader:
+                # torch's loader makes lists of tuples.
+                documents = tuple(outcome) if isinstance(outcome, list | tuple) else (outcome,)
+                if isinstance(documents[0], EncodedSample):
+                    numbered = [self._encoder.release(document) for document in documents]
+                    yield Sequence(
+                        documents=documents,
+                        stored=tuple(stored for _, stored in numbered),
+                        numbers=tuple(number for number, _ in numbered),
+                    )
+        except READ_ERRORS as error:
+            raise ValueError(unreadable_shard(self._path, error)) from error
+
+    def with_patches(self, sequence: Sequence) -> tuple[EncodedSample, ...]:
+        """The documents of a sequence, their images decoded."""
+        outcomes = [self._encoder.decoded(stored) for stored in sequence.stored]
+        # Whether a sample is used never depends on its pixels.
+        documents = tuple(o for o in outcomes if isinstance(o, EncodedSample))
+        assert len(documents) == len(outcomes), outcomes
+        return documents
+
+
+class _WatchedEncoder(MimoTaskEncoder):
+    """Encodes as training does, and tells what came of it."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        observe: Callable[[Observation], None],
+        *,
+        limit: int | None,
+        decode: bool,
+    ) -> None:
+        super().__init__(config, tokenizer, with_patches=False)
+        alone = replace(config, packing_buffer_size=None)
+        endless = replace(alone, seq_length=_ENDLESS)
+        self._full = MimoTaskEncoder(alone, tokenizer, with_patches=True)
+        self._endless = MimoTaskEncoder(endless, tokenizer, with_patches=False)
+        self._decode = decode
+        self._seq_length = config.seq_length
+        self._observe = observe
+        self._limit = limit
+        # Of samples on their way to a sequence: by identity, since keys may repeat in a blend.
+        self._waiting: dict[int, tuple[EncodedSample, int, Any]] = {}
+        self._num_seen = 0
+
+    def build_cook_crude_sample(
+        self, dataset: SavableDataset[Any], **settings: Any
+    ) -> SavableDataset[Any]:
+        """The first stage that energon builds, for each dataset of a blend."""
+        cooked = super().build_cook_crude_sample(dataset, **settings)
+        if self._limit is None:
+            return cooked
+        return LimitDataset(cooked, self._limit, worker_config=settings["worker_config"])
+
+    @stateless  # type: ignore[untyped-decorator]
+    def encode_sample(self, sample: Any) -> Any:
+        """Encode a sample."""
+        encoded = super().encode_sample(sample)
+        # Packing wraps it.
+        outcome: Outcome = getattr(encoded, "outcome", encoded)
+        number = self._num_seen
+        self._num_seen += 1
+        sources = sample.__sources__
+        dataset = str(sources[0].dataset_path) if sources else "an unknown dataset"
+        shard = str(sources[0].shard_name) if sources else ""
+        kind, reason, positions = "", "", 0
+        match outcome:
+            case EncodedSample():
+                self._waiting[id(outcome)] = (outcome, number, sample)
+                positions = outcome.num_positions
+            case SkippedSample():
+                kind, reason = outcome.kind, outcome.reason
+                if kind == "too long":
+                    positions = self._endless.encode_sample(sample).num_positions
+            case _:
+                named = f"sample {sample.__key__!r} of {name_source(dataset, shard)}"
+                reason = outcome.message.removeprefix(named).lstrip(" :")
+                kind = f"stops training: {kind_of_message(reason)}"
+        encodes = isinstance(outcome, EncodedSample)
+        observed: Outcome = self.decoded(sample) if encodes and self._decode else outcome
+        self._observe(
+            Observation(
+                number=number,
+                key=sample.__key__,
+                source=dataset,
+                shard=shard,
+                sample=observed if isinstance(observed, EncodedSample) else None,
+                kind=kind,
+                reason=reason,
+                positions=positions,
+            )
+        )
+        return encoded
+
+    def decoded(self, stored: Any) -> Outcome:
+        """What becomes of a stored sample where pixels are needed."""
+        outcome: Outcome = self._full.encode_sample(stored)
+        return outcome
+
+    def release(self, outcome: EncodedSample) -> tuple[int, Any]:
+        """Number and stored form of a sample that has become part of a sequence."""
+        _, number, stored = self._waiting.pop(id(outcome))
+        return number, stored
