@@ -20,27 +20,36 @@ class Agreement:
 
     Attributes:
         target_tokens: In the global batch.
+        positions: In it that are no padding; None without packing.
         participating: Data-parallel ranks of the encoder that have an image in it.
+        wish: Largest of all ranks'.
         manifests: Of each microbatch.
     """
 
     target_tokens: int
+    positions: int | None
     participating: int
+    wish: int
     manifests: tuple[StepManifest, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """One sample as one rank read it; readers of a lane are compared by all but the rank."""
+    """One sample as one rank read it; readers of a lane are compared by all but the rank.
+
+    Without packing, samples are counted by their sequences.
+    """
 
     microbatch: int
-    sequence: int
+    sample: int
+    start: int
     key: str
     rows: tuple[tuple[int, int, int], ...]
 
     def __str__(self) -> str:
         images = [f"{count} rows at {start} from dp {dp}" for dp, start, count in self.rows]
-        return f"{self.key!r} with {', '.join(images) or 'no rows'}"
+        at = f" at {self.start}" if self.start else ""
+        return f"{self.key!r}{at} with {', '.join(images) or 'no rows'}"
 
 
 def agree_on_step(
@@ -51,14 +60,15 @@ def agree_on_step(
     control: dist.ProcessGroup,
     *,
     validate: bool,
+    wish: int = 0,
 ) -> Agreement:
     """Spread what ranks must know of every lane, and check that its readers drew the same samples.
 
-    One reduction over the world, on the host, of three integers per lane: its largest and smallest
-    digest and its target tokens; of one per data-parallel rank of the encoder: whether it has an
-    image; and, where encoder ranks share the sending to several lanes, of one per microbatch and
-    lane: its rows. It runs before any row moves, because readers that disagree
-    would also disagree about how many rows to expect.
+    One reduction over the world, on the host, of four integers per lane: its largest and smallest
+    digest, its target tokens and its positions in use; of one per data-parallel rank of the
+    encoder: whether it has an image; of this rank's wish; and, where encoder ranks share the
+    sending to several lanes, of one per microbatch and lane: its rows. It runs before any row
+    moves, because readers that disagree would also disagree about how many rows to expect.
 
     Args:
         step: This rank's data.
@@ -67,23 +77,27 @@ def agree_on_step(
         planner: Of the rows.
         control: gloo group of the world.
         validate: Compare the digests.
+        wish: Why this rank wants to leave after the step, 0 for not.
 
     Raises:
         RuntimeError: The encoder and the language model read other samples for a lane; names the
             first. Or the global batch has no target token.
     """
-    numbers = torch.full((3, layout.num_lanes), _ABSENT, dtype=torch.int64)
+    numbers = torch.full((4, layout.num_lanes), _ABSENT, dtype=torch.int64)
     for lane, digest in step.lane_digest.items():
         numbers[0, lane] = digest
         numbers[1, lane] = -digest
         numbers[2, lane] = step.lane_target_tokens[lane]
+        numbers[3, lane] = step.lane_positions.get(lane, _ABSENT)
     pairs = _pairs(layout) if planner.needs_network_rows else []
     rows = _network_rows(step, planner, pairs)
     encodes = _encodes(step, layout)
-    message = torch.cat([numbers.flatten(), encodes, rows.flatten()])
+    message = torch.cat([numbers.flatten(), encodes, torch.tensor([wish]), rows.flatten()])
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=control)
-    agreed, participating, counted = message.split([numbers.numel(), len(encodes), rows.numel()])
-    largest, negated_smallest, tokens = agreed.view_as(numbers)
+    agreed, participating, wishes, counted = message.split(
+        [numbers.numel(), len(encodes), 1, rows.numel()]
+    )
+    largest, negated_smallest, tokens, positions = agreed.view_as(numbers)
     parted = torch.nonzero(largest != -negated_smallest).flatten().tolist()
     if validate and parted:
         raise RuntimeError(f"{where}: {_difference(step, parted, layout, control)}")
@@ -96,7 +110,9 @@ def agree_on_step(
     counts = counted.view_as(rows).tolist()
     return Agreement(
         target_tokens=total,
+        positions=None if int(positions[0]) == _ABSENT else int(positions.sum()),
         participating=int(participating.sum()),
+        wish=int(wishes),
         manifests=tuple(
             StepManifest(
                 entries=microbatch.manifest,
@@ -154,7 +170,7 @@ def _difference(
             if apart is not None:
                 here, there = apart
                 parts.append(
-                    f"lane {lane}, microbatch {here.microbatch}, sample {here.sequence}: rank "
+                    f"lane {lane}, microbatch {here.microbatch}, sample {here.sample}: rank "
                     f"{first_rank} ({layout.describe_rank(first_rank)}) read {here}, but rank "
                     f"{rank} ({layout.describe_rank(rank)}) read {there}"
                 )
@@ -168,10 +184,13 @@ def _difference(
 
 def _readings(step: StepData, lane: int) -> Iterator[_Reading]:
     for microbatch in step.microbatches:
-        for sequence, key in enumerate(microbatch.keys[lane]):
+        keys = microbatch.keys[lane]
+        starts = microbatch.starts.get(lane) or tuple((i, 0) for i in range(len(keys)))
+        for i, (key, start) in enumerate(zip(keys, starts, strict=True)):
+            end = starts[i + 1] if i + 1 < len(starts) else (len(keys), 0)
             rows = tuple(
                 (entry.encoder_rank, entry.start, entry.rows)
                 for entry in microbatch.manifest
-                if entry.lane == lane and entry.sequence == sequence
+                if entry.lane == lane and start <= (entry.sequence, entry.start) < end
             )
-            yield _Reading(microbatch.index, sequence, key, rows)
+            yield _Reading(microbatch.index, i, start[1], key, rows)

@@ -27,6 +27,7 @@ def check(config: TrainConfig) -> None:
     _check_schedule(config.training)
     _check_loss_scale(config.model)
     _check_images(config.model)
+    _check_prompt(config.model)
     _check_data_source(config.data)
     _check_sequence_parallel(config.grids)
     _check_checkpoints(config.checkpoints)
@@ -82,6 +83,16 @@ def _check_images(model: ModelSection) -> None:
         )
 
 
+def _check_prompt(model: ModelSection) -> None:
+    """Formats that the built-in tokenizer cannot write."""
+    chosen = model.tokenizer_prompt_format
+    if chosen in ("chat", "nemotron6-moe") and model.tokenizer_model is None:
+        raise ValueError(
+            f"--tokenizer-prompt-format {chosen} needs --tokenizer-model: the built-in byte "
+            f"tokenizer has neither a chat template nor tokens for turns; add it, or choose plain"
+        )
+
+
 def _check_data_source(data: DataSection) -> None:
     """Flags of the other provider would do nothing."""
     for provider, flags in (
@@ -97,7 +108,13 @@ def _check_data_source(data: DataSection) -> None:
             {
                 "--data-path": data.data_path is not None,
                 "--num-workers": data.num_workers != 0,
+                "--loader-processes": data.loader_processes is not None,
                 "--shuffle-buffer-size": data.shuffle_buffer_size is not None,
+                "--packing-buffer-size": data.packing_buffer_size is not None,
+                "--max-samples-per-sequence": data.max_samples_per_sequence is not None,
+                "--max-bad-sample-fraction": (
+                    data.max_bad_sample_fraction != DataSection().max_bad_sample_fraction
+                ),
             },
         ),
     ):
@@ -204,6 +221,7 @@ def _check_numbers(
         "--train-iters": (training.train_iters, 1),
         "--train-samples": (training.train_samples, 1),
         "--exit-interval": (training.exit_interval, 1),
+        "--exit-duration-in-mins": (training.exit_duration_in_mins, 0),
         "--lr": (training.lr, 0),
         "--min-lr": (training.min_lr, 0),
         "--lr-warmup-iters": (training.lr_warmup_iters, 0),
@@ -217,11 +235,17 @@ def _check_numbers(
         "--eval-interval": (training.eval_interval, 0),
         "--eval-iters": (training.eval_iters, 1),
         "--log-interval": (watching.log_interval, 1),
+        "--save-activations-step": (watching.save_activations_step, 1),
     }
     for flag, (value, lowest) in least.items():
         # Not below: nan is refused too.
         if value is not None and not value >= lowest:
             raise ValueError(f"{flag} is {value}: expected at least {lowest}")
+    if watching.save_activations_step is not None and watching.save_activations is None:
+        raise ValueError(
+            f"--save-activations-step {watching.save_activations_step} without --save-activations: "
+            f"add the folder, or leave it out"
+        )
     for flag, beta in (
         ("--adam-beta1", training.adam_beta1),
         ("--adam-beta2", training.adam_beta2),

@@ -14,6 +14,7 @@ Switch = FlagCreatePairsOff[bool]
 # These may be left out; their documentation says what then holds.
 Choice = Annotated[DisallowNone[bool | None], arg(help_behavior_hint="")]
 Number = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
+Minutes = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
 Folder = Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")]
 File = Annotated[str | None, arg(metavar="PATH", help_behavior_hint="")]
 
@@ -82,7 +83,12 @@ class ModelSection:
         freeze_lm: Freeze the language model, whatever the stage.
         freeze_projection: Freeze the projector, whatever the stage.
         tokenizer_model: Folder of a Hugging Face tokenizer; left out: the built-in byte tokenizer.
+        tokenizer_prompt_format: How a conversation is written out: "plain" gives each prompt a
+            line and each answer an end of sequence, "chat" uses the tokenizer's own template,
+            "nemotron6-moe" sets each turn between <|im_start|> and <|im_end|>; left out: chat where
+            the tokenizer has a template, else plain.
         image_token: Placeholder of an image in texts, and the token at which its rows go.
+        image_tag_type: "internvl" writes <img> and </img> around each image; left out: nothing.
         seq_length: Tokens of a sequence.
         dynamic_resolution: Keep images near their native size and aspect ratio; off, every image is
             resized to --img-h x --img-w.
@@ -128,7 +134,13 @@ class ModelSection:
     freeze_lm: Switch = False
     freeze_projection: Switch = False
     tokenizer_model: Folder = None
+    tokenizer_prompt_format: Annotated[
+        DisallowNone[Literal["plain", "chat", "nemotron6-moe"] | None], arg(help_behavior_hint="")
+    ] = None
     image_token: str = "<image>"
+    image_tag_type: Annotated[
+        DisallowNone[Literal["internvl"] | None], arg(help_behavior_hint="")
+    ] = None
     seq_length: int = 64
     dynamic_resolution: bool = True
     dynamic_resolution_min_patches: Number = None
@@ -164,10 +176,19 @@ class DataSection:
 
     Attributes:
         dataset_provider: "mock" makes samples up, "energon" reads a dataset from --data-path.
-        data_path: Energon dataset folder, or metadataset YAML.
-        num_workers: Energon's reader processes per lane; 0 reads in the training process.
+        data_path: Energon dataset folder, JSON Lines file, or metadataset YAML.
+        num_workers: Energon: workers per lane, which share its samples; 0 is one, which reads in
+            the training process.
+        loader_processes: Energon: processes per rank that do the work of its lanes' workers; any
+            number gives the same samples; left out: one for each core that the rank has.
         shuffle_buffer_size: Energon: samples among which the next training sample is drawn; left
             out: 1000.
+        packing_buffer_size: Energon: put several samples into each sequence, chosen from so many;
+            left out: each has a sequence of its own.
+        max_samples_per_sequence: Energon: training samples read from a shard in a row before
+            jumping elsewhere; left out: 100.
+        max_bad_sample_fraction: Part of a lane's samples that may be broken, too long or without an
+            answer, 0 to 1; more stop the run.
         validate_data_alignment: Check each step that both grids read the same samples.
         sample_trace_dir: Write the sample keys of every step there, one file per rank.
         mock_dataset_size: Distinct mock samples, then they repeat; left out: 1000000.
@@ -177,7 +198,11 @@ class DataSection:
     dataset_provider: Literal["mock", "energon"] = "mock"
     data_path: File = None
     num_workers: int = 0
+    loader_processes: Number = None
     shuffle_buffer_size: Number = None
+    packing_buffer_size: Number = None
+    max_samples_per_sequence: Number = None
+    max_bad_sample_fraction: float = 0.05
     validate_data_alignment: bool = True
     sample_trace_dir: Folder = None
     mock_dataset_size: Number = None
@@ -197,6 +222,9 @@ class TrainingSection:
             global batch is left.
         seed: Of initial weights, mock samples and shuffling.
         exit_interval: Stop after the next iteration that this divides; left out: train to the end.
+        exit_duration_in_mins: Save and stop after the iteration in which so many minutes are over.
+        exit_signal_handler: Save and stop after the iteration in which a rank gets SIGTERM or
+            SIGUSR1; a second signal ends it at once.
         lr: Peak learning rate.
         min_lr: Floor of the learning rate; a constant schedule has none.
         lr_decay_style: Course of the learning rate after the warm-up. WSD stays at the peak until
@@ -235,6 +263,8 @@ class TrainingSection:
     train_samples: Number = None
     seed: int = 1234
     exit_interval: Number = None
+    exit_duration_in_mins: Minutes = None
+    exit_signal_handler: bool = True
     lr: float = 1e-4
     min_lr: float = 0.0
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
@@ -313,10 +343,15 @@ class WatchingSection:
     Attributes:
         log_interval: Iterations per log line.
         tensorboard_dir: Folder for TensorBoard's event files and metrics.jsonl.
+        save_activations: Save the projector's output, the combined embeddings and the logits of one
+            iteration there, for `megatron-mimo parity --tensors`.
+        save_activations_step: That iteration; left out: the first of the run.
     """
 
     log_interval: int = 10
     tensorboard_dir: Folder = None
+    save_activations: Folder = None
+    save_activations_step: Number = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
 _LOOPBACKS = ("lo", "lo0")
-_SHUTDOWN_LIMIT_S = "8"
+# Ranks that are told to end may save first.
+_SHUTDOWN_LIMIT_S = "60"
 _RECORD_LIMIT_S = 2.0
 
 # They announce each signal sent to a rank. The failure itself is what the user needs to see.

@@ -1,5 +1,6 @@
 """The training loop: steps, evaluation, logging, the end."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +12,11 @@ from megatron_mimo.checkpoint.progress import Progress
 from megatron_mimo.data.batch import ResumableLoader, StepLoader
 from megatron_mimo.language.config import HybridConfig
 from megatron_mimo.training.experts import LayerLoad, read_load
+from megatron_mimo.training.leaving import Leave, LeaveRequest
 from megatron_mimo.training.metrics import IterationMetrics, MetricsLogger
 from megatron_mimo.training.step import Engine, StepMetrics, evaluate, train_step
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +101,10 @@ class _Interval:
         losses = [float(step.loss) for step in self.steps if step.update.applied]
         return sum(losses) / len(losses) if losses else float("nan")
 
+    def packing_fill(self) -> float | None:
+        fills = [step.packing_fill for step in self.steps if step.packing_fill is not None]
+        return sum(fills) / len(fills) if fills else None
+
     def milliseconds_per_step(self) -> float:
         return (time.perf_counter() - self.start) * 1000 / len(self.steps)
 
@@ -108,8 +116,9 @@ def train(
     config: LoopConfig,
     metrics: MetricsLogger | None,
     checkpoints: Checkpoints | None = None,
+    leaving: LeaveRequest | None = None,
 ) -> TrainResult:
-    """Train until the last iteration or an exit interval.
+    """Train until the last iteration, an exit interval, or until a rank is told to leave.
 
     Args:
         engine: This rank's parts.
@@ -118,8 +127,10 @@ def train(
         config: How long, and when to look.
         metrics: Writes the log line, TensorBoard and metrics.jsonl; on the logging rank only.
         checkpoints: Saves; None saves nothing.
+        leaving: Whether this rank wants to leave early; None never does.
     """
     engine.model.train()
+    leaving = leaving or LeaveRequest()
     is_llm = engine.topology.llm is not None
     start = time.perf_counter()
     interval = _Interval()
@@ -128,8 +139,9 @@ def train(
     while not finished:
         iteration += 1
         consumed += config.global_batch_size
-        finished = config.is_last(iteration)
-        interval.add(train_step(engine, loader, iteration, config.global_batch_size))
+        step = train_step(engine, loader, iteration, config.global_batch_size, leaving.wish())
+        finished = config.is_last(iteration) or step.leave is not Leave.NOT
+        interval.add(step)
         if iteration % config.log_interval == 0 or finished:
             loss = interval.mean_loss() if is_llm else None
             if metrics is not None and loss is not None:
@@ -139,7 +151,9 @@ def train(
                     )
                 )
             interval = _Interval()
-        if config.eval_interval and (iteration % config.eval_interval == 0 or finished):
+        if step.leave is not Leave.NOT:
+            logger.info("%s at iteration %d", leaving.explain(step.leave), iteration)
+        elif config.eval_interval and (iteration % config.eval_interval == 0 or finished):
             held_out = evaluate(engine, eval_loader(), config.eval_iters)
             if metrics is not None:
                 metrics.log_evaluation(iteration, consumed, float(held_out))
@@ -204,4 +218,5 @@ def _report(
         skipped_iterations=interval.skipped,
         nan_iterations=interval.skipped,
         experts=experts,
+        packing_fill=interval.packing_fill(),
     )

@@ -12,9 +12,11 @@ from megatron_mimo.runtime.environment import read_environment
 from megatron_mimo.runtime.failfast import EXIT_USAGE, guard_rank
 from megatron_mimo.training.console import configure_logging
 from megatron_mimo.training.flags import CommandLine, parse, to_yaml
+from megatron_mimo.training.leaving import LeaveRequest
 from megatron_mimo.training.resolve import Resolved, resolve
 
 if TYPE_CHECKING:
+    from megatron_mimo.data.batch import ResumableLoader
     from megatron_mimo.training.loop import TrainResult
     from megatron_mimo.training.setup import Trainer
 
@@ -75,6 +77,7 @@ def _train(
     from megatron_mimo.training.metrics import MetricsLogger
     from megatron_mimo.training.setup import build_trainer
 
+    leaving = LeaveRequest(resolved.config.training.exit_duration_in_mins)
     configure_logging(
         resolved.layout.describe_rank(context.rank),
         context.rank,
@@ -91,17 +94,21 @@ def _train(
         # Before the model: a full disk should not cost the time to build one.
         metrics = MetricsLogger(resolved.train_iters, resolved.config.watching.tensorboard_dir)
     trainer = build_trainer(resolved, context)
+    loader = _recorded(trainer, resolved)
     # What was built lives on; looking through it again and again would hold steps up.
     gc.collect()
     gc.freeze()
+    if resolved.config.training.exit_signal_handler:
+        leaving.watch_signals()
     training_starts()
     result = train(
         trainer.engine,
-        trainer.loader,
+        loader,
         trainer.eval_loader,
         trainer.loop,
         metrics,
         trainer.checkpoints,
+        leaving,
     )
     trainer.loader.close()
     if trainer.checkpoints is not None:
@@ -117,3 +124,20 @@ def _train(
         )
     if after is not None:
         after(trainer, result)
+
+
+def _recorded(trainer: "Trainer", resolved: Resolved) -> "ResumableLoader":
+    """The loader, which also has the activations of a step saved where they are asked for."""
+    watching = resolved.config.watching
+    if watching.save_activations is None:
+        return trainer.loader
+    from megatron_mimo.training.activations import RecordingLoader
+
+    return RecordingLoader(
+        trainer.loader,
+        trainer.engine,
+        watching.save_activations,
+        first=trainer.loop.progress.iteration + 1,
+        last=trainer.loop.train_iters,
+        iteration=watching.save_activations_step,
+    )

@@ -39,6 +39,8 @@ class IterationMetrics:
         global_batch_size: Samples per iteration.
         skipped_iterations: In the interval, updates that were not applied.
         nan_iterations: In the interval, iterations whose gradients were not finite.
+        packing_fill: Share of the sequences' positions that is no padding, over the interval; None
+            without packing.
         experts: Load of each E layer in this iteration; empty for a model without experts.
     """
 
@@ -53,6 +55,7 @@ class IterationMetrics:
     global_batch_size: int
     skipped_iterations: int
     nan_iterations: int
+    packing_fill: float | None = None
     experts: tuple["LayerLoad", ...] = ()
 
 
@@ -74,6 +77,9 @@ def log_line(metrics: IterationMetrics, train_iters: int) -> str:
         f"number of skipped iterations: {metrics.skipped_iterations:3d}",
         f"number of nan iterations: {metrics.nan_iterations:3d}",
     ]
+    if metrics.packing_fill is not None:
+        # Behind Megatron's own fields, where programs that read its lines do not look.
+        parts.append(f"packing fill: {metrics.packing_fill:.4f}")
     return " | ".join(parts) + " |"
 
 
@@ -133,8 +139,9 @@ class MetricsLogger:
             self._console.show_cursor()
         self._console.print(log_line(metrics, self._train_iters))
         values = asdict(metrics)
-        if metrics.num_zeros is None:
-            del values["num_zeros"]
+        for name in ("num_zeros", "packing_fill"):
+            if values[name] is None:
+                del values[name]
         del values["experts"]
         experts = _expert_scalars(metrics.experts)
         self._write_json(values | experts)
@@ -148,6 +155,8 @@ class MetricsLogger:
         }
         if metrics.num_zeros is not None:
             scalars["num-zeros"] = metrics.num_zeros
+        if metrics.packing_fill is not None:
+            scalars["packing fill"] = metrics.packing_fill
         self._write_scalars(scalars | experts, metrics.iteration, metrics.consumed_samples)
 
     def log_evaluation(self, iteration: int, consumed_samples: int, loss: float) -> None:

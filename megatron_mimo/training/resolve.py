@@ -346,9 +346,15 @@ def _data(config: TrainConfig, architecture: ModelConfig, freeze: FreezeConfig) 
         micro_batch_size=training.micro_batch_size,
         global_batch_size=_given(training.global_batch_size),
         num_workers=data.num_workers,
+        loader_processes=data.loader_processes,
         shuffle_buffer_size=_or(data.shuffle_buffer_size, default=_DATA.shuffle_buffer_size),
+        packing_buffer_size=data.packing_buffer_size,
+        max_samples_per_sequence=_or(
+            data.max_samples_per_sequence, default=_DATA.max_samples_per_sequence
+        ),
         image=vision.image_config(
             dynamic_resolution=model.dynamic_resolution,
+            grid_rule="nemotron-omni" if model.model_provider == "hf" else _IMAGES.grid_rule,
             min_patches=_or(model.dynamic_resolution_min_patches, default=_IMAGES.min_patches),
             max_patches=_or(model.dynamic_resolution_max_patches, default=_IMAGES.max_patches),
             img_h=_or(model.img_h, default=_IMAGES.img_h),
@@ -361,6 +367,9 @@ def _data(config: TrainConfig, architecture: ModelConfig, freeze: FreezeConfig) 
         text_only_fraction=data.text_only_fraction,
         mock_dataset_size=_or(data.mock_dataset_size, default=_DATA.mock_dataset_size),
         image_token=model.image_token,
+        prompt_format=model.tokenizer_prompt_format,
+        image_tag_type=model.image_tag_type,
+        max_bad_sample_fraction=data.max_bad_sample_fraction,
         sample_trace_dir=data.sample_trace_dir,
     )
 
@@ -383,7 +392,8 @@ def _fill_source(data: DataSection) -> DataSection:
         size = _or(data.mock_dataset_size, default=_DATA.mock_dataset_size)
         return replace(data, mock_dataset_size=size)
     buffer = _or(data.shuffle_buffer_size, default=_DATA.shuffle_buffer_size)
-    return replace(data, shuffle_buffer_size=buffer)
+    sequence = _or(data.max_samples_per_sequence, default=_DATA.max_samples_per_sequence)
+    return replace(data, shuffle_buffer_size=buffer, max_samples_per_sequence=sequence)
 
 
 def _refuse_unsupported(layout: Layout, architecture: ModelConfig) -> None:
@@ -443,6 +453,12 @@ def _check_sequence(layout: Layout, architecture: ModelConfig, filled: TrainConf
     Raises:
         ValueError: Names the flags.
     """
+    if filled.data.packing_buffer_size is not None and layout.llm.cp > 1:
+        raise ValueError(
+            f"--llm-cp {layout.llm.cp} with --packing-buffer-size "
+            f"{filled.data.packing_buffer_size}: context parallelism cuts the sequence as a whole, "
+            f"and packing asks for each of its samples to be cut evenly; leave one out"
+        )
     if _has_experts(architecture) and layout.llm.tp > 1 and not filled.grids.sequence_parallel:
         raise ValueError(
             f"--no-sequence-parallel with --llm-tp {layout.llm.tp}: experts need sequence "

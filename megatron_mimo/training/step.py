@@ -16,6 +16,7 @@ from megatron_mimo.schedule.executor import Executor
 from megatron_mimo.topology.groups import Topology
 from megatron_mimo.training.agreement import Agreement, agree_on_step
 from megatron_mimo.training.experts import gather_load
+from megatron_mimo.training.leaving import Leave
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,16 +54,24 @@ class StepMetrics:
         learning_rate: Of the next update.
         update: What the optimizer did.
         experts: `gather_load` of the step.
+        packing_fill: Share of the sequences' positions that is no padding; None without packing.
+        leave: Whether all ranks leave now, and why.
     """
 
     loss: Tensor
     learning_rate: float
     update: Update
     experts: Tensor | None
+    packing_fill: float | None = None
+    leave: Leave = Leave.NOT
 
 
 def train_step(
-    engine: Engine, loader: StepLoader, iteration: int, global_batch_size: int
+    engine: Engine,
+    loader: StepLoader,
+    iteration: int,
+    global_batch_size: int,
+    wish: Leave = Leave.NOT,
 ) -> StepMetrics:
     """Draw a global batch, run it forward and backward on both grids, and update every module.
 
@@ -71,12 +80,13 @@ def train_step(
         loader: Training samples.
         iteration: Counts from 1; for errors.
         global_batch_size: Samples per step, by which the learning-rate schedule advances.
+        wish: Whether this rank wants to leave after the step.
 
     Raises:
         RuntimeError: The grids read other samples, or no gradient reaches a trainable encoder.
     """
     data = loader.next_step()
-    agreement = agree(engine, data, f"iteration {iteration}")
+    agreement = agree(engine, data, f"iteration {iteration}", wish)
     num_tokens = agreement.target_tokens
     for replica in engine.model.replicas:
         replica.zero_grad()
@@ -100,6 +110,8 @@ def train_step(
         learning_rate=float(engine.scheduler.get_lr({})),
         update=update,
         experts=experts,
+        packing_fill=_packing_fill(engine, agreement, global_batch_size),
+        leave=Leave(agreement.wish),
     )
 
 
@@ -125,7 +137,7 @@ def evaluate(engine: Engine, loader: StepLoader, num_steps: int) -> Tensor:
     return _mean_loss(engine.topology, loss_sum, tokens)
 
 
-def agree(engine: Engine, data: StepData, where: str) -> Agreement:
+def agree(engine: Engine, data: StepData, where: str, wish: Leave = Leave.NOT) -> Agreement:
     """`agree_on_step` over the engine's topology."""
     return agree_on_step(
         data,
@@ -134,6 +146,7 @@ def agree(engine: Engine, data: StepData, where: str) -> Agreement:
         engine.executor.planner,
         engine.topology.control,
         validate=engine.validate_data,
+        wish=wish,
     )
 
 
@@ -163,6 +176,12 @@ def _mean_loss(topology: Topology, loss_sum: Tensor, num_tokens: int) -> Tensor:
     if topology.llm is not None:
         dist.all_reduce(loss_sum, group=topology.llm.pg_collection.dp_cp)
     return loss_sum / num_tokens
+
+
+def _packing_fill(engine: Engine, agreement: Agreement, num_sequences: int) -> float | None:
+    if agreement.positions is None:
+        return None
+    return agreement.positions / (num_sequences * engine.model.sharding.seq_length)
 
 
 def _require_encoder_gradient(

@@ -73,7 +73,8 @@ def main(descriptor: int, config: str) -> None:
         descriptor: This end of a socket pair whose other end the parent has.
         config: A `WatcherConfig` as JSON.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    # A rank may leave cleanly on these; its watcher stays until it has.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     link = Link(socket.socket(fileno=descriptor))
     Watcher(WatcherConfig(**json.loads(config)), link).run()

@@ -27,9 +27,16 @@ SAME: dict[int, Reading] = {lane: (KEYS[lane], ROWS[lane]) for lane in range(2)}
 
 
 def agree(
-    layout: Layout, read: Mapping[int, Mapping[int, Reading]], tokens: int, validate: bool
+    layout: Layout,
+    read: Mapping[int, Mapping[int, Reading]],
+    tokens: int,
+    validate: bool,
+    starts: tuple[int, ...] = (),
 ) -> Any:
-    """Run the agreement with what each rank read by lane; the error's text if it fails."""
+    """Run the agreement with what each rank read by lane; the error's text if it fails.
+
+    With `starts` the samples of a lane share a sequence, in which they begin there.
+    """
     import hashlib
 
     import torch.distributed as dist
@@ -50,11 +57,13 @@ def agree(
         keys={lane: keys for lane, (keys, _) in mine.items()},
         text=None,
         images=None,
+        starts={lane: tuple((0, start) for start in starts) for lane in mine if starts},
     )
     step = StepData(
         microbatches=(microbatch,),
         lane_digest=digests,
         lane_target_tokens=dict.fromkeys(mine, tokens),
+        lane_positions={lane: 7 + lane for lane in mine if starts},
     )
     planner = BridgePlanner(layout, SequenceSharding(seq_length=16))
     try:
@@ -65,6 +74,9 @@ def agree(
         return str(error)
     (manifest,) = agreement.manifests
     assert manifest.entries == microbatch.manifest
+    if starts:
+        return agreement.positions
+    assert agreement.positions is None
     return agreement.target_tokens, manifest.network_rows
 
 
@@ -110,6 +122,19 @@ def test_the_first_sample_that_differs_is_named_on_every_rank(
         assert "iteration 7" in message
         assert "read other samples for lanes 1: lane 1, microbatch 0, " in message
         assert said in message
+
+
+def test_documents_of_a_sequence_are_told_apart(run_ranks: Callable[..., list]) -> None:
+    read = {lane: (KEYS[lane], (ManifestEntry(lane, 0, 4, 0, 6),)) for lane in range(2)}
+    same = readers(read, read[0], read[1])
+    assert run_ranks(3, agree, LAYOUT, same, 5, True, (0, 5)) == [7 + 8] * 3
+    other = (KEYS[1], (ManifestEntry(1, 0, 3, 0, 6),))
+    found = run_ranks(3, agree, LAYOUT, readers(read, read[0], other), 5, True, (0, 5))
+    for message in found:
+        assert (
+            "lane 1, microbatch 0, sample 1: rank 0 (encoder dp 0) read 'd' at 5 with 4 rows at 6 "
+            "from dp 0, but rank 2 (llm dp 1) read 'd' at 5 with 3 rows at 6 from dp 0"
+        ) in message
 
 
 def test_the_check_can_be_switched_off(run_ranks: Callable[..., list]) -> None:

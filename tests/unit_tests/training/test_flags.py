@@ -17,14 +17,18 @@ FLAGS = """
     llm-offset llm-tp llm-cp llm-pp llm-dp llm-ep llm-expt-tp llm-only sequence-parallel
     encoder-run-ahead check-bridge
     model-provider model-config override training-stage freeze-vit freeze-lm freeze-projection
-    tokenizer-model image-token seq-length dynamic-resolution dynamic-resolution-min-patches
+    tokenizer-model tokenizer-prompt-format image-token image-tag-type seq-length
+    dynamic-resolution dynamic-resolution-min-patches
     dynamic-resolution-max-patches img-h img-w use-tiling max-num-tiles use-thumbnail patch-dim
     class-token-len pixel-shuffle moe-router-force-load-balancing moe-grouped-gemm
     recompute-granularity recompute-modules bf16 fp16 fp32 loss-scale
     initial-loss-scale min-loss-scale loss-scale-window hysteresis init
-    dataset-provider data-path num-workers shuffle-buffer-size validate-data-alignment
+    dataset-provider data-path num-workers loader-processes shuffle-buffer-size packing-buffer-size
+    max-samples-per-sequence
+    max-bad-sample-fraction validate-data-alignment
     sample-trace-dir mock-dataset-size text-only-fraction
-    micro-batch-size global-batch-size train-iters train-samples seed exit-interval lr min-lr
+    micro-batch-size global-batch-size train-iters train-samples seed exit-interval
+    exit-duration-in-mins exit-signal-handler lr min-lr
     lr-decay-style lr-warmup-iters lr-warmup-samples lr-decay-iters lr-decay-samples
     lr-wsd-decay-iters lr-wsd-decay-samples lr-wsd-decay-style weight-decay adam-beta1 adam-beta2
     adam-eps clip-grad correct-encoder-grad-for-partial-participation overlap-grad-reduce
@@ -33,7 +37,8 @@ FLAGS = """
     save save-interval load load-hf load-nemotron-checkpoint load-vision-from finetune no-save-optim
     no-load-optim no-load-scheduler no-save-rng no-load-rng dist-ckpt-optim-fully-reshardable
     async-save keep-last
-    log-interval tensorboard-dir device distributed-timeout-minutes
+    log-interval tensorboard-dir save-activations save-activations-step
+    device distributed-timeout-minutes
 """.split()
 
 # Every type of field, and each value other than its default.

@@ -63,6 +63,18 @@ def test_counted_zeros_stand_behind_the_norm() -> None:
     assert "| grad norm: 2.558 | num zeros: 7 | number of skipped iterations:   2 |" in line
 
 
+def test_the_fill_of_packed_sequences_stands_last(tmp_path: Path) -> None:
+    packed = dataclasses.replace(FIFTH, packing_fill=0.98766)
+    assert log_line(packed, 20) == f"{LINE} packing fill: 0.9877 |"
+    for metrics, fill in ((packed, 0.98766), (FIFTH, None)):
+        folder = tmp_path / str(fill)
+        logger = MetricsLogger(20, str(folder), io.StringIO())
+        logger.log_iteration(metrics)
+        logger.close("done")
+        assert lines(folder)[0].get("packing_fill") == fill
+        assert ("packing fill" in scalars(folder)) == (fill is not None)
+
+
 def test_plain_lines_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
     metrics = MetricsLogger(20, None, stream)

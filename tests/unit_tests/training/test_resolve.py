@@ -143,7 +143,8 @@ def test_settings_reach_their_parts() -> None:
         "--lr 0.5 --min-lr 0.25 --weight-decay 0.125 --adam-beta1 0.5 --adam-beta2 0.75 "
         "--adam-eps 0.0625 --clip-grad 2 --log-num-zeros-in-grad --seed 9 --seq-length 32 "
         "--image-token <i> --mock-dataset-size 11 --text-only-fraction 0.5 --sample-trace-dir t "
-        "--dynamic-resolution-min-patches 8 --dynamic-resolution-max-patches 0",
+        "--dynamic-resolution-min-patches 8 --dynamic-resolution-max-patches 0 "
+        "--tokenizer-prompt-format plain --image-tag-type internvl",
     )
     adam, data = resolved.adam, resolved.data
     assert (adam.lr, adam.min_lr, adam.weight_decay) == (0.5, 0.25, 0.125)
@@ -152,12 +153,37 @@ def test_settings_reach_their_parts() -> None:
     assert (data.seed, data.seq_length, data.image_token) == (9, 32, "<i>")
     assert (data.mock_dataset_size, data.text_only_fraction) == (11, 0.5)
     assert data.sample_trace_dir == "t"
+    assert (data.prompt_format, data.image_tag_type) == ("plain", "internvl")
+    assert data.image.grid_rule == "nearest"
     assert (data.image.min_patches, data.image.max_patches) == (8, 0)
+
+
+def test_energon_settings_reach_the_data() -> None:
+    resolved = run(1, "--dataset-provider energon --data-path d --max-bad-sample-fraction 0.25")
+    assert resolved.data.max_bad_sample_fraction == 0.25
+    assert resolved.data.packing_buffer_size is None
+    packed = run(1, "--dataset-provider energon --data-path d --packing-buffer-size 128")
+    assert packed.data.packing_buffer_size == 128
 
 
 @pytest.mark.parametrize(
     ("world_size", "flags", "message"),
     [
+        (
+            1,
+            "--tokenizer-prompt-format nemotron6-moe",
+            r"--tokenizer-prompt-format nemotron6-moe needs --tokenizer-model: .* choose plain",
+        ),
+        (
+            1,
+            "--max-bad-sample-fraction 0.5",
+            "--max-bad-sample-fraction belongs to --dataset-provider energon, not to mock",
+        ),
+        (
+            1,
+            "--dataset-provider energon --data-path d --max-bad-sample-fraction 2",
+            "--max-bad-sample-fraction is 2.0: expected 0 to 1",
+        ),
         (3, "", r"encoder grid \[0, 1\) and llm grid \[1, 2\) leave ranks \[2, 3\) unused: "),
         (4, "--encoder-dp 2 --llm-dp 3 --llm-offset 1", r"overlap on ranks \[1, 2\)"),
         (1, "--llm-dp 2", r"only 1 were started: start 2 ranks, or lower one of --llm-tp \(now 1"),
@@ -204,6 +230,13 @@ def test_settings_reach_their_parts() -> None:
         (1, "--data-path d", r"^--data-path belongs to --dataset-provider energon, not to mock"),
         (1, "--num-workers 2", r"^--num-workers belongs to --dataset-provider energon"),
         (1, "--dataset-provider energon", r"^--dataset-provider energon needs --data-path"),
+        (1, "--packing-buffer-size 8", r"^--packing-buffer-size belongs to --dataset-provider en"),
+        (1, "--dataset-provider energon --data-path d --packing-buffer-size 0",
+         r"^--packing-buffer-size is 0: expected at least 1$"),
+        (1, "--dataset-provider energon --data-path d --packing-buffer-size 8 --micro-batch-size 2",
+         r"^--micro-batch-size 2 with --packing-buffer-size 8: a packed sequence is a batch by"),
+        (3, "--dataset-provider energon --data-path d --packing-buffer-size 8 --llm-cp 2",
+         r"^--llm-cp 2 with --packing-buffer-size 8: context parallelism cuts the sequence as"),
         (1, "--dataset-provider energon --data-path d --text-only-fraction 1",
          r"^--text-only-fraction belongs to --dataset-provider mock, not to energon"),
         (1, "--micro-batch-size 3 --global-batch-size 4",

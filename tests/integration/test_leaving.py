@@ -1,0 +1,106 @@
+"""Runs that are told to leave: all ranks after the same step, with a checkpoint to go on from."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_mimo.checkpoint.folder import latest_iteration
+
+FLAGS = (
+    *("--encoder-dp", "1", "--llm-dp", "2", "--global-batch-size", "4", "--log-interval", "1"),
+    *("--train-iters", "1000000", "--lr-decay-iters", "10"),
+)
+
+
+def command(*flags: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "megatron_mimo.cli", "train", "--nproc", "3"),
+        *(*FLAGS, *flags),
+    ]
+
+
+@contextmanager
+def started(line: Sequence[str]) -> Iterator["subprocess.Popen[str]"]:
+    run = subprocess.Popen(
+        line,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        yield run
+    finally:
+        run.kill()
+        run.wait()
+
+
+def read_until_iteration(run: "subprocess.Popen[str]", number: int) -> str:
+    assert run.stdout is not None
+    seen = ""
+    for line in run.stdout:
+        seen += line
+        if re.match(rf" iteration +{number}/", line):
+            return seen
+    raise AssertionError(seen)
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The processes that train: the launcher's own children that carry a rank."""
+    found = {}
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks = [e.removeprefix(b"RANK=") for e in environment if e.startswith(b"RANK=")]
+        if ranks:
+            found[int(ranks[0])] = int(child)
+    return [found[rank] for rank in sorted(found)]
+
+
+def left_at(output: str, why: str) -> int:
+    """The iteration that the run says it left after."""
+    (iteration,) = re.findall(rf"exiting program {why} at iteration (\d+)", output)
+    return int(iteration)
+
+
+def test_a_signal_to_one_rank_has_all_save_and_leave(tmp_path: Path) -> None:
+    with started(command("--save", str(tmp_path))) as run:
+        read_until_iteration(run, 3)
+        ranks = ranks_of(run.pid)
+        assert len(ranks) == 3
+        os.kill(ranks[1], signal.SIGUSR1)
+        output, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, output
+    last = left_at(output, "after receiving SIGUSR1")
+    assert last >= 3
+    assert latest_iteration(tmp_path) == last
+    more = ("--save", str(tmp_path), "--load", str(tmp_path), "--exit-interval", "1")
+    again = subprocess.run(command(*more), capture_output=True, text=True, check=False, timeout=240)
+    assert again.returncode == 0, again.stderr
+    assert re.search(rf"^ iteration +{last + 1}/", again.stdout, re.MULTILINE), again.stdout
+
+
+def test_ending_the_launcher_saves_first(tmp_path: Path) -> None:
+    with started(command("--save", str(tmp_path), "--async-save")) as run:
+        read_until_iteration(run, 2)
+        run.send_signal(signal.SIGTERM)
+        output, _ = run.communicate(timeout=120)
+    assert latest_iteration(tmp_path) == left_at(output, "after receiving SIGTERM")
+    assert "stopped by SIGTERM" in output
+
+
+def test_a_time_limit_ends_a_run_after_a_step(tmp_path: Path) -> None:
+    run = subprocess.run(
+        command("--save", str(tmp_path), "--exit-duration-in-mins", "0.05"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr
+    last = left_at(run.stdout + run.stderr, "after 0.05 minutes")
+    assert latest_iteration(tmp_path) == last
