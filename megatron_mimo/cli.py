@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from megatron_mimo import __version__
-from megatron_mimo.training.arguments import nearest, parse_arguments
+from megatron_mimo.training.arguments import known_flags, nearest, parse_arguments, show_help
 from megatron_mimo.training.flags import CommandLine, parse, to_yaml
 
 _WRONG_USAGE = 2
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; the process's own when None.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 wrong usage.
+        The exit code: 0 done, 1 failed, 2 wrong usage, 3 parity failed.
     """
     try:
         return _dispatch("megatron-mimo", _COMMANDS, sys.argv[1:] if argv is None else argv)
@@ -131,6 +131,64 @@ def _digits(argv: Sequence[str]) -> int:
     return 0
 
 
+def _prepare(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.data_prepare import PrepareConfig, run_prepare
+
+    prog = "megatron-mimo data prepare SOURCE --out DIR"
+    source, rest = _positional("SOURCE", argv, PrepareConfig, prog)
+    config = parse_arguments(rest, PrepareConfig, prog=prog)
+    return run_prepare(source, config)
+
+
+def _inspect_data(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.data_inspect import InspectCommandLine, run_inspect
+
+    prog = "megatron-mimo data inspect PATH"
+    path, rest = _positional("PATH", argv, InspectCommandLine, prog)
+    return run_inspect(path, parse(rest, InspectCommandLine, prog=prog))
+
+
+def _positional(name: str, argv: Sequence[str], into: type, prog: str) -> tuple[str, list[str]]:
+    """The one argument that is no flag or a flag's value, and the others; prints help if asked."""
+    (found,), rest = _positionals((name,), argv, into, prog)
+    return found, rest
+
+
+def _positionals(
+    names: Sequence[str], argv: Sequence[str], into: type, prog: str
+) -> tuple[list[str], list[str]]:
+    """The arguments that are no flags or their values, and the others; prints help if asked."""
+    show_help(argv, into, prog=prog)
+    known = known_flags(into)
+    found: list[str] = []
+    rest: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        if not token.startswith("--"):
+            found.append(token)
+            continue
+        rest.append(token)
+        typed, equals, _ = token[2:].partition("=")
+        name = typed.replace("_", "-")
+        if name not in known and name.removeprefix("no-") not in known:
+            raise ValueError(f"unknown flag --{typed}: the nearest is --{nearest(name, known)}")
+        if name in known and known[name].kind is not bool and not equals:
+            rest += [value for value in [next(tokens, None)] if value is not None]
+    if len(found) != len(names):
+        shown = f" ({', '.join(found)})" if found else ""
+        wanted = f"one {names[0]}" if len(names) == 1 else " and ".join(names)
+        raise ValueError(f"{prog}: expected {wanted}, got {len(found)}{shown}")
+    return found, rest
+
+
+def _parity(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.parity import ParityConfig, run_parity
+
+    prog = "megatron-mimo parity RUN_A RUN_B"
+    (a, b), rest = _positionals(("RUN_A", "RUN_B"), argv, ParityConfig, prog)
+    return run_parity(a, b, parse_arguments(rest, ParityConfig, prog=prog))
+
+
 def _plan(argv: Sequence[str]) -> int:
     from megatron_mimo.tools.plan import PlanConfig, run_plan
 
@@ -180,6 +238,8 @@ def _take(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 _DATA_COMMANDS: dict[str, tuple[str, Command]] = {
+    "prepare": ("make a dataset of a folder, a JSONL or JSON file, or tar shards", _prepare),
+    "inspect": ("show a dataset as the model will see it", _inspect_data),
     "digits": ("write a dataset of handwritten digits to try things on", _digits),
 }
 _CHECKPOINT_COMMANDS: dict[str, tuple[str, Command]] = {
@@ -189,9 +249,10 @@ _CHECKPOINT_COMMANDS: dict[str, tuple[str, Command]] = {
 _COMMANDS: dict[str, tuple[str, Command]] = {
     "train": ("train a model", _train),
     "demo": ("train a small model on digits, on two grids, and report", _demo),
-    "data": ("write datasets", _data),
+    "data": ("write datasets, and look at them", _data),
     "plan": ("show what each rank of a layout does in a step", _plan),
     "checkpoint": ("look into checkpoints, and convert them", _checkpoint),
+    "parity": ("compare the curves or the activations of two runs", _parity),
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,258 @@
+"""Counts of operations against torch's counter, on the real modules."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from megatron_mimo.model.flops import (
+    Flops,
+    Work,
+    all_pairs,
+    causal_pairs,
+    image_work,
+    language_flops,
+    model_flops,
+    text_work,
+)
+from megatron_mimo.presets import model_config
+
+VOCAB = 96
+NARROW = ("language.hidden_size=64", "vision.hidden_size=64")
+# Attention and experts of other widths than the model's, so that no two factors are alike.
+HYBRID = (
+    "language.kv_channels=24",
+    "language.num_attention_heads=6",
+    "language.num_query_groups=3",
+    "language.ffn_hidden_size=88",
+    "language.mamba_num_heads=6",
+    "language.mamba_head_dim=20",
+    "language.mamba_num_groups=2",
+    "language.mamba_state_dim=12",
+    "language.num_moe_experts=10",
+    "language.moe_router_topk=3",
+    "language.moe_ffn_hidden_size=40",
+    "language.moe_shared_expert_intermediate_size=72",
+)
+
+
+def counted(compute: Callable, gradient_of: Callable) -> tuple[int, int]:
+    """What torch's counter finds of a forward and of its backward."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # The other kernels of a host are not in the counter's table.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            output = compute()
+        loss = gradient_of(output)
+        with FlopCounterMode(display=False) as backward:
+            if isinstance(loss, torch.Tensor) and loss.requires_grad:
+                loss.backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def count_language(
+    provider: str,
+    overrides: Sequence[str],
+    length: int,
+    documents: tuple[int, ...] | None,
+    frozen: bool,
+    encoder_trains: bool,
+    batch: int,
+) -> tuple[int, int]:
+    import torch
+
+    from megatron_mimo.language.config import ExecutionConfig
+    from megatron_mimo.model.config import FreezeConfig
+    from megatron_mimo.model.modules import LanguageModule
+    from megatron_mimo.runtime.packed import packed_documents
+    from megatron_mimo.runtime.solo import solo_groups, solo_world
+
+    with solo_world():
+        module = LanguageModule(
+            model_config(provider, overrides),
+            FreezeConfig(language=frozen),
+            solo_groups(),
+            torch.float32,
+            vocab_size=VOCAB,
+            seq_length=length,
+            sequence_parallel=False,
+            execution=ExecutionConfig(),
+        )
+        tokens = torch.randint(0, VOCAB, (batch, length))
+        rows = torch.randn(4, module.config.hidden_size, requires_grad=encoder_trains)
+        packed = None
+        if documents is not None:
+            bounds = torch.tensor([0, *documents]).cumsum(0).int()
+            packed = packed_documents(bounds, documents)
+        places = torch.arange(4) * batch
+        positions = torch.arange(length).expand(batch, -1).contiguous()
+        return counted(
+            # Without labels: logits, whose loss has no products.
+            lambda: module(tokens, positions, rows, places, None, packed),
+            lambda logits: logits.sum(),
+        )
+
+
+def count_encoder(
+    overrides: Sequence[str], grids: list[tuple[int, int]], vision: bool, projector: bool
+) -> tuple[tuple[int, ...], int, int]:
+    """Lengths of the pieces, and what the counter finds."""
+    import torch
+
+    from megatron_mimo.images.packing import pack_patches
+    from megatron_mimo.model.config import FreezeConfig
+    from megatron_mimo.model.modules import EncoderModule
+    from megatron_mimo.runtime.solo import solo_groups, solo_world
+
+    config = model_config("mock", overrides)
+    size = sum(rows * columns for rows, columns in grids)
+    patches = torch.randn(size, 3 * config.vision.patch_dim**2)
+    images = pack_patches(patches, grids, config.vision.image_config())
+    with solo_world():
+        freeze = FreezeConfig(vision=vision, projector=projector)
+        module = EncoderModule(config, freeze, solo_groups(), torch.float32)
+        found = counted(lambda: module(images), lambda rows: rows.sum())
+    return images.lengths, *found
+
+
+LANGUAGE = {
+    "gpt": ("mock", NARROW, 48),
+    "M": ("nemotron-moe-vlm-tiny", (*HYBRID, "language.pattern=M"), 192),
+    "M, a chunk not full": ("nemotron-moe-vlm-tiny", (*HYBRID, "language.pattern=MM"), 150),
+    "M, less than a chunk": ("nemotron-moe-vlm-tiny", (*HYBRID, "language.pattern=M"), 40),
+    "*": ("nemotron-moe-vlm-tiny", (*HYBRID, "language.pattern=**"), 48),
+    "-": ("nemotron-moe-vlm-tiny", (*HYBRID, "language.pattern=-"), 48),
+    "E": ("nemotron-moe-vlm-tiny", (*HYBRID, "language.pattern=E"), 48),
+    "all": ("nemotron-moe-vlm-tiny", (*HYBRID, "language.pattern=ME*-ME"), 96),
+}
+
+
+def language(
+    name: str, work: Work, *, trains: bool = True, returns_gradients: bool = True
+) -> Flops:
+    from megatron_mimo.runtime import ssd
+
+    provider, overrides, length = LANGUAGE[name]
+    return language_flops(
+        model_config(provider, overrides).language,
+        work,
+        vocab_size=VOCAB,
+        seq_length=length,
+        chunk=ssd._CHUNK,
+        trains=trains,
+        returns_gradients=returns_gradients,
+    )
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_the_language_model(name: str, run_ranks: Callable[..., list]) -> None:
+    length = LANGUAGE[name][2]
+    (found,) = run_ranks(1, count_language, *LANGUAGE[name], None, False, True, 2)
+    flops = language(name, text_work([length] * 2, sequences=2, masked=True))
+    assert found == pytest.approx((flops.forward, flops.backward), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "encoder_trains"), [(True, True), (False, False), (True, False)]
+)
+def test_a_frozen_language_model(
+    frozen: bool, encoder_trains: bool, run_ranks: Callable[..., list]
+) -> None:
+    length = LANGUAGE["all"][2]
+    (found,) = run_ranks(1, count_language, *LANGUAGE["all"], None, frozen, encoder_trains, 1)
+    work = text_work([length], masked=True)
+    flops = language("all", work, trains=not frozen, returns_gradients=encoder_trains)
+    assert found == pytest.approx((flops.forward, flops.backward), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["gpt", "all"])
+def test_packed_documents(name: str, run_ranks: Callable[..., list]) -> None:
+    length = LANGUAGE[name][2]
+    documents = (5, 20, 11, length - 36)
+    (found,) = run_ranks(1, count_language, *LANGUAGE[name], documents, False, True, 1)
+    flops = language(name, text_work(documents, masked=True))
+    assert found == pytest.approx((flops.forward, flops.backward), rel=0.01)
+    # The quadratic term is of the documents.
+    assert flops.forward < language(name, text_work([length], masked=True)).forward
+
+
+@pytest.mark.parametrize("vision", [False, True])
+@pytest.mark.parametrize("projector", [False, True])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("vision.ffn_hidden_size=200", "projector.ffn_hidden_size=104"),
+        ("projector.kind=affine", "vision.pixel_shuffle=false", "vision.patch_bias=true"),
+        ("projector.normalization=none", "vision.class_token_len=5"),
+    ],
+)
+def test_the_encoder(
+    overrides: Sequence[str], vision: bool, projector: bool, run_ranks: Callable[..., list]
+) -> None:
+    from megatron_mimo.model.config import FreezeConfig
+
+    grids = [(2, 4), (6, 6), (4, 10)]
+    (found,) = run_ranks(1, count_encoder, [*NARROW, *overrides], grids, vision, projector)
+    lengths, *operations = found
+    config = model_config("mock", [*NARROW, *overrides])
+    flops = model_flops(
+        config,
+        FreezeConfig(vision=vision, projector=projector),
+        image_work(lengths, config.vision),
+        vocab_size=VOCAB,
+        seq_length=64,
+    )
+    assert flops.language == Flops(0, 0)
+    assert operations == pytest.approx([flops.encoder.forward, flops.encoder.backward], rel=0.01)
+
+
+def test_pairs() -> None:
+    assert all_pairs([1, 2, 5]) == 30
+    assert causal_pairs([1, 2, 5]) == 1 + 3 + 15
+    assert causal_pairs([1, 2, 5], masked=True) == 30
+
+
+def test_a_causal_mask_halves_attention_alone() -> None:
+    length = LANGUAGE["*"][2]
+    seen, all_ = (language("*", text_work([length], masked=m)).forward for m in (False, True))
+    # Two layers, two products, heads of 6 x 24.
+    assert all_ - seen == 2 * 2 * 2 * (length * (length - 1) // 2) * 6 * 24
+
+
+def test_work_adds_up() -> None:
+    config = model_config("nemotron-moe-vlm-tiny")
+    parts = [
+        text_work([10, 54]) + image_work([18, 38], config.vision),
+        text_work([64]),
+        image_work([66], config.vision),
+    ]
+    assert sum(parts, Work()) == Work(
+        sequences=2,
+        document_pairs=causal_pairs([10, 54, 64]),
+        patches=16 + 36 + 64,
+        pieces=3,
+        piece_pairs=18**2 + 38**2 + 66**2,
+        rows=(16 + 36 + 64) // 4,
+    )
+    from megatron_mimo.model.config import FreezeConfig
+
+    sizes = {"vocab_size": VOCAB, "seq_length": 64}
+    whole = model_flops(config, FreezeConfig(), sum(parts, Work()), **sizes)
+    each = [model_flops(config, FreezeConfig(), part, **sizes) for part in parts]
+    assert whole.total == sum(one.total for one in each)
+
+
+def test_a_large_model_costs_six_operations_for_each_active_weight_and_token() -> None:
+    """Kaplan et al. 2020, beside attention's pairs and Mamba's states."""
+    config = model_config("nemotron-moe-vlm-54l").language
+    length, heads = 8192, 32 * 128
+    flops = language_flops(config, text_work([length]), vocab_size=131072, seq_length=length)
+    attention = 8 * 12 * (length + 1) // 2 * heads
+    states = 23 * 6 * (128 * (8 * 128 + 4096) + 2 * 4096 * 128)
+    # As `megatron-mimo plan --params` counts, less the embeddings, which are looked up.
+    active = 3_659_901_632 - 131072 * 2688
+    assert config.layers.count("*") == 8
+    assert config.layers.count("M") == 23
+    assert flops.total / length - attention - states == pytest.approx(6 * active, rel=1e-3)
