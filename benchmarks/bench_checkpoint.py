@@ -10,10 +10,12 @@ the ranges that its optimizer owns, and both sync their files:
   ranges as plain tensors under names that no other rank has, so that it finds no copies to remove.
   What it writes cannot be read on another layout: it is the least that a save must do.
 
-Seconds are those of the rank that waits longest. *Background* counts what the loop waits for:
-`save`, and `poll` after each step until the checkpoint is published; for the peer `async_save` and
-its result. Ranks meet before each of these, so that a step's own skew is not counted. What the
-steps meanwhile lose to the writer, by steps just before the save, stands in a row of its own.
+Seconds are those of the rank that waits longest. *Stall* is all that the loop spends in calls of
+the saver: in the foreground `save`; in the background `save`, and `poll` after each step until
+every rank has announced the checkpoint; for the peer `async_save` and its result. Ranks meet before
+each of these, so that a step's own skew is not counted. *Lost by the steps* is what those that run
+meanwhile take longer than steps just before: the writer needs processors, memory and Python's lock.
+Stall and loss together are what a save costs a run. Foreground and background take turns.
 
     python benchmarks/bench_checkpoint.py [--quick] [--json FILE]
 """
@@ -84,9 +86,24 @@ def compared(found: dict[str, Any]) -> Iterator[Row]:
         unit="s",
     )
     yield Row(
-        case=f"{where}: background, lost by the steps meanwhile",
+        case=f"{where}: background, lost by the steps meanwhile, by DCP's",
         ours=lost["async"],
         peer=lost["peer async"],
+        target=None,
+        unit="s",
+    )
+    cost = {side: statistics.median(both(found, side)) for side in ("async", "peer async")}
+    yield Row(
+        case=f"{where}: background, stall and loss, by our foreground",
+        ours=cost["async"],
+        peer=stall["sync"],
+        target=None,
+        unit="s",
+    )
+    yield Row(
+        case=f"{where}: background, stall and loss, by DCP's",
+        ours=cost["async"],
+        peer=cost["peer async"],
         target=None,
         unit="s",
     )
@@ -97,6 +114,11 @@ def compared(found: dict[str, Any]) -> Iterator[Row]:
         target=BYTES_TARGET,
         unit="MB",
     )
+
+
+def both(found: dict[str, Any], side: str) -> list[float]:
+    """Stall and loss of each save of a side."""
+    return [sum(pair) for pair in zip(found["stall"][side], found["lost"][side], strict=True)]
 
 
 def work() -> None:
@@ -153,11 +175,11 @@ def our_sides(parts: Any, step: Callable[[], Any], root: Path) -> dict[str, Side
 
         def call(number: int) -> tuple[float, list[float], Path]:
             stall = waited(lambda: checkpoints.save(Progress(number, number), {}))
-            steps, published = [], iteration_folder(folder, number)
-            while not published.exists():
+            steps = []
+            while largest(float(checkpoints.is_saving)):
                 steps.append(waited(step))
                 stall += waited(checkpoints.poll)
-            return stall, steps, published
+            return stall, steps, iteration_folder(folder, number)
 
         return call
 
@@ -275,7 +297,7 @@ def trained(width: int, expert_width: int) -> tuple[Any, Callable[[], Any]]:
     )
     random = np.random.default_rng(5)
     samples = [
-        RawSample(
+        RawSample.asking(
             key=str(i),
             question="<image> what is it?",
             answer=f"it is number {i}",

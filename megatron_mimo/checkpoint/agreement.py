@@ -1,4 +1,4 @@
-"""What the ranks of a world find out together about a checkpoint, over the group for control."""
+"""What the ranks of a world find out together about a checkpoint, over a group of the host."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,25 +49,32 @@ def on_first_rank(control: dist.ProcessGroup, work: Any, what: str = "") -> Any:
     return result
 
 
-def together(control: dist.ProcessGroup, work: Any, what: str) -> list[Any]:
-    """Run something on every rank; what fails on one, every rank raises.
+def outcomes(control: dist.ProcessGroup, work: Any) -> list[tuple[Any, str | None]]:
+    """Run something on every rank.
 
     Returns:
-        What each rank found.
-
-    Raises:
-        RuntimeError: Names the first rank that failed, and how.
+        On rank 0, for each rank its result, or what went wrong; on other ranks nothing.
     """
     result = error = None
     try:
         result = work()
     except Exception as raised:
         error = f"rank {dist.get_rank()}: {raised}"
-    gathered = gather((result, error), control)
-    failed = [found for _, found in gathered if found is not None]
+    found: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object((result, error), found or None, dst=0, group=control)
+    return found
+
+
+def results(found: Sequence[tuple[Any, str | None]]) -> list[Any]:
+    """Of all ranks.
+
+    Raises:
+        OSError: Names the first rank that failed, and how.
+    """
+    failed = [error for _, error in found if error is not None]
     if failed:
-        raise RuntimeError(f"{what}: {failed[0]}")
-    return [found for found, _ in gathered]
+        raise OSError(failed[0])
+    return [result for result, _ in found]
 
 
 def check_whole(folder: Path, control: dist.ProcessGroup) -> None:

@@ -2,11 +2,13 @@
 
 import logging
 import pickle
+import threading
 import time
-import uuid
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,22 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_mimo.checkpoint import folder as folders
-from megatron_mimo.checkpoint.agreement import (
-    broadcast,
-    check_whole,
-    compare,
-    gather,
-    listed,
-    on_first_rank,
-    together,
-)
+from megatron_mimo.checkpoint.agreement import check_whole, compare, listed, on_first_rank
 from megatron_mimo.checkpoint.config import LoadConfig, SaveConfig
 from megatron_mimo.checkpoint.progress import Progress
+from megatron_mimo.checkpoint.saving import Contents, Target, stored_bytes, write_checkpoint
 from megatron_mimo.checkpoint.tensors import optimizer_tensors, reads, writes
 from megatron_mimo.model.mimo import MimoModel
 from megatron_mimo.optim.mimo_optimizer import MimoOptimizer
+from megatron_mimo.runtime.host_copy import HostCopy
 from megatron_mimo.runtime.rng import rng_state, set_rng_state
-from megatron_mimo.runtime.sharded_files import Plans, Save, StoredTensor, read, stored_tensors
+from megatron_mimo.runtime.sharded_files import (
+    ShardedWriter,
+    Stored,
+    StoredTensor,
+    read,
+    stored_tensors,
+)
 from megatron_mimo.topology.groups import Topology
 
 logger = logging.getLogger(__name__)
@@ -69,18 +71,26 @@ class Loaded:
     loader: Mapping[str, Any] | None
 
 
-@dataclass(slots=True)
-class _Pending:
-    """A save in the background."""
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A save in the background.
 
-    save: Save
-    staged: Path
-    progress: Progress
+    Attributes:
+        iteration: That it was taken after.
+        start: Seconds, of `time.perf_counter`.
+        removed: Older checkpoints that it removed; here when it is published, or has failed.
+    """
+
+    iteration: int
     start: float
+    removed: Future[list[Path]]
 
 
 class Checkpointer:
     """Writes checkpoints so that the last whole one can always be loaded. Collective throughout.
+
+    In the background a save is a thread, over a group of its own. Training stands still while it
+    copies what is saved; ranks do not wait for each other.
 
     Args:
         parts: What is saved.
@@ -95,28 +105,35 @@ class Checkpointer:
         self._parts = parts
         self._config = config
         self._flags = dict(flags)
-        self._control = parts.topology.control
-        self._pending: _Pending | None = None
+        self._group = dist.new_group(backend="gloo", group_desc="checkpoints")
+        self._writer = ShardedWriter(dist.get_rank())
+        self._copy = HostCopy()
+        self._running: _Running | None = None
         self._lock: folders.SaveLock | None = None
-        self._saved: int | None = None
-        self._plans = Plans()
-        on_first_rank(self._control, self._take_lock)
+        self._last: int | None = None
+        on_first_rank(parts.topology.control, self._take_lock)
+        if config.in_background:
+            # Memory that is new, or not there, should not hold up the first save.
+            self._copied(self._what())
 
     def is_due(self, iteration: int) -> bool:
         """Whether the interval ends with an iteration."""
         return self._config.interval is not None and iteration % self._config.interval == 0
 
     def save(self, progress: Progress, loader: Mapping[int, Any]) -> None:
-        """Save after an iteration; in the background, `poll` finishes it.
+        """Save after an iteration; in the background, `poll` or `finish` announces it.
+
+        A save in the background that still runs is waited for.
 
         Args:
             progress: How far training is.
             loader: State of the reader of each lane that this rank answers for.
 
         Raises:
-            RuntimeError: A rank's files could not be written; the checkpoint before is untouched.
+            RuntimeError: A rank's files could not be written, now or in the background before;
+                the checkpoint before is untouched.
         """
-        if self._saved == progress.iteration:
+        if self._last == progress.iteration:
             return
         self.finish()
         start, root = time.perf_counter(), self._config.root
@@ -125,59 +142,61 @@ class Checkpointer:
             progress.iteration,
             root,
         )
-        token = broadcast(uuid.uuid4().hex[:8], self._control)
-        staged = folders.staging_folder(root, progress.iteration, token)
-        lanes = gather(loader, self._control)
-
-        def prepare() -> None:
-            folders.prune(root, None)
-            staged.mkdir()
-            _write_object(staged / folders.COMMON, self._common(progress))
-            merged = {lane: state for part in lanes for lane, state in part.items()}
-            _write_object(staged / folders.LOADER, {"lanes": merged, "num_lanes": len(merged)})
-
-        on_first_rank(self._control, prepare, self._explain(progress))
-        save = Save(self._what(), staged, folders.checksum, self._plans)
-        self._pending = _Pending(save, staged, progress, start)
+        parts = self._what()
+        contents = Contents(
+            parts=self._copied(parts) if self._config.in_background else parts,
+            common=self._common(progress) if dist.get_rank() == 0 else b"",
+            lanes=pickle.dumps(loader),
+        )
+        target = Target(root, progress.iteration, self._config.keep_last)
+        saving = partial(write_checkpoint, contents, target, self._writer, self._group)
+        self._running = _Running(progress.iteration, start, Future())
+        self._last = progress.iteration
         if self._config.in_background:
-            save.start()
+            run = partial(_settle, self._running.removed, saving)
+            # A daemon: a rank that ends with an error does not wait for others to end theirs.
+            threading.Thread(target=run, name="checkpoint", daemon=True).start()
         else:
-            save.write()
+            _settle(self._running.removed, saving)
             self.finish()
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save in the background has not been announced yet."""
+        return self._running is not None
+
     def poll(self) -> None:
-        """Publish a checkpoint whose files are all written. Collective; cheap without one."""
-        if self._pending is not None and not any(
-            gather(self._pending.save.is_writing, self._control)
-        ):
+        """Announce a save in the background that has been published.
+
+        Ranks hear of it each in its own time: nothing here waits.
+
+        Raises:
+            RuntimeError: As `finish`.
+        """
+        if self._running is not None and self._running.removed.done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for a save in the background, if there is one, and publish it.
+        """Wait for a save in the background, if there is one, and announce it.
 
         Raises:
             RuntimeError: A rank's files could not be written; the checkpoint before is untouched.
         """
-        pending, self._pending = self._pending, None
-        if pending is None:
+        running, self._running = self._running, None
+        if running is None:
             return
-        explain = self._explain(pending.progress)
-        written = together(self._control, pending.save.finish, explain)
-        root, iteration = self._config.root, pending.progress.iteration
-
-        def publish() -> None:
-            folders.seal(pending.staged, {name: c for part in written for name, c in part.items()})
-            folders.publish(pending.staged, root, iteration)
-            for removed in folders.prune(root, self._config.keep_last):
-                logger.info("removed %s", removed)
-
-        on_first_rank(self._control, publish, explain)
-        self._saved = iteration
+        try:
+            removed = running.removed.result()
+        except BaseException:
+            self._last = None
+            raise
+        for folder in removed:
+            logger.info("removed %s", folder)
         logger.info(
             "successfully saved checkpoint from iteration %7d to %s [ %.1f s ]",
-            iteration,
-            root,
-            time.perf_counter() - pending.start,
+            running.iteration,
+            self._config.root,
+            time.perf_counter() - running.start,
         )
 
     def close(self) -> None:
@@ -189,13 +208,16 @@ class Checkpointer:
         self._lock = folders.SaveLock(self._config.root)
         folders.put_back(self._config.root)
 
-    def _explain(self, progress: Progress) -> str:
-        return (
-            f"--save {self._config.root}: the checkpoint of iteration {progress.iteration} could "
-            f"not be written; what was saved before is whole"
-        )
+    def _copied(self, parts: Sequence[Stored]) -> list[Stored]:
+        """Parts whose tensors training does not change; objects are made for each save."""
+        tensors = [part for part in parts if isinstance(part, ShardedTensor)]
+        copies = iter(self._copy.take([part.data for part in tensors]))
+        return [
+            replace(part, data=next(copies)) if isinstance(part, ShardedTensor) else part
+            for part in parts
+        ]
 
-    def _common(self, progress: Progress) -> dict[str, Any]:
+    def _common(self, progress: Progress) -> bytes:
         common: dict[str, Any] = {
             "args": Namespace(
                 **self._flags,
@@ -213,11 +235,11 @@ class Checkpointer:
                 "step": self._parts.optimizer.num_updates,
                 "grad_scaler": self._parts.optimizer.scaler_state,
             }
-        return common
+        return stored_bytes(common)
 
-    def _what(self) -> list[ShardedTensor | ShardedObject]:
+    def _what(self) -> list[Stored]:
         states = self._parts.optimizer.param_states()
-        found: list[ShardedTensor | ShardedObject] = []
+        found: list[Stored] = []
         for replica in self._parts.model.replicas:
             found += writes(replica, states)
             if self._config.optimizer:
@@ -225,6 +247,14 @@ class Checkpointer:
             if self._config.rng:
                 found.append(_rng(replica.groups.spec, dist.get_rank(), rng_state()))
         return found
+
+
+def _settle(outcome: Future[list[Path]], saving: Callable[[], list[Path]]) -> None:
+    """Do it; what comes of it is the outcome."""
+    try:
+        outcome.set_result(saving())
+    except BaseException as error:
+        outcome.set_exception(error)
 
 
 def load(parts: TrainedParts, config: LoadConfig) -> Loaded | None:
@@ -337,14 +367,6 @@ def _rng(spec: Any, rank: int, state: Any) -> ShardedObject:
     """A rank's random state, by its place on a module's grid."""
     place = rank - spec.offset
     return ShardedObject(f"rng_state.{spec.name}", state, (spec.size,), (place,), replica_id=0)
-
-
-# -- small files -----------------------------------------------------------------------------------
-
-
-def _write_object(path: Path, value: Any) -> None:
-    with path.open("wb") as file:
-        torch.save(value, file)
 
 
 def _read_object(path: Path) -> Any:

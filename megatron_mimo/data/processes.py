@@ -257,6 +257,8 @@ def _run(make: Make, task: Any, reading: int, writing: int, prefetch: int, paren
     # would copy the memory that both share.
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Meant for the training process, which says when this one ends.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     os.close(reading)

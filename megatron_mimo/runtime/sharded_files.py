@@ -1,14 +1,10 @@
-"""Tensors that many ranks write into and read from one folder, over megatron-core's torch_dist.
+"""Tensors that many ranks write into and read from one folder: megatron-core's torch_dist format.
 
-The writer of megatron-core hands its results over through a process of its own, also when it writes
-in the foreground; that child imports the program again and takes seconds. Here a file does it.
+Nothing here communicates. Each rank writes one file and finds out what lies where in it; one rank
+writes the list of them all. Any thread may do so: a save in the background is one.
 """
 
-import logging
-import multiprocessing
-import pickle
-import queue
-import tempfile
+import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,22 +13,28 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies import torch as _torch_strategy
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import (
-    TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import (
+    BytesIOWriteData,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import WriteResult
 
-# It warns of what is to replace this way of writing; that needs a library for GPUs.
-_torch_strategy._logged_mcore_async_deprecation = True
-# What it logs of a failed write is raised here.
-logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
+_FORMAT = CheckpointingConfig("torch_dist", 1)
 
 type Stored = ShardedTensor | ShardedObject
 
@@ -50,133 +52,89 @@ class StoredTensor:
     dtype: torch.dtype
 
 
-class Plans:
-    """What ranks have agreed on in one save, for the next ones."""
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A rank's file.
 
-    def __init__(self) -> None:
-        self.strategy = TorchDistSaveShardedStrategy(cached_metadata=True)
-
-
-class Save:
-    """One save of this rank; every rank of the world makes one at the same time.
-
-    Args:
-        parts: What this rank stores.
-        folder: Empty, and the same for all ranks.
-        digest: Called with each file that this rank has written, where it was written.
-        plans: Of earlier saves with the same parts, which are used again.
+    Attributes:
+        names: Of the file; none where there was nothing to store.
+        plan: What it holds; None when that is what was `agreed` on.
+        results: Where in the file each part lies.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[Stored],
-        folder: Path,
-        digest: Callable[[Path], Any],
-        plans: "Plans | None" = None,
-    ) -> None:
-        self._strategy = (plans or Plans()).strategy
-        self._folder = folder
-        self._digest = digest
-        self._results, self._digests = _ResultFile(), _ResultFile()
-        original = filesystem_async.get_write_results_queue
-        filesystem_async.get_write_results_queue = lambda *_args: self._results
-        try:
-            named = {str(index): part for index, part in enumerate(parts)}
-            self._request: Any = self._strategy.async_save(named, folder, "mcore")
-        finally:
-            filesystem_async.get_write_results_queue = original
-        self._process: Any = None
+    names: tuple[str, ...]
+    plan: SavePlan | None
+    results: list[WriteResult]
 
-    def write(self) -> None:
-        """Write this rank's files now."""
-        if self._request.async_fn is not None:
-            self._write(self._arguments())
 
-    def start(self) -> None:
-        """Write them in a process of their own, from memory as it is now."""
-        if self._request.async_fn is None:
-            return
-        # Device memory is copied to the host here; host memory is kept by the fork.
-        arguments = self._arguments()
-        context = multiprocessing.get_context("fork")
-        self._process = context.Process(
-            target=self._write, args=(arguments,), name="checkpoint writer"
-        )
-        self._process.start()
+class ShardedWriter:
+    """Writes this rank's files, one folder after the other.
 
-    @property
-    def is_writing(self) -> bool:
-        """Whether the process that `start` made still runs."""
-        return self._process is not None and self._process.is_alive()
+    What a rank stores is the same from save to save, and so is the list of it that rank 0 makes:
+    both are kept.
 
-    def finish(self) -> dict[str, Any]:
-        """Wait for this rank's files and write what describes them all. Collective over the world.
+    Args:
+        rank: Of this process.
+    """
 
-        Returns:
-            This rank's files by name, with their digests.
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._plan: SavePlan | None = None
+        self._agreed: SavePlan | None = None
+        self._plans: list[SavePlan] = []
+        self._metadata = Metadata({})
+
+    def write(self, parts: Sequence[Stored], folder: Path) -> Written:
+        """Write this rank's file and sync it.
+
+        Args:
+            parts: What this rank holds; copies that another rank stores are left out.
+            folder: Is there; the same for all ranks.
 
         Raises:
-            OSError: This rank's files could not be written; other ranks return.
-            RuntimeError: The process that wrote them was killed.
+            OSError: The file could not be written.
         """
-        if self._process is not None:
-            self._process.join()
-        digests = self._outcome()
-        try:
-            for function in self._request.finalize_fns:
-                function()
-        except CheckpointException:
-            if isinstance(digests, Exception):
-                raise digests from None
-            return {}
-        if torch.distributed.get_rank() == 0:
-            save_config(
-                CheckpointingConfig(self._strategy.backend, self._strategy.version), self._folder
-            )
-        assert isinstance(digests, dict)
-        return digests
-
-    def _outcome(self) -> dict[str, Any] | Exception:
-        """What `_write` left, in whichever process."""
-        if self._request.async_fn is None:
-            return {}
-        try:
-            found: dict[str, Any] | Exception = self._digests.get_nowait()
-        except queue.Empty:
-            code = None if self._process is None else self._process.exitcode
-            return RuntimeError(f"the process that wrote this rank's files ended with {code}")
-        return found
-
-    def _write(self, arguments: list[Any]) -> None:
-        """What a process of its own may do; leaves digests, or the error."""
-        failures: list[Exception] = []
-        original = FileSystemWriterAsync.write_preloaded_data
-
-        def write(*args: Any, **kwargs: Any) -> Any:
-            # megatron-core keeps an error's type alone.
-            outcome = original(*args, **kwargs)
-            for part in outcome:
-                if isinstance(part, Exception):
-                    # Its frames hold torch's half-done writer, which must not be left to the
-                    # garbage collector: it calls back into what is gone by then, and crashes.
-                    failures.append(part.with_traceback(None))
-            return outcome
-
-        FileSystemWriterAsync.write_preloaded_data = write
-        try:
-            self._request.async_fn(*arguments)
-        finally:
-            FileSystemWriterAsync.write_preloaded_data = staticmethod(original)
-        names = [name for _, name, _ in arguments[1]]
-        self._digests.put(
-            failures[0] if failures else {name: self._digest(self._folder / name) for name in names}
+        data = _Data([part for part in parts if is_main_replica(part.replica_id)])
+        self._plan = SavePlan(data.items)
+        results: list[WriteResult] = []
+        if data.items:
+            # Copying ahead from a device would choose the device by itself.
+            files = FileSystemWriter(folder, per_thread_copy_ahead=0)
+            files.set_up_storage_writer(False, rank=self._rank, use_collectives=False)
+            named = files.prepare_local_plan(self._plan)
+            results = _complete(lambda: files.write_data(named, data).wait())  # type: ignore[arg-type]
+        return Written(
+            names=tuple(sorted({result.storage_data.relative_path for result in results})),
+            plan=None if self._plan == self._agreed else self._plan,
+            results=results,
         )
 
-    def _arguments(self) -> list[Any]:
-        arguments = list(self._request.async_fn_args)
-        if self._request.preload_fn is not None:
-            arguments[1] = self._request.preload_fn()
-        return arguments
+    def describe(self, written: Sequence[Written], folder: Path) -> None:
+        """Write what describes the files of all ranks; one rank does.
+
+        Args:
+            written: Of every rank, by rank.
+            folder: Where they were written.
+
+        Raises:
+            OSError: The description could not be written.
+            ValueError: Ranks store overlapping parts of a tensor, or not all of it.
+        """
+        if any(rank.plan is not None for rank in written):
+            plans = [
+                rank.plan if rank.plan is not None else self._plans[index]
+                for index, rank in enumerate(written)
+            ]
+            _, self._metadata = DefaultSavePlanner(flatten_state_dict=False).create_global_plan(
+                plans
+            )
+            self._plans = plans
+        FileSystemWriter(folder).finish(self._metadata, [rank.results for rank in written])
+        save_config(_FORMAT, folder)
+
+    def agreed(self) -> None:
+        """Keep what the last file holds: `describe` has it, on the rank that describes."""
+        self._agreed = self._plan
 
 
 def read(parts: Sequence[Stored], folder: Path) -> list[Any]:
@@ -184,7 +142,7 @@ def read(parts: Sequence[Stored], folder: Path) -> list[Any]:
 
     Args:
         parts: What this rank asks for; everything must be there (`stored_tensors`).
-        folder: As `Save` left it.
+        folder: As `ShardedWriter` left it.
 
     Returns:
         For each part its tensor, or its object.
@@ -217,29 +175,68 @@ def stored_tensors(folder: Path) -> tuple[Mapping[str, StoredTensor], frozenset[
     return tensors, frozenset(metadata) - frozenset(tensors)
 
 
-class _ResultFile:
-    """What the writer found out, from its process to this one; takes the place of a queue."""
+class _Data:
+    """Parts by their place in a folder, as torch's writer asks for them."""
 
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="checkpoint-results-")
+    def __init__(self, parts: Sequence[Stored]) -> None:
+        self.items: list[WriteItem] = []
+        self._tensors: dict[MetadataIndex, Tensor] = {}
+        self._objects: dict[str, ShardedObject] = {}
+        for part in parts:
+            if isinstance(part, ShardedTensor):
+                assert part.data is not None
+                # megatron-core's axes in front, such as that of layers, are not the data's.
+                tensor = part.data.detach().view(*(1,) * part.prepend_axis_num, *part.local_shape)
+                item = _tensor_item(part, tensor)
+                self._tensors[item.index] = tensor
+            else:
+                index = MetadataIndex(part.unique_key)
+                item = WriteItem(index, WriteItemType.BYTE_IO, bytes_io_data=BytesIOWriteData(0))
+                self._objects[part.unique_key] = part
+            self.items.append(item)
 
-    def put(self, results: Any) -> None:
-        """Of the writer."""
-        pickle.dump(results, self._file)
-        self._file.flush()
+    def resolve_data(self, item: WriteItem) -> Tensor | io.BytesIO:
+        """What to write."""
+        if item.type != WriteItemType.BYTE_IO:
+            return self._tensors[item.index]
+        content = io.BytesIO()
+        # megatron-core stores a list of those that share a key.
+        torch.save([self._objects[item.index.fqn].data], content)
+        return content
 
-    def get_nowait(self) -> Any:
-        """Of the reader.
 
-        Raises:
-            queue.Empty: The writer ended without a result.
-        """
-        self._file.seek(0)
-        try:
-            return pickle.load(self._file)  # noqa: S301 (of our own child)
-        except (EOFError, pickle.UnpicklingError):
-            raise queue.Empty from None
+def _tensor_item(part: ShardedTensor, data: Tensor) -> WriteItem:
+    offset = torch.Size(part.global_offset)
+    return WriteItem(
+        MetadataIndex(part.key, offset),
+        WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offset, data.shape),
+            properties=TensorProperties(dtype=data.dtype),
+            size=torch.Size(part.global_shape),
+        ),
+    )
 
-    def close(self) -> None:
-        """Give the file back."""
-        self._file.close()
+
+def _complete[T](write: Callable[[], T]) -> T:
+    """What it returns.
+
+    Raises:
+        OSError: It failed.
+    """
+    try:
+        return write()
+    except Exception as raised:
+        error = _first(raised)
+    # The frames of the failure hold torch's half-done writer, which must not be left to the garbage
+    # collector: it calls back into what is gone by then, and crashes. Here they are gone.
+    raise error
+
+
+def _first(raised: BaseException) -> OSError:
+    """Where a chain of errors began, without its frames: a full disk comes up under other names."""
+    while raised.__context__ is not None:
+        raised = raised.__context__
+    if isinstance(raised, OSError) and raised.errno is not None:
+        return OSError(raised.errno, raised.strerror)
+    return OSError(f"{type(raised).__name__}: {raised}")

@@ -129,7 +129,7 @@ def to_checkpoint(source: Path, root: Path) -> str:
     from megatron_mimo.checkpoint import folder as folders
     from megatron_mimo.checkpoint.checkpointer import VERSION
     from megatron_mimo.checkpoint.tensors import writes
-    from megatron_mimo.runtime.sharded_files import Save
+    from megatron_mimo.runtime.sharded_files import ShardedWriter
     from megatron_mimo.runtime.solo import solo_world
     from megatron_mimo.topology import ModuleGridSpec
 
@@ -145,11 +145,11 @@ def to_checkpoint(source: Path, root: Path) -> str:
     staged.mkdir(parents=True)
     try:
         with solo_world():
-            save = Save(writes(_Whole.of(model), {}), staged, folders.checksum)
-            save.write()
-            checksums = save.finish()
+            writer = ShardedWriter(rank=0)
+            written = writer.write(writes(_Whole.of(model), {}), staged)
+            writer.describe([written], staged)
         torch.save(common, staged / folders.COMMON)
-        folders.seal(staged, checksums)
+        folders.seal(staged, {})
         folders.publish(staged, root, 0)
     finally:
         # Of one that was published there is nothing left.

@@ -17,6 +17,7 @@ from megatron_mimo.data import (
     build_eval_loader,
     build_tokenizer,
     build_train_loader,
+    check_prompt_format,
 )
 from megatron_mimo.data.share import SharedLoader, build_reading_group
 from megatron_mimo.model.mimo import BuildConfig
@@ -65,6 +66,7 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
     """
     model, data = resolved.config.model, resolved.data
     tokenizer = build_tokenizer(model.tokenizer_model, model.image_token)
+    check_prompt_format(data, tokenizer)
     roles = [data_role(resolved.layout, rank) for rank in range(resolved.layout.world_size)]
     role = roles[context.rank]
     readers = build_reading_group(roles, context.rank)

@@ -1,5 +1,6 @@
 """Checkpoints under kills, damage and full or foreign folders: what is loaded is always whole."""
 
+import gc
 import os
 import random
 import signal
@@ -206,10 +207,11 @@ def test_what_a_model_lacks_is_listed(
         assert all(word in message for word in words), message
 
 
-def save_into_a_full_disk(root: str, disk: str) -> str:
+def save_into_a_full_disk(root: str, disk: str, in_background: bool) -> str:
     """Save once, then find the disk full."""
-    checkpoints = saver(Path(root))
+    checkpoints = saver(Path(root), in_background=in_background)
     checkpoints.save(progress(1), {0: {"step": 1}})
+    checkpoints.finish()
     import torch.distributed as dist
 
     if dist.get_rank() == 0:
@@ -218,9 +220,13 @@ def save_into_a_full_disk(root: str, disk: str) -> str:
     dist.barrier()
     try:
         checkpoints.save(progress(2), {0: {"step": 2}})
+        while checkpoints.is_saving:
+            checkpoints.poll()
     except RuntimeError as error:
         return str(error)
     finally:
+        # What a failed write leaves behind must not be what a later collection stumbles on.
+        gc.collect()
         checkpoints.close()
     return ""
 
@@ -241,12 +247,150 @@ def small_disk(tmp_path: Path) -> Any:
     subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
+@pytest.mark.parametrize("in_background", [False, True])
 def test_a_full_disk_is_one_error_and_the_checkpoint_before_stays(
-    run_ranks: Callable[..., list], small_disk: Path
+    in_background: bool, run_ranks: Callable[..., list], small_disk: Path
 ) -> None:
     root = small_disk / "checkpoints"
-    for message in run_ranks(3, save_into_a_full_disk, str(root), str(small_disk)):
+    for message in run_ranks(3, save_into_a_full_disk, str(root), str(small_disk), in_background):
         assert "the checkpoint of iteration 2 could not be written" in message
         assert "No space left" in message
     (small_disk / "filler").unlink()
     assert set(run_ranks(3, load_after_kill, str(root))) == {1}
+
+
+# -- in the background -----------------------------------------------------------------------------
+
+
+def hold(module: Any, name: str) -> threading.Event:
+    """Let a function wait until the event is set."""
+    original, go_on = getattr(module, name), threading.Event()
+
+    def waiting(*args: Any) -> Any:
+        assert go_on.wait(30)
+        setattr(module, name, original)
+        return original(*args)
+
+    setattr(module, name, waiting)
+    return go_on
+
+
+def train_while_files_wait(root: str) -> None:
+    """A step is made before the first byte is written."""
+    from megatron_mimo.checkpoint.checkpointer import Checkpointer
+    from megatron_mimo.checkpoint.config import SaveConfig
+    from megatron_mimo.runtime.sharded_files import ShardedWriter
+    from tests.integration.engines import mock_data, mock_loader
+    from tests.integration.test_resume import steps
+
+    engine, made = parts(seq_length=64)
+    loader = mock_loader(LAYOUT, mock_data(global_batch_size=4))
+    checkpoints = Checkpointer(made, SaveConfig(root=Path(root), in_background=True), {})
+    steps(engine, loader, 0, 1)
+    before = weights(engine)
+    go_on = hold(ShardedWriter, "write")
+    reader = {"step": [1]}
+    checkpoints.save(progress(1), {0: reader})
+    reader["step"].append(2)
+    steps(engine, loader, 1, 1)
+    assert weights(engine) != before
+    go_on.set()
+    checkpoints.finish()
+    loaded = load_into(made, Path(root))
+    assert weights(engine) == before
+    assert loaded.loader["lanes"][0] == {"step": [1]}
+    assert loaded.progress == progress(1)
+
+
+def test_a_checkpoint_holds_what_there_was_when_it_was_taken(
+    run_ranks: Callable[..., list], tmp_path: Path
+) -> None:
+    run_ranks(LAYOUT.world_size, train_while_files_wait, str(tmp_path))
+
+
+def watch_it_being_published(root: str) -> list[str]:
+    """What the log says before publication, and after it."""
+    import logging
+
+    import torch.distributed as dist
+
+    from megatron_mimo.checkpoint import checkpointer, folder
+
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    checkpointer.logger.addHandler(listener)
+    checkpointer.logger.setLevel(logging.INFO)
+    tracker = Path(root) / folder.TRACKER
+    checkpoints = saver(Path(root), in_background=True, keep_last=1)
+    for iteration in (1, 2):
+        go_on = hold(folder, "publish")
+        checkpoints.save(progress(iteration), {})
+        # Saved once, whoever asks twice.
+        checkpoints.save(progress(iteration), {})
+        for _ in range(20):
+            checkpoints.poll()
+            time.sleep(0.01)
+        assert checkpoints.is_saving
+        assert len([line for line in said if line.startswith("successfully")]) == iteration - 1
+        assert not tracker.exists() or tracker.read_text() == str(iteration - 1)
+        dist.barrier()
+        go_on.set()
+        while checkpoints.is_saving:
+            checkpoints.poll()
+            assert checkpoints.is_saving or tracker.read_text() == str(iteration)
+        # The next publication is held on rank 0; other ranks have not come by.
+        dist.barrier()
+    checkpointer.logger.removeHandler(listener)
+    assert [path.name for path in Path(root).glob("iter_*")] == ["iter_0000002"]
+    return [line.split(" to ")[0] for line in said]
+
+
+def test_a_checkpoint_is_announced_on_every_rank_once_it_is_published(
+    run_ranks: Callable[..., list], tmp_path: Path
+) -> None:
+    for said in run_ranks(LAYOUT.world_size, watch_it_being_published, str(tmp_path)):
+        lines = [line for line in said if not line.startswith("removed")]
+        assert lines == [
+            line
+            for iteration in (1, 2)
+            for line in (
+                f"saving checkpoint at iteration {iteration:7d}",
+                f"successfully saved checkpoint from iteration {iteration:7d}",
+            )
+        ]
+
+
+def save_with_a_rank_that_cannot(root: str) -> str:
+    """Another rank than the first cannot write; the run goes on until it hears of it."""
+    import torch.distributed as dist
+
+    from megatron_mimo.runtime.sharded_files import ShardedWriter
+
+    checkpoints = saver(Path(root), in_background=True)
+    checkpoints.save(progress(1), {0: {"step": 1}})
+    checkpoints.finish()
+    write = ShardedWriter.write
+    if dist.get_rank() == 2:
+
+        def fail(*_: Any) -> None:
+            ShardedWriter.write = write  # type: ignore[method-assign]
+            raise OSError(5, "Input/output error")
+
+        ShardedWriter.write = fail  # type: ignore[method-assign,assignment]
+    checkpoints.save(progress(2), {0: {"step": 2}})
+    try:
+        checkpoints.save(progress(3), {0: {"step": 3}})
+    except RuntimeError as error:
+        checkpoints.close()
+        assert not checkpoints.is_saving
+        return str(error)
+    return ""
+
+
+def test_every_rank_hears_why_a_save_failed(run_ranks: Callable[..., list], tmp_path: Path) -> None:
+    for message in run_ranks(LAYOUT.world_size, save_with_a_rank_that_cannot, str(tmp_path)):
+        assert "the checkpoint of iteration 2 could not be written" in message
+        assert "what was saved before is whole" in message
+        assert "rank 2: [Errno 5] Input/output error" in message
+    assert set(run_ranks(LAYOUT.world_size, load_after_kill, str(tmp_path))) == {1}

@@ -185,7 +185,7 @@ def save(
     )
     from megatron.core.transformer.module import MegatronModule
 
-    from megatron_mimo.runtime.sharded_files import Save
+    from megatron_mimo.runtime.sharded_files import ShardedWriter
     from megatron_mimo.runtime.solo import solo_groups
 
     groups = solo_groups()
@@ -204,9 +204,8 @@ def save(
         parts += nested_values(described)
     folder.mkdir(parents=True)
     present = [part for part in parts if not part.key.startswith(leave_out)]
-    writing = Save(present, folder, str)
-    writing.write()
-    writing.finish()
+    writer = ShardedWriter(rank=0)
+    writer.describe([writer.write(present, folder)], folder)
 
 
 def peer(root: str, style: str) -> dict[str, Any]:
@@ -296,7 +295,7 @@ def samples() -> list[Any]:
     random = np.random.default_rng(3)
     side = architecture().vision.patch_dim
     return [
-        RawSample(
+        RawSample.asking(
             key=f"sample-{index}",
             question="<image>" * len(grids) + f"what {index}?",
             answer=f"it is {index * 7}",
