@@ -29,7 +29,8 @@ def checked_path(given: str) -> str:
     if path.is_dir() and kind is not EnergonDatasetType.WEBDATASET:
         raise ValueError(
             f"--data-path {path} is not prepared for Energon: {path / '.nv-meta' / '.info.json'} "
-            f"is missing; run `energon prepare {path}` on a folder of tar files"
+            f"is missing; run `megatron-mimo data prepare {path}` on a folder of tar files, or on "
+            f"images or JSON Lines with --out, the dataset to make"
         )
     if path.is_file() and kind not in (EnergonDatasetType.METADATASET, EnergonDatasetType.JSONL):
         raise ValueError(
@@ -39,7 +40,8 @@ def checked_path(given: str) -> str:
     if kind is EnergonDatasetType.JSONL and not path.with_suffix(".jsonl.idx").is_file():
         raise ValueError(
             f"--data-path {path} is not prepared for Energon: {path.with_suffix('.jsonl.idx')} is "
-            f"missing; run `energon prepare {path}`"
+            f"missing; run `energon prepare {path}`, or make shards of it with `megatron-mimo data "
+            f"prepare {path} --out DIR`"
         )
     return str(path)
 

@@ -169,7 +169,9 @@ def test_missing_dataset_names_the_command(tmp_path: Path) -> None:
 
 
 def test_unprepared_dataset_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is not prepared for Energon: .* run `energon prepare"):
+    with pytest.raises(
+        ValueError, match=r"is not prepared for Energon: .* run `megatron-mimo data prep"
+    ):
         build_train_loader(config(tmp_path), llm(0), TOKENIZER)
 
 
