@@ -16,6 +16,7 @@ from megatron_mimo.schedule.channels import (
     pipeline_channels,
 )
 from megatron_mimo.schedule.crossing import Crossing, StepManifest, plan_crossing
+from megatron_mimo.schedule.laps import Note, Phase, ignore
 from megatron_mimo.schedule.stage import Stage
 from megatron_mimo.topology.groups import ModuleGroups, Topology
 
@@ -77,13 +78,21 @@ class Executor:
         layout, rank = self._topology.layout, self._topology.rank
         return plan_crossing(layout, rank, self.planner, manifest)
 
-    def run(self, program: StepProgram, crossings: Sequence[Crossing], *, gradients: bool) -> None:
+    def run(
+        self,
+        program: StepProgram,
+        crossings: Sequence[Crossing],
+        *,
+        gradients: bool,
+        note: Note = ignore,
+    ) -> None:
         """Run one step; every rank calls it with the same number of microbatches.
 
         Args:
             program: The model's part.
             crossings: Of each microbatch, from `plan`.
             gradients: False for evaluation: no backward, no autograd state.
+            note: Told of each action as it begins.
 
         Raises:
             RuntimeError: The model produced another number of rows than a manifest names, or no
@@ -93,9 +102,11 @@ class Executor:
         handlers = {module: _handlers(stage) for module, stage in stages.items()}
         with torch.set_grad_enabled(gradients):
             for action in self.actions(len(crossings), gradients=gradients):
+                note(action)
                 if action.kind is Kind.BACKWARD and action.microbatch == len(crossings) - 1:
                     program.begin_last_backward(action.module)
                 handlers[action.module][action.kind](action.microbatch)
+            note(Phase.DRAIN)
             for stage in stages.values():
                 stage.drain()
 

@@ -12,6 +12,7 @@ from megatron_mimo.schedule.actions import GradientFlow, Module
 from megatron_mimo.schedule.channels import BoundaryConfig
 from megatron_mimo.schedule.crossing import StepManifest
 from megatron_mimo.schedule.executor import Executor
+from megatron_mimo.schedule.laps import Note, ignore
 from megatron_mimo.topology import SequenceSharding
 from megatron_mimo.topology.groups import Topology
 from tests.unit_tests.schedule.toy import WIDTH, manifests, name_of
@@ -63,13 +64,13 @@ class Toy:
             ),
         )
 
-    def run(self) -> None:
+    def run(self, note: Note = ignore) -> None:
         """One step from fresh gradients."""
         self.seen = []
         for weight in (*self.encoder_weights, *self.llm_weights):
             weight.grad = None
         known = [self.executor.plan(StepManifest(entries=entries)) for entries in self.made]
-        self.executor.run(self, known, gradients=self.settings.gradients)
+        self.executor.run(self, known, gradients=self.settings.gradients, note=note)
 
     def check(self) -> None:
         """The loss is the sum of row^2 / 2 over all rows, each proportional to every weight."""
