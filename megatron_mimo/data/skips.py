@@ -18,6 +18,7 @@ _LEAST_SAMPLES = 1000
 class _Lane:
     seen: int = 0
     bad: int = 0
+    skipped: int = 0
 
 
 @dataclass(slots=True)
@@ -50,6 +51,7 @@ class SkipReport:
         flaws = [document.flaw for document in drawn.documents if document.flaw is not None]
         counts = self._lanes.setdefault(lane, _Lane())
         counts.seen += len(drawn.documents) + len(drawn.skipped)
+        counts.skipped += len(drawn.skipped)
         self.num_skipped += len(drawn.skipped)
         self.num_replaced += len(flaws)
         for bad in (*drawn.skipped, *flaws):
@@ -61,6 +63,10 @@ class SkipReport:
                 f"--max-bad-sample-fraction {self.max_fraction} allows: repair the dataset, or "
                 f"raise it. So far: {self.summary()}"
             )
+
+    def skipped_of(self, lane: int) -> int:
+        """Samples of a lane left out so far."""
+        return self._lanes[lane].skipped if lane in self._lanes else 0
 
     def summary(self) -> str:
         """Counts by dataset and kind, the most frequent first, with a key of each."""

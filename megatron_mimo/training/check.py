@@ -24,6 +24,7 @@ def check(config: TrainConfig) -> None:
         ValueError: Names the flags.
     """
     _check_numbers(config.grids, config.training, config.watching, config.runtime)
+    _check_watching(config.watching)
     _check_schedule(config.training)
     _check_loss_scale(config.model)
     _check_images(config.model)
@@ -236,16 +237,12 @@ def _check_numbers(
         "--eval-iters": (training.eval_iters, 1),
         "--log-interval": (watching.log_interval, 1),
         "--save-activations-step": (watching.save_activations_step, 1),
+        "--profile-step-start": (watching.profile_step_start, 1),
     }
     for flag, (value, lowest) in least.items():
         # Not below: nan is refused too.
         if value is not None and not value >= lowest:
             raise ValueError(f"{flag} is {value}: expected at least {lowest}")
-    if watching.save_activations_step is not None and watching.save_activations is None:
-        raise ValueError(
-            f"--save-activations-step {watching.save_activations_step} without --save-activations: "
-            f"add the folder, or leave it out"
-        )
     for flag, beta in (
         ("--adam-beta1", training.adam_beta1),
         ("--adam-beta2", training.adam_beta2),
@@ -254,10 +251,41 @@ def _check_numbers(
             raise ValueError(f"{flag} is {beta}: expected 0 or more, and below 1")
     for flag, value in (
         ("--adam-eps", training.adam_eps),
+        ("--peak-tflops", 1.0 if watching.peak_tflops is None else watching.peak_tflops),
         ("--distributed-timeout-minutes", runtime.distributed_timeout_minutes),
     ):
         if not value > 0:
             raise ValueError(f"{flag} is {value}: expected more than 0")
+
+
+def _check_watching(watching: WatchingSection) -> None:
+    """Steps without an end, and flags of what is off."""
+    if watching.save_activations_step is not None and watching.save_activations is None:
+        raise ValueError(
+            f"--save-activations-step {watching.save_activations_step} without --save-activations: "
+            f"add the folder, or leave it out"
+        )
+    if watching.profile_step_end <= watching.profile_step_start:
+        raise ValueError(
+            f"--profile-step-end {watching.profile_step_end} is the iteration after the last one "
+            f"to trace: expected more than --profile-step-start {watching.profile_step_start}"
+        )
+    defaults = WatchingSection()
+    for switch, is_on, names in (
+        ("--timeline-profile", watching.timeline_profile, ("timeline_ranks",)),
+        ("--profile", watching.profile, ("profile_ranks",)),
+        (
+            "--timeline-profile or --profile",
+            watching.timeline_profile or watching.profile,
+            ("timeline_dir", "profile_step_start", "profile_step_end"),
+        ),
+        ("--tensorboard-dir", watching.tensorboard_dir is not None, ("peak_tflops",)),
+    ):
+        for name in names:
+            value = getattr(watching, name)
+            if value != getattr(defaults, name) and not is_on:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {value} without {switch}: add it, or leave {flag} out")
 
 
 def _check_schedule(training: TrainingSection) -> None:

@@ -346,12 +346,31 @@ class WatchingSection:
         save_activations: Save the projector's output, the combined embeddings and the logits of one
             iteration there, for `megatron-mimo parity --tensors`.
         save_activations_step: That iteration; left out: the first of the run.
+        timeline_profile: Write what ranks do in some iterations as Chrome traces, which Perfetto
+            opens.
+        timeline_dir: Folder of the traces; left out: timeline in --tensorboard-dir.
+        timeline_ranks: Ranks that --timeline-profile traces: dp-replica (lane 0 and the encoder
+            ranks that serve it), all, or a list such as 0,4-7.
+        profile: Write a trace of torch's profiler in the same iterations, beside those.
+        profile_step_start: First iteration to trace.
+        profile_step_end: Iteration after the last one to trace.
+        profile_ranks: Ranks that --profile traces, as for --timeline-ranks.
+        peak_tflops: What a GPU can do at most, dense TFLOP/s, for the utilisation (MFU); left out:
+            by the name of the GPU, for 16-bit training.
     """
 
     log_interval: int = 10
     tensorboard_dir: Folder = None
     save_activations: Folder = None
     save_activations_step: Number = None
+    timeline_profile: Switch = False
+    timeline_dir: Folder = None
+    timeline_ranks: Annotated[str, arg(metavar="{dp-replica,all,LIST}")] = "dp-replica"
+    profile: Switch = False
+    profile_step_start: int = 10
+    profile_step_end: int = 12
+    profile_ranks: Annotated[str, arg(metavar="{dp-replica,all,LIST}")] = "0"
+    peak_tflops: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,13 @@ from megatron_mimo.language.config import HybridConfig
 from megatron_mimo.training.experts import LayerLoad, read_load
 from megatron_mimo.training.leaving import Leave, LeaveRequest
 from megatron_mimo.training.metrics import IterationMetrics, MetricsLogger
-from megatron_mimo.training.step import Engine, StepMetrics, evaluate, train_step
+from megatron_mimo.training.observe import Unobserved
+from megatron_mimo.training.step import (
+    Engine,
+    StepMetrics,
+    evaluate,
+    train_step,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +97,8 @@ class _Interval:
         self.start = time.perf_counter()
         self.steps: list[StepMetrics] = []
         self.skipped = 0
+        self.seconds_per_step = 0.0
+        self.observed: dict[str, float] = {}
 
     def add(self, step: StepMetrics) -> None:
         self.steps.append(step)
@@ -105,8 +113,9 @@ class _Interval:
         fills = [step.packing_fill for step in self.steps if step.packing_fill is not None]
         return sum(fills) / len(fills) if fills else None
 
-    def milliseconds_per_step(self) -> float:
-        return (time.perf_counter() - self.start) * 1000 / len(self.steps)
+    def stop(self) -> None:
+        """What follows is no part of an iteration's time."""
+        self.seconds_per_step = (time.perf_counter() - self.start) / len(self.steps)
 
 
 def train(
@@ -117,6 +126,7 @@ def train(
     metrics: MetricsLogger | None,
     checkpoints: Checkpoints | None = None,
     leaving: LeaveRequest | None = None,
+    observer: Unobserved | None = None,
 ) -> TrainResult:
     """Train until the last iteration, an exit interval, or until a rank is told to leave.
 
@@ -128,9 +138,10 @@ def train(
         metrics: Writes the log line, TensorBoard and metrics.jsonl; on the logging rank only.
         checkpoints: Saves; None saves nothing.
         leaving: Whether this rank wants to leave early; None never does.
+        observer: Watches this rank's steps; None records nothing, then on every rank.
     """
     engine.model.train()
-    leaving = leaving or LeaveRequest()
+    leaving, observer = leaving or LeaveRequest(), observer or Unobserved()
     is_llm = engine.topology.llm is not None
     start = time.perf_counter()
     interval = _Interval()
@@ -139,11 +150,22 @@ def train(
     while not finished:
         iteration += 1
         consumed += config.global_batch_size
-        step = train_step(engine, loader, iteration, config.global_batch_size, leaving.wish())
+        observer.begin_step(iteration)
+        step = train_step(
+            engine,
+            loader,
+            iteration,
+            config.global_batch_size,
+            leaving.wish(),
+            observer,
+        )
+        observer.end_step(iteration)
         finished = config.is_last(iteration) or step.leave is not Leave.NOT
         interval.add(step)
         if iteration % config.log_interval == 0 or finished:
             loss = interval.mean_loss() if is_llm else None
+            interval.stop()
+            interval.observed = observer.report(interval.seconds_per_step)
             if metrics is not None and loss is not None:
                 metrics.log_iteration(
                     _report(
@@ -168,6 +190,7 @@ def train(
     if checkpoints is not None:
         checkpoints.finish()
     seconds = time.perf_counter() - start
+    observer.close()
     dist.barrier(group=engine.topology.control)
     return TrainResult(
         iteration=iteration,
@@ -213,10 +236,11 @@ def _report(
         learning_rate=last.learning_rate,
         loss_scale=last.update.loss_scale,
         num_zeros=last.update.num_zeros,
-        iteration_time_ms=interval.milliseconds_per_step(),
+        iteration_time_ms=interval.seconds_per_step * 1000,
         global_batch_size=config.global_batch_size,
         skipped_iterations=interval.skipped,
         nan_iterations=interval.skipped,
         experts=experts,
         packing_fill=interval.packing_fill(),
+        observed=interval.observed,
     )

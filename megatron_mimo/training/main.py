@@ -109,6 +109,7 @@ def _train(
         metrics,
         trainer.checkpoints,
         leaving,
+        trainer.observer,
     )
     trainer.loader.close()
     if trainer.checkpoints is not None:

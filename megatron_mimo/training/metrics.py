@@ -7,8 +7,8 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -42,6 +42,7 @@ class IterationMetrics:
         packing_fill: Share of the sequences' positions that is no padding, over the interval; None
             without packing.
         experts: Load of each E layer in this iteration; empty for a model without experts.
+        observed: More of the interval, by TensorBoard tag (`rank_report.run_scalars`).
     """
 
     iteration: int
@@ -57,6 +58,7 @@ class IterationMetrics:
     nan_iterations: int
     packing_fill: float | None = None
     experts: tuple["LayerLoad", ...] = ()
+    observed: Mapping[str, float] = field(default_factory=dict)
 
 
 def log_line(metrics: IterationMetrics, train_iters: int) -> str:
@@ -142,9 +144,9 @@ class MetricsLogger:
         for name in ("num_zeros", "packing_fill"):
             if values[name] is None:
                 del values[name]
-        del values["experts"]
-        experts = _expert_scalars(metrics.experts)
-        self._write_json(values | experts)
+        del values["experts"], values["observed"]
+        more = _expert_scalars(metrics.experts) | dict(metrics.observed)
+        self._write_json(values | more)
         scalars = {
             "lm loss": metrics.lm_loss,
             "learning-rate": metrics.learning_rate,
@@ -157,7 +159,7 @@ class MetricsLogger:
             scalars["num-zeros"] = metrics.num_zeros
         if metrics.packing_fill is not None:
             scalars["packing fill"] = metrics.packing_fill
-        self._write_scalars(scalars | experts, metrics.iteration, metrics.consumed_samples)
+        self._write_scalars(scalars | more, metrics.iteration, metrics.consumed_samples)
 
     def log_evaluation(self, iteration: int, consumed_samples: int, loss: float) -> None:
         """Report the held-out loss, and its perplexity, after an iteration.

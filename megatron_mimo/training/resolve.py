@@ -30,6 +30,7 @@ from megatron_mimo.training.learning_rate import (
     fill_schedule,
 )
 from megatron_mimo.training.model_file import read_architecture, read_folder
+from megatron_mimo.training.watch_config import WatchConfig, watch_config
 
 _IMAGES = ImageConfig()
 _DATA = DataConfig()
@@ -82,6 +83,7 @@ class Resolved:
         save: What is saved; None for nothing.
         load: What the run begins with; None for fresh weights.
         folder: What the folder of --load-hf says; None without one.
+        watch: What the run records of itself.
     """
 
     config: TrainConfig
@@ -98,6 +100,7 @@ class Resolved:
     save: SaveConfig | None
     load: LoadConfig | None
     folder: OmniConfig | None
+    watch: WatchConfig
 
 
 def resolve(config: TrainConfig, world_size: int) -> Resolved:
@@ -122,6 +125,7 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     data = _data(filled, architecture, freeze)
     data.num_microbatches(layout.num_lanes)
     global_batch_size = data.global_batch_size
+    train_iters = count_iterations(training, global_batch_size)
     return Resolved(
         config=filled,
         layout=layout,
@@ -149,10 +153,11 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
         ),
         schedule=build_schedule(config.training, global_batch_size),
         global_batch_size=global_batch_size,
-        train_iters=count_iterations(training, global_batch_size),
+        train_iters=train_iters,
         save=_save(filled.checkpoints),
         load=_load(filled.checkpoints),
         folder=folder,
+        watch=watch_config(filled.watching, layout, train_iters),
     )
 
 

@@ -1,5 +1,6 @@
 """From checked flags to everything that a rank trains with."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,15 +20,20 @@ from megatron_mimo.data import (
     build_train_loader,
     check_prompt_format,
 )
+from megatron_mimo.data.loader import StreamLoader
 from megatron_mimo.data.share import SharedLoader, build_reading_group
+from megatron_mimo.model.flops import model_flops
 from megatron_mimo.model.mimo import BuildConfig
 from megatron_mimo.runtime import RuntimeContext
+from megatron_mimo.runtime.peak import peak_tflops
 from megatron_mimo.training.config import CheckpointSection, ModelSection
 from megatron_mimo.training.engine import build_engine, data_role
 from megatron_mimo.training.foreign import load_folder
 from megatron_mimo.training.loop import LoopConfig
+from megatron_mimo.training.observe import Observer, Speed
 from megatron_mimo.training.resolve import Resolved
 from megatron_mimo.training.step import Engine
+from megatron_mimo.training.usage import UsageMeter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +48,7 @@ class Trainer:
         tokenizer: Of the texts.
         loop: How long to train, and when to look.
         checkpoints: Saves; None saves nothing.
+        observer: Watches steps; None where nothing is recorded.
     """
 
     engine: Engine
@@ -51,6 +58,7 @@ class Trainer:
     tokenizer: Tokenizer
     loop: LoopConfig
     checkpoints: Checkpointer | None = None
+    observer: Observer | None = None
 
     def eval_loader(self) -> StepLoader:
         """The val split from its start."""
@@ -135,7 +143,56 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
         tokenizer=tokenizer,
         loop=loop,
         checkpoints=checkpoints,
+        observer=_build_observer(resolved, context, engine, source, tokenizer),
     )
+
+
+def _build_observer(
+    resolved: Resolved,
+    context: RuntimeContext,
+    engine: Engine,
+    source: StreamLoader | None,
+    tokenizer: Tokenizer,
+) -> Observer | None:
+    """What watches this rank; None where the run records nothing. Collective over the world."""
+    watch, model = resolved.watch, engine.model
+    if not watch.measures and watch.traces is None:
+        return None
+    vocab_size, seq_length = _vocabulary(resolved, tokenizer), resolved.config.model.seq_length
+    peak = watch.peak_tflops
+    return Observer(
+        watch,
+        engine.topology,
+        context.device,
+        UsageMeter(
+            topology=engine.topology,
+            vision=resolved.architecture.vision,
+            row_bytes=model.row_width * model.row_dtype.itemsize,
+            returns=model.encoder_trains,
+        ),
+        Speed(
+            flops=lambda work: model_flops(
+                resolved.architecture,
+                resolved.freeze,
+                work,
+                vocab_size=vocab_size,
+                seq_length=seq_length,
+            ),
+            tokens_per_step=resolved.global_batch_size * seq_length,
+            peak_tflops=(
+                peak_tflops(context.device, _dtype(resolved.config.model)) if peak is None else peak
+            ),
+        ),
+        _skipped(engine, source),
+    )
+
+
+def _skipped(engine: Engine, source: StreamLoader | None) -> Callable[[], int]:
+    """Counts the samples left out of a lane, on the one rank that answers for it."""
+    llm = engine.topology.llm
+    if source is None or llm is None or (llm.place.tp, llm.place.cp, llm.place.pp) != (0, 0, 0):
+        return lambda: 0
+    return lambda: source.skips.skipped_of(llm.place.dp)
 
 
 def _load_first_weights(parts: TrainedParts, checkpoints: CheckpointSection) -> None:

@@ -1,6 +1,8 @@
 """One optimizer step, and one evaluation pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,9 @@ from megatron_mimo.model.mimo import MimoModel
 from megatron_mimo.model.program import MimoStep
 from megatron_mimo.optim.mimo_optimizer import MimoOptimizer, Update, finalize_gradients
 from megatron_mimo.runtime.engine import scale_auxiliary_losses
+from megatron_mimo.schedule.crossing import Crossing
 from megatron_mimo.schedule.executor import Executor
+from megatron_mimo.schedule.laps import Label, Phase
 from megatron_mimo.topology.groups import Topology
 from megatron_mimo.training.agreement import Agreement, agree_on_step
 from megatron_mimo.training.experts import gather_load
@@ -66,12 +70,38 @@ class StepMetrics:
     leave: Leave = Leave.NOT
 
 
+class StepWatch(Protocol):
+    """Is told how a step goes on; must not wait for the device."""
+
+    def note(self, what: Label) -> None:
+        """See `schedule.laps.Note`."""
+        ...
+
+    def planned(self, data: StepData, crossings: Sequence[Crossing]) -> None:
+        """The step is about to run on this data."""
+        ...
+
+
+class Unwatched(StepWatch):
+    """Looks away."""
+
+    def note(self, what: Label) -> None:
+        """See `StepWatch.note`."""
+
+    def planned(self, data: StepData, crossings: Sequence[Crossing]) -> None:
+        """See `StepWatch.planned`."""
+
+
+_UNWATCHED = Unwatched()
+
+
 def train_step(
     engine: Engine,
     loader: StepLoader,
     iteration: int,
     global_batch_size: int,
     wish: Leave = Leave.NOT,
+    watch: StepWatch = _UNWATCHED,
 ) -> StepMetrics:
     """Draw a global batch, run it forward and backward on both grids, and update every module.
 
@@ -81,18 +111,23 @@ def train_step(
         iteration: Counts from 1; for errors.
         global_batch_size: Samples per step, by which the learning-rate schedule advances.
         wish: Whether this rank wants to leave after the step.
+        watch: Told what the rank does.
 
     Raises:
         RuntimeError: The grids read other samples, or no gradient reaches a trainable encoder.
     """
+    watch.note(Phase.DATA)
     data = loader.next_step()
+    watch.note(Phase.AGREEMENT)
     agreement = agree(engine, data, f"iteration {iteration}", wish)
+    watch.note(Phase.PREPARE)
     num_tokens = agreement.target_tokens
     for replica in engine.model.replicas:
         replica.zero_grad()
     loss_scale = engine.optimizer.loss_scale
     scale_auxiliary_losses(loss_scale)
-    loss_sum = _run(engine, data, agreement, gradients=True, loss_scale=loss_scale)
+    loss_sum = _run(engine, data, agreement, gradients=True, loss_scale=loss_scale, watch=watch)
+    watch.note(Phase.GRADIENTS)
     experts = gather_load(engine.model, len(data.microbatches))
     finalize_gradients(
         engine.model,
@@ -100,10 +135,12 @@ def train_step(
         encoder_scale=_encoder_scale(engine, agreement),
         loss_scale=loss_scale,
     )
+    watch.note(Phase.OPTIMIZER)
     update = engine.optimizer.step()
     _require_encoder_gradient(engine, data, update, iteration)
     if update.applied:
         engine.scheduler.step(increment=global_batch_size)
+    watch.note(Phase.LOSS)
     return StepMetrics(
         loss=_mean_loss(engine.topology, loss_sum, num_tokens),
         # After the schedule has moved, as Megatron logs it.
@@ -164,10 +201,12 @@ def _run(
     *,
     gradients: bool,
     loss_scale: float = 1.0,
+    watch: StepWatch = _UNWATCHED,
 ) -> Tensor:
     program = MimoStep(engine.model, data.microbatches, engine.image_token_id, loss_scale)
     crossings = [engine.executor.plan(manifest) for manifest in agreement.manifests]
-    engine.executor.run(program, crossings, gradients=gradients)
+    watch.planned(data, crossings)
+    engine.executor.run(program, crossings, gradients=gradients, note=watch.note)
     return program.loss_sum
 
 

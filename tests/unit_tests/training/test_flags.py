@@ -38,6 +38,8 @@ FLAGS = """
     no-load-optim no-load-scheduler no-save-rng no-load-rng dist-ckpt-optim-fully-reshardable
     async-save keep-last
     log-interval tensorboard-dir save-activations save-activations-step
+    timeline-profile timeline-dir timeline-ranks profile profile-step-start profile-step-end
+    profile-ranks peak-tflops
     device distributed-timeout-minutes
 """.split()
 

@@ -1,0 +1,228 @@
+"""What a run records of itself: curves, timelines, and nothing where nobody asks."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mimo.schedule.actions import GradientFlow, build_schedule, role_of
+from megatron_mimo.topology import Layout
+from tests.integration.engines import beside
+from tests.integration.test_train_cli import train
+
+LAYOUT = beside({}, {"dp": 2})
+# Four samples of a lane, one by one.
+MICROBATCHES = 4
+PHASES = ["data", "agreement", "prepare", "drain", "gradient finalisation", "optimizer", "loss"]
+
+
+def spans(events: list[dict[str, Any]], rank: int, iteration: int) -> list[dict[str, Any]]:
+    """What a rank did in an iteration, in the order of the file."""
+    return [
+        event
+        for event in events
+        if event["ph"] == "X"
+        and event["pid"] == rank
+        and event.get("args", {}).get("iteration") == iteration
+    ]
+
+
+def test_a_run_writes_curves_and_timelines(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs, traces = tmp_path / "tensorboard", tmp_path / "traces"
+    run = train(
+        *("--encoder-dp", "1", "--llm-dp", "2", "--global-batch-size", "8", "--train-iters", "4"),
+        *("--log-interval", "2", "--tensorboard-dir", str(logs), "--peak-tflops", "0.5"),
+        *("--timeline-profile", "--timeline-dir", str(traces), "--timeline-ranks", "all"),
+        *("--profile-step-start", "2", "--profile-step-end", "4"),
+        nproc=3,
+    )
+    assert run.returncode == 0, run.stderr
+    events = EventAccumulator(str(logs)).Reload()
+    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    check_scalars({tag: [point.value for point in points] for tag, points in found.items()})
+    assert [point.step for point in found["bridge/bytes"]] == [2, 4]
+    assert [point.step for point in found["bridge/bytes vs samples"]] == [16, 32]
+    check_timelines(traces)
+    assert {path.name for path in traces.iterdir()} == {
+        "timeline.json",
+        *(f"timeline-rank-0000{rank}.json" for rank in range(3)),
+    }
+
+
+def check_scalars(values: dict[str, list[float]]) -> None:
+    for interval in range(2):
+        now = {tag: each[interval] for tag, each in values.items() if "vs samples" not in tag}
+        step = now["iteration-time-ms"]
+        for module in ("encoder", "llm"):
+            parts = {
+                tag: ms for tag, ms in now.items() if tag.startswith(f"time/{module} ") and ms > 0
+            }
+            assert f"time/{module} pipeline ms" not in parts
+            assert {f"time/{module} {part} ms" for part in ("compute", "bridge", "data")} <= set(
+                parts
+            )
+            # Every moment of a step counts, and what lies between steps is little. In their first
+            # step ranks also wait for those that were not ready yet.
+            assert interval == 0 or 0.75 * step < sum(parts.values()) < 1.1 * step
+        # Float32 rows of 128 numbers go to one lane each, and their gradients back.
+        assert now["bridge/bytes"] == 2 * now["bridge/rows"] * 128 * 4 > 0
+        assert now["balance/encoder rows max over mean"] == 1
+        assert now["data/skipped samples"] == 0
+        assert now["memory/encoder peak GiB"] > 0.05 < now["memory/llm peak GiB"]
+        tokens = now["speed/tokens per s"]
+        assert tokens == pytest.approx(8 * 64 / step * 1000, rel=1e-4)
+        assert now["speed/tokens per s per GPU"] == pytest.approx(tokens / 3)
+        parts = {name: now[f"speed/{name} TFLOP per s per GPU"] for name in ("encoder", "llm")}
+        assert now["speed/model TFLOP per s per GPU"] == pytest.approx(
+            (parts["encoder"] + 2 * parts["llm"]) / 3, rel=1e-4
+        )
+        for name, speed in parts.items():
+            assert now[f"speed/{name} MFU"] == pytest.approx(speed / 0.5)
+
+
+def check_timelines(folder: Path) -> None:
+    schedule = build_schedule(
+        LAYOUT,
+        num_microbatches=MICROBATCHES,
+        run_ahead=1,
+        gradients=True,
+        flow=GradientFlow(encoder=True, bridge=True),
+    )
+    merged = json.loads((folder / "timeline.json").read_text())["traceEvents"]
+    for rank in range(3):
+        events = json.loads((folder / f"timeline-rank-0000{rank}.json").read_text())["traceEvents"]
+        assert [event for event in merged if event["pid"] == rank] == events
+        for iteration in range(1, 5):
+            names = [event["name"] for event in spans(events, rank, iteration)]
+            actions = [str(action) for action in schedule[role_of(LAYOUT, rank)]]
+            expected = [*PHASES[:3], *actions, *PHASES[3:]] if iteration in (2, 3) else []
+            assert names == expected
+        laps = [event for event in events if event["ph"] == "X" and event["tid"] == 0]
+        for one, next_one in itertools.pairwise(laps):
+            # Microseconds; the end is a sum of rounded numbers.
+            assert one["ts"] + one["dur"] <= next_one["ts"] + 0.01
+    check_clocks(merged)
+
+
+def check_clocks(events: list[dict[str, Any]]) -> None:
+    """On one clock no rank has its rows before the encoder sends them."""
+    for m in range(MICROBATCHES):
+        (sent,) = [e for e in spans(events, 0, 2) if e["name"] == f"encoder send output {m}"]
+        for rank in (1, 2):
+            (taken,) = [e for e in spans(events, rank, 2) if e["name"] == f"llm wait input {m}"]
+            assert taken["ts"] + taken["dur"] > sent["ts"]
+
+
+def collectives(layout: Layout, watched: bool, steps: int) -> dict[str, int]:
+    """Calls of torch.distributed in a rank's loop."""
+    from collections import Counter
+
+    import torch.distributed as dist
+
+    from megatron_mimo.data import ByteTokenizer
+    from megatron_mimo.model.flops import model_flops
+    from megatron_mimo.presets import model_config
+    from megatron_mimo.runtime import Device
+    from megatron_mimo.training.loop import LoopConfig, train
+    from megatron_mimo.training.observe import Observer, Speed
+    from megatron_mimo.training.usage import UsageMeter
+    from megatron_mimo.training.watch_config import WatchConfig
+    from tests.integration.engines import mock_data, mock_loader, small_engine, small_parts
+
+    engine = small_engine(layout)
+    architecture, freeze, _ = small_parts()
+    observer = None
+    if watched:
+        observer = Observer(
+            WatchConfig(measures=True),
+            engine.topology,
+            Device("cpu"),
+            UsageMeter(
+                topology=engine.topology,
+                vision=model_config("mock").vision,
+                row_bytes=4,
+                returns=True,
+            ),
+            Speed(
+                flops=lambda work: model_flops(
+                    architecture,
+                    freeze,
+                    work,
+                    vocab_size=ByteTokenizer.vocab_size,
+                    seq_length=64,
+                ),
+                tokens_per_step=8 * 64,
+                peak_tflops=None,
+            ),
+            lambda: 0,
+        )
+    loader = mock_loader(layout, mock_data())
+    counts: Counter[str] = Counter()
+    names = [
+        *("all_reduce", "all_gather", "gather", "broadcast", "barrier", "reduce_scatter_tensor"),
+        *("all_gather_into_tensor", "all_gather_object", "gather_object", "all_to_all_single"),
+        *("send", "recv", "batch_isend_irecv", "reduce", "scatter"),
+    ]
+    originals = {name: getattr(dist, name) for name in names}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    loop = LoopConfig(
+        train_iters=steps,
+        global_batch_size=8,
+        exit_interval=None,
+        log_interval=3,
+        eval_interval=0,
+        eval_iters=1,
+    )
+    try:
+        for name in names:
+            setattr(dist, name, counting(name))
+        train(engine, loader, lambda: loader, loop, None, observer=observer)
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return dict(counts)
+
+
+def test_watching_adds_one_gather_per_log_interval(run_ranks: Callable[..., list]) -> None:
+    off = run_ranks(3, collectives, LAYOUT, False, 6)
+    on = run_ranks(3, collectives, LAYOUT, True, 6)
+    for without, watched in zip(off, on, strict=True):
+        assert "gather" not in without
+        assert watched == without | {"gather": 2}
+        assert without["all_reduce"] >= 6
+
+
+def test_a_run_that_nobody_watches_records_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = train("--train-iters", "2", "--log-interval", "1")
+    assert run.returncode == 0, run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_traces_alone_record_their_steps_only(tmp_path: Path) -> None:
+    run = train(
+        *("--train-iters", "4", "--log-interval", "4", "--timeline-dir", str(tmp_path)),
+        *("--timeline-profile", "--profile", "--profile-step-start", "3"),
+        *("--profile-step-end", "9"),
+    )
+    assert run.returncode == 0, run.stderr
+    events = json.loads((tmp_path / "timeline-rank-00000.json").read_text())["traceEvents"]
+    found = {event["args"]["iteration"] for event in events if "iteration" in event.get("args", {})}
+    assert found == {3, 4}
+    profiled = json.loads((tmp_path / "profile-rank-00000.json").read_text())["traceEvents"]
+    optimizer_steps = [e for e in profiled if str(e.get("name")).startswith("Optimizer.step")]
+    assert len(optimizer_steps) % 2 == 0 < len(optimizer_steps)
