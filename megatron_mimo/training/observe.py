@@ -94,6 +94,7 @@ class Observer(Unobserved):
         self._traced: list[Lap] = []
         self._profiler: StepProfiler | None = None
         self._offset = 0.0
+        self._reached = False
         traces, rank = config.traces, topology.rank
         self._writes_timeline = traces is not None and rank in traces.timeline_ranks
         if traces is not None and (self._writes_timeline or (rank == 0 and traces.timeline_ranks)):
@@ -105,6 +106,7 @@ class Observer(Unobserved):
         traced = traces is not None and traces.covers(iteration)
         self._recording = self._measures or (traced and self._writes_timeline)
         self._recorder.begin_step(iteration)
+        self._reached = self._reached or traced
         if traces is not None and traced and self._profiler is None:
             rank = self._topology.rank
             if rank in traces.profile_ranks:
@@ -175,7 +177,17 @@ class Observer(Unobserved):
         """
         traces, topology = self._traces, self._topology
         self._stop_profiler()
-        if traces is None or not traces.timeline_ranks:
+        if traces is None:
+            return
+        if not self._reached:
+            logger.warning(
+                "nothing was traced: no iteration of this run was one of --profile-step-start %d "
+                "to --profile-step-end %d, the last one left out",
+                traces.first,
+                traces.end,
+            )
+            return
+        if not traces.timeline_ranks:
             return
         self._take()
         if self._writes_timeline:

@@ -13,7 +13,7 @@ from megatron_mimo.schedule.actions import Action
 from megatron_mimo.schedule.laps import Lap
 
 MERGED = "timeline.json"
-_ROUNDS = 16
+_ROUNDS = 32
 _ACTIONS, _STEPS = 0, 1
 
 

@@ -131,7 +131,8 @@ def test_a_corrupt_image_is_skipped_by_both_grids(digits: Path) -> None:
     shard = read_shard(digits / "train/000000.tar")
     key = next(iter(shard))
     spoil(digits, "train/000000.tar", key, "png", shard[key]["png"][:40])
-    run = train(*energon(digits), nproc=2)
+    logs = digits.parent / "tensorboard"
+    run = train(*energon(digits), "--tensorboard-dir", str(logs), nproc=2)
     assert run.returncode == 0, run.stderr
     assert len(LOG_LINE.findall(run.stdout)) == 4
     skips = [line for line in run.stderr.splitlines() if f"skips sample '{key}'" in line]
@@ -139,6 +140,11 @@ def test_a_corrupt_image_is_skipped_by_both_grids(digits: Path) -> None:
     language = [line for line in skips if line.startswith("lane 0 skips")]
     assert 0 < len(encoder) == len(language)
     assert "does not decode" in skips[0] and "train/000000.tar" in skips[0]
+    entries = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]
+    counts = [entry["data/skipped samples"] for entry in entries]
+    # Of one reader of the lane, which may be a step ahead when it is asked.
+    assert counts == sorted(counts)
+    assert 0 < counts[-1] <= len(language)
 
 
 def test_a_sample_whose_images_are_missing_in_its_text_stops_the_run(digits: Path) -> None:

