@@ -37,6 +37,7 @@ class DataConfig:
         image: How an image becomes patches.
         text_only_fraction: Part of mock samples that have no image, 0 to 1.
         mock_dataset_size: Distinct mock samples; then they repeat.
+        mock_image_rows: Rows of every mock image; None for images of any size.
         image_token: Placeholder of an image in texts, and the token at which its rows go.
         prompt_format: How a conversation is written out; None is the tokenizer's own template where
             it has one, and plain otherwise.
@@ -62,6 +63,7 @@ class DataConfig:
     image: ImageConfig = field(default_factory=ImageConfig)
     text_only_fraction: float = 0.0
     mock_dataset_size: int = 1_000_000
+    mock_image_rows: int | None = None
     image_token: str = "<image>"
     prompt_format: PromptFormat | None = None
     image_tag_type: ImageTagType | None = None

@@ -102,6 +102,7 @@ def _check_data_source(data: DataSection) -> None:
             {
                 "--mock-dataset-size": data.mock_dataset_size is not None,
                 "--text-only-fraction": data.text_only_fraction != 0,
+                "--image-seq-length": data.image_seq_length is not None,
             },
         ),
         (

@@ -192,6 +192,7 @@ class DataSection:
         validate_data_alignment: Check each step that both grids read the same samples.
         sample_trace_dir: Write the sample keys of every step there, one file per rank.
         mock_dataset_size: Distinct mock samples, then they repeat; left out: 1000000.
+        image_seq_length: Rows, and so image tokens, of every mock image; left out: any number.
         text_only_fraction: Part of the mock samples that has no image, 0 to 1.
     """
 
@@ -206,6 +207,7 @@ class DataSection:
     validate_data_alignment: bool = True
     sample_trace_dir: Folder = None
     mock_dataset_size: Number = None
+    image_seq_length: Number = None
     text_only_fraction: float = 0.0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_mimo.checkpoint.config import LoadConfig, SaveConfig
 from megatron_mimo.data.config import DataConfig
+from megatron_mimo.data.mock import check_image_rows
 from megatron_mimo.images import ImageConfig
 from megatron_mimo.language.config import ExecutionConfig, HybridConfig
 from megatron_mimo.model.config import FreezeConfig, ModelConfig, ReduceConfig
@@ -123,6 +124,7 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     training = filled.training
     freeze = _freeze(filled.model, llm_only=layout.encoder is None)
     data = _data(filled, architecture, freeze)
+    check_image_rows(data)
     data.num_microbatches(layout.num_lanes)
     global_batch_size = data.global_batch_size
     train_iters = count_iterations(training, global_batch_size)
@@ -370,6 +372,7 @@ def _data(config: TrainConfig, architecture: ModelConfig, freeze: FreezeConfig) 
             position_crop=vision.position_crop and not freeze.vision,
         ),
         text_only_fraction=data.text_only_fraction,
+        mock_image_rows=data.image_seq_length,
         mock_dataset_size=_or(data.mock_dataset_size, default=_DATA.mock_dataset_size),
         image_token=model.image_token,
         prompt_format=model.tokenizer_prompt_format,

@@ -1,9 +1,10 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.mock import Split, mock_sample
+from megatron_mimo.data.mock import Split, check_image_rows, mock_sample
 from megatron_mimo.data.sample import RawSample, encode_sample
 from megatron_mimo.data.tokenizer import ByteTokenizer
 from megatron_mimo.images import ImageConfig
@@ -75,6 +76,26 @@ def test_samples_fit_their_sequence(
     encode_sample(
         mock_sample(index, Split.TRAIN, config), config, ByteTokenizer(), with_patches=False
     )
+
+
+@given(indices, st.integers(1, 40), st.integers(40, 200))
+def test_images_have_the_rows_that_are_asked_for(index: int, rows: int, length: int) -> None:
+    image = ImageConfig(min_patches=1)
+    config = DataConfig(seq_length=length, image=image, mock_image_rows=rows)
+    if rows > length - 34:
+        with pytest.raises(ValueError, match=f"--image-seq-length {rows}: .* raise it"):
+            check_image_rows(config)
+        return
+    check_image_rows(config)
+    raw = mock_sample(index, Split.TRAIN, config)
+    sample = encode_sample(raw, config, ByteTokenizer(), with_patches=False)
+    assert {image.rows for image in sample.images} == {rows}
+
+
+def test_rows_that_the_image_settings_do_not_make_are_refused() -> None:
+    config = DataConfig(seq_length=256, mock_image_rows=7, image=ImageConfig(max_patches=16))
+    with pytest.raises(ValueError, match=r"--image-seq-length 7: .* has [1-4] rows"):
+        check_image_rows(config)
 
 
 def test_sizes_and_numbers_of_images_vary() -> None:

@@ -26,7 +26,7 @@ FLAGS = """
     dataset-provider data-path num-workers loader-processes shuffle-buffer-size packing-buffer-size
     max-samples-per-sequence
     max-bad-sample-fraction validate-data-alignment
-    sample-trace-dir mock-dataset-size text-only-fraction
+    sample-trace-dir mock-dataset-size image-seq-length text-only-fraction
     micro-batch-size global-batch-size train-iters train-samples seed exit-interval
     exit-duration-in-mins exit-signal-handler lr min-lr
     lr-decay-style lr-warmup-iters lr-warmup-samples lr-decay-iters lr-decay-samples
