@@ -228,12 +228,23 @@ def test_damage_is_found_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def run(arguments: list[list[str]]) -> list[tuple[int, str]]:
+    """Exit code and errors of the command, for each list of arguments."""
+    found = []
+    for argv in arguments:
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            code = main(["checkpoint", "convert", *argv])
+        found.append((code, errors.getvalue()))
+    return found
+
+
 def test_wrong_usage_is_one_line_and_code_2(
-    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    converted: Path, run_ranks: Callable[..., list], tmp_path: Path
 ) -> None:
     hf, root, out = (str(path) for path in (converted / "in", converted / "saved", tmp_path / "o"))
     (tmp_path / "config.json").write_text("{}")
-    for argv, message in (
+    cases = (
         (["--to", out], "--from is missing: expected --from PATH --to DIR"),
         (["--from", hf], "--to is missing: expected --from PATH --to DIR"),
         (["--to", out, "--from"], "--from has no value"),
@@ -247,9 +258,10 @@ def test_wrong_usage_is_one_line_and_code_2(
         (["--from", root, "--to", hf, "--hf", hf], f"--to {hf} is not empty"),
         (["--from", str(tmp_path), "--to", out], f"{tmp_path / 'model.safetensors'} is missing"),
         (["--from", str(tmp_path / "absent"), "--to", out], f"{tmp_path / 'absent'} is not there"),
-    ):
-        assert main(["checkpoint", "convert", *argv]) == 2
-        err = capsys.readouterr().err
+    )
+    (results,) = run_ranks(1, run, [argv for argv, _ in cases])
+    for (code, err), (_, message) in zip(results, cases, strict=True):
+        assert code == 2
         assert err.startswith(f"error: {message}")
         assert len(err.splitlines()) == 1
     assert not Path(out).exists()
