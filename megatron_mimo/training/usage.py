@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_mimo.bridge.plan import ModulePlan
 from megatron_mimo.data.batch import StepData, TextBatch
 from megatron_mimo.encoders.radio.config import RadioConfig
 from megatron_mimo.model.flops import Work, image_work, text_work
 from megatron_mimo.schedule.crossing import Crossing
-from megatron_mimo.topology.groups import ModuleGroups, Topology
+
+if TYPE_CHECKING:
+    # Without megatron-core, which imports only once it is prepared, the numbers are pure.
+    from megatron_mimo.topology.groups import ModuleGroups, Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class UsageMeter:
         returns: Whether gradients of rows go back.
     """
 
-    topology: Topology
+    topology: "Topology"
     vision: RadioConfig
     row_bytes: int
     returns: bool
@@ -59,7 +63,7 @@ class UsageMeter:
         return sum(m.rows for m in plan.sends if m.peer != self.topology.rank)
 
 
-def _answers(module: ModuleGroups | None) -> bool:
+def _answers(module: "ModuleGroups | None") -> bool:
     """Whether this rank speaks for its data-parallel replica of a module."""
     return module is not None and (module.place.tp, module.place.cp, module.place.pp) == (0, 0, 0)
 

@@ -460,13 +460,15 @@ def test_a_reader_that_fails_shows_its_traceback(
 ) -> None:
     @wraps(MimoTaskEncoder.encode_sample)
     def broken(self: Any, sample: Any) -> Any:
-        raise NotImplementedError("not yet")
+        raise OSError("a planted fault")
 
     monkeypatch.setattr(MimoTaskEncoder, "encode_sample", broken)
     streams = train_streams(
         config(path, num_workers=1, loader_processes=1), role((0,), 1), TOKENIZER
     )
-    with pytest.raises(RuntimeError, match=r"(?s)^reader process 0 of 1 .* failed, busy .*not yet"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)^reader process 0 of 1 .* failed, busy .*a planted fault"
+    ):
         next(streams[0])
 
 
