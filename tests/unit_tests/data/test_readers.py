@@ -460,7 +460,7 @@ def test_a_reader_that_fails_shows_its_traceback(
 ) -> None:
     @wraps(MimoTaskEncoder.encode_sample)
     def broken(self: Any, sample: Any) -> Any:
-        raise OSError("a planted fault")
+        raise RuntimeError("a planted fault")
 
     monkeypatch.setattr(MimoTaskEncoder, "encode_sample", broken)
     streams = train_streams(
