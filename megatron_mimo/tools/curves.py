@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-METRICS_FILE = "metrics.jsonl"
+from megatron_mimo.training.tags import METRICS_FILE, TAGS
+
 _EVENTS = "events.out.tfevents."
+_VS_SAMPLES = " vs samples"
+Curve = Mapping[int, float]
+"""Iteration -> value, iterations ascending; nan where it was not finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,33 +44,45 @@ class RunCurves:
 
     Attributes:
         name: The run as its reader called it.
-        source: The file or files read.
-        values: Quantity -> iteration -> value, iterations ascending; nan where it was not finite.
-            A quantity that was not logged is missing.
+        files: Those that were read, of one folder.
+        curves: By TensorBoard tag. What was not logged is missing.
         rewritten: Iterations that were undone by a resume.
-        known: Every field or tag found, for errors.
     """
 
     name: str
-    source: str
-    values: Mapping[Quantity, Mapping[int, float]]
+    files: tuple[Path, ...]
+    curves: Mapping[str, Curve]
     rewritten: tuple[int, ...]
-    known: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where the run has written."""
+        return self.files[0].parent
+
+    @property
+    def source(self) -> str:
+        """What was read, in words."""
+        if self.files[0].suffix == ".jsonl":
+            return str(self.files[0])
+        return f"{self.folder} ({len(self.files)} event file{'s' if len(self.files) > 1 else ''})"
+
+    @property
+    def loss(self) -> Curve:
+        """Of training."""
+        return self.curves[LOSS.tag]
 
     @property
     def interval(self) -> int:
         """Least distance of two logged iterations; 0 for a single one."""
-        steps = list(self.values[LOSS])
-        return min((b - a for a, b in pairwise(steps)), default=0)
+        return min((b - a for a, b in pairwise(self.loss)), default=0)
 
 
 @dataclass(frozen=True, slots=True)
-class _Point:
-    """One value as it was written."""
+class _Entry:
+    """What was written at once."""
 
-    name: str
     iteration: int
-    value: float
+    values: Mapping[str, float]
 
 
 def read_run(path: str) -> RunCurves:
@@ -82,31 +98,14 @@ def read_run(path: str) -> RunCurves:
     """
     files = _find(Path(path))
     if files[0].suffix == ".jsonl":
-        points, by_file = list(_json_points(files[0])), True
-        source = str(files[0])
+        curves, rewritten = _in_order(_json_entries(files[0]))
     else:
-        points, by_file = [point for file in files for point in _event_points(file)], False
-        source = f"{files[0].parent} ({len(files)} event file{'s' if len(files) > 1 else ''})"
-    values: dict[Quantity, Mapping[int, float]] = {}
-    rewritten: set[int] = set()
-    for quantity in (LOSS, NORM):
-        wanted = quantity.field if by_file else quantity.tag
-        curve, undone = _in_order(point for point in points if point.name == wanted)
-        if curve:
-            values[quantity] = curve
-        rewritten |= undone
-    run = RunCurves(
-        name=path,
-        source=source,
-        values=values,
-        rewritten=tuple(sorted(rewritten)),
-        known=tuple(sorted({point.name for point in points})),
-    )
-    if LOSS not in values:
+        curves, rewritten = _in_order(entry for file in files for entry in _event_entries(file))
+    run = RunCurves(name=path, files=tuple(files), curves=curves, rewritten=rewritten)
+    if LOSS.tag not in curves:
         raise ValueError(
-            f"{source} has no {LOSS.field if by_file else LOSS.tag!r}: found "
-            f"{', '.join(run.known) or 'nothing'}; is it the folder of another run, or of one "
-            f"that ended before its first log line?"
+            f"{run.source} has no {LOSS.tag!r}: found {', '.join(sorted(curves)) or 'nothing'}; "
+            f"is it the folder of another run, or of one that ended before its first log line?"
         )
     return run
 
@@ -144,7 +143,7 @@ def _find(path: Path) -> list[Path]:
     return jsonl or files
 
 
-def _json_points(path: Path) -> Iterator[_Point]:
+def _json_entries(path: Path) -> Iterator[_Entry]:
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     for number, line in enumerate(lines, start=1):
@@ -152,44 +151,64 @@ def _json_points(path: Path) -> Iterator[_Point]:
             continue
         try:
             entry = json.loads(line)
-            iteration = int(entry["iteration"])
-        except (ValueError, KeyError, TypeError) as error:
+            iteration = int(entry.pop("iteration"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if number == len(lines) and not text.endswith("\n"):
                 # A run that is still writing, or was killed while it was.
                 return
             raise ValueError(
                 f"{path}, line {number}: expected an object with an iteration, as a run writes it"
             ) from error
-        for name, value in entry.items():
-            if name != "iteration" and isinstance(value, float | int | None):
+        yield _Entry(
+            iteration,
+            {
                 # What is not finite is null there.
-                yield _Point(name, iteration, math.nan if value is None else float(value))
+                TAGS.get(name, name): math.nan if value is None else float(value)
+                for name, value in entry.items()
+                if isinstance(value, float | int | None)
+            },
+        )
 
 
-def _event_points(path: Path) -> Iterator[_Point]:
+def _event_entries(path: Path) -> Iterator[_Entry]:
     # Half a second to import.
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
     from tensorboard.util import tensor_util
 
     for event in LegacyEventFileLoader(str(path)).Load():
+        values: dict[str, float] = {}
         for value in event.summary.value:
+            if value.tag.endswith(_VS_SAMPLES):
+                continue
             if value.HasField("simple_value"):
-                yield _Point(value.tag, event.step, float(value.simple_value))
+                values[value.tag] = float(value.simple_value)
             elif value.HasField("tensor"):
                 array = tensor_util.make_ndarray(value.tensor)
                 if array.size == 1 and array.dtype.kind in "fiu":
-                    yield _Point(value.tag, event.step, float(array.item()))
+                    values[value.tag] = float(array.item())
+        yield _Entry(event.step, values)
 
 
-def _in_order(points: Iterable[_Point]) -> tuple[dict[int, float], set[int]]:
-    """A curve from values in the order of writing, and the iterations that were undone."""
-    curve: dict[int, float] = {}
+def _in_order(entries: Iterable[_Entry]) -> tuple[dict[str, Curve], tuple[int, ...]]:
+    """Curves from entries in the order of writing, and the iterations that were undone."""
+    curves: dict[str, dict[int, float]] = {}
     undone: set[int] = set()
-    for point in points:
-        if curve and point.iteration <= next(reversed(curve)):
-            behind = [iteration for iteration in curve if iteration >= point.iteration]
-            undone.update(behind)
-            for iteration in behind:
-                del curve[iteration]
-        curve[point.iteration] = point.value
-    return curve, undone
+    for entry in entries:
+        for tag, value in entry.values.items():
+            curve = curves.setdefault(tag, {})
+            if curve and entry.iteration <= next(reversed(curve)):
+                undone.update(_cut(curve, entry.iteration))
+                if tag == LOSS.tag:
+                    # The run went back; other curves may not come that far again.
+                    for other in curves.values():
+                        undone.update(_cut(other, entry.iteration + 1))
+            curve[entry.iteration] = value
+    return {tag: curve for tag, curve in curves.items() if curve}, tuple(sorted(undone))
+
+
+def _cut(curve: dict[int, float], start: int) -> list[int]:
+    """Drop a curve's end."""
+    behind = [iteration for iteration in curve if iteration >= start]
+    for iteration in behind:
+        del curve[iteration]
+    return behind

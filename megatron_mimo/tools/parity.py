@@ -178,11 +178,11 @@ def compare_runs(a: RunCurves, b: RunCurves, *, tolerance: float, norm_tolerance
     """
     comparisons, notes = [], [*_notes("RUN_A", a), *_notes("RUN_B", b), *_range_notes(a, b)]
     for quantity, limit in ((LOSS, tolerance), (NORM, norm_tolerance)):
-        missing = [n for n, run in (("RUN_A", a), ("RUN_B", b)) if quantity not in run.values]
+        missing = [n for n, run in (("RUN_A", a), ("RUN_B", b)) if quantity.tag not in run.curves]
         if missing:
             notes.append(f"{quantity.name}: not in {' and '.join(missing)}, so not compared")
             continue
-        found = compare(quantity, a.values[quantity], b.values[quantity], limit)
+        found = compare(quantity, a.curves[quantity.tag], b.curves[quantity.tag], limit)
         if found.differences:
             comparisons.append(found)
         elif quantity is LOSS:
@@ -368,8 +368,8 @@ def _notes(name: str, run: RunCurves) -> list[str]:
 
 def _range_notes(a: RunCurves, b: RunCurves) -> list[str]:
     notes = []
-    steps_a, steps_b = list(a.values[LOSS]), list(b.values[LOSS])
-    common = a.values[LOSS].keys() & b.values[LOSS].keys()
+    steps_a, steps_b = list(a.loss), list(b.loss)
+    common = a.loss.keys() & b.loss.keys()
     if steps_a != steps_b and common:
         notes.append(
             f"RUN_A has {_range(steps_a)}, RUN_B {_range(steps_b)}: {len(common)} in common are "
@@ -384,7 +384,7 @@ def _range_notes(a: RunCurves, b: RunCurves) -> list[str]:
 
 
 def _nothing_in_common(a: RunCurves, b: RunCurves) -> str:
-    steps_a, steps_b = list(a.values[LOSS]), list(b.values[LOSS])
+    steps_a, steps_b = list(a.loss), list(b.loss)
     if not set(steps_a) & set(steps_b):
         return (
             f"no step in common: {a.name} has {_range(steps_a)}, {b.name} {_range(steps_b)}; let "

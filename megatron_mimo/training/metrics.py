@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_mimo.training.event_file import EventFile
+from megatron_mimo.training.tags import METRICS_FILE, TAGS
 
 if TYPE_CHECKING:
     from megatron_mimo.training.experts import LayerLoad
@@ -147,19 +148,8 @@ class MetricsLogger:
         del values["experts"], values["observed"]
         more = _expert_scalars(metrics.experts) | dict(metrics.observed)
         self._write_json(values | more)
-        scalars = {
-            "lm loss": metrics.lm_loss,
-            "learning-rate": metrics.learning_rate,
-            "grad-norm": metrics.grad_norm,
-            "batch-size": metrics.global_batch_size,
-            "loss-scale": metrics.loss_scale,
-            "iteration-time-ms": metrics.iteration_time_ms,
-        }
-        if metrics.num_zeros is not None:
-            scalars["num-zeros"] = metrics.num_zeros
-        if metrics.packing_fill is not None:
-            scalars["packing fill"] = metrics.packing_fill
-        self._write_scalars(scalars | more, metrics.iteration, metrics.consumed_samples)
+        scalars = _tagged(values) | more
+        self._write_scalars(scalars, metrics.iteration, metrics.consumed_samples)
 
     def log_evaluation(self, iteration: int, consumed_samples: int, loss: float) -> None:
         """Report the held-out loss, and its perplexity, after an iteration.
@@ -173,19 +163,9 @@ class MetricsLogger:
             f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | "
             f"lm loss PPL: {perplexity:.6E} |"
         )
-        self._write_json(
-            {
-                "iteration": iteration,
-                "consumed_samples": consumed_samples,
-                "lm_loss_validation": loss,
-                "lm_loss_validation_ppl": perplexity,
-            }
-        )
-        self._write_scalars(
-            {"lm loss validation": loss, "lm loss validation ppl": perplexity},
-            iteration,
-            consumed_samples,
-        )
+        values = {"lm_loss_validation": loss, "lm_loss_validation_ppl": perplexity}
+        self._write_json({"iteration": iteration, "consumed_samples": consumed_samples} | values)
+        self._write_scalars(_tagged(values), iteration, consumed_samples)
 
     def close(self, summary: str) -> None:
         """End with a line on the whole run.
@@ -210,7 +190,7 @@ class MetricsLogger:
                 probe.write(b"\0" * _PROBE_BYTES)
                 probe.flush()
                 os.fsync(probe.fileno())
-            self._file = (folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+            self._file = (folder / METRICS_FILE).open("a", buffering=1, encoding="utf-8")
             self._events = EventFile(folder)
         except OSError as error:
             raise ValueError(
@@ -247,6 +227,11 @@ class MetricsLogger:
                 f"cannot write metrics to --tensorboard-dir {self._folder}: "
                 f"{error.strerror or error}; {_remedy(error)}train without it"
             ) from error
+
+
+def _tagged(values: Mapping[str, Any]) -> dict[str, float]:
+    """Those that TensorBoard gets, by tag."""
+    return {tag: values[name] for name, tag in TAGS.items() if name in values}
 
 
 def _expert_scalars(experts: Sequence["LayerLoad"]) -> dict[str, float]:

@@ -129,18 +129,18 @@ def test_event_files_of_torchs_writer(
 ) -> None:
     events = write_events(tmp_path / "deep" / "tensorboard", LOSSES, NORMS, new_style=new_style)
     run = read_run(str(tmp_path / "deep"))
-    assert list(run.values[LOSS]) == list(LOSSES)
-    assert run.values[NORM] == pytest.approx(NORMS, rel=1e-7)
+    assert list(run.loss) == list(LOSSES)
+    assert run.curves[NORM.tag] == pytest.approx(NORMS, rel=1e-7)
     # They have float32.
     assert parity(capsys, a, events, "--tolerance", "1e-7", "--norm-tolerance", "1e-7")[0] == 0
     assert parity(capsys, a, events, "--tolerance", "0")[0] == 3
     (file,) = events.iterdir()
-    assert read_run(str(file)).values == run.values
+    assert read_run(str(file)).curves == run.curves
 
 
 def test_metrics_jsonl_is_preferred_to_event_files(a: Path) -> None:
     write_events(a, {1: 0.0}, {1: 0.0})
-    assert read_run(str(a)).values[LOSS] == LOSSES
+    assert read_run(str(a)).loss == LOSSES
 
 
 def test_a_resume_undoes_what_comes_behind_it(
@@ -167,7 +167,15 @@ def test_a_resume_undoes_what_comes_behind_it(
         for step, loss in losses.items():
             file.add_scalars({"lm loss": loss, "grad-norm": NORMS[step]}, step)
         file.close()
-    assert read_run(str(events)).values[LOSS] == pytest.approx(head | tail)
+    assert read_run(str(events)).loss == pytest.approx(head | tail)
+
+
+def test_a_resume_undoes_every_curve(tmp_path: Path) -> None:
+    run = write_jsonl(tmp_path / "run", LOSSES, NORMS)  # Evaluates at 10, 20 and 30.
+    write_jsonl(run, {step: LOSSES[step] for step in range(12, 16)}, NORMS)
+    curves = read_run(str(run)).curves
+    assert list(curves["lm loss validation"]) == [10]
+    assert list(curves["grad-norm"]) == list(range(1, 16))
 
 
 def test_a_missing_gradient_norm_is_said(
@@ -221,7 +229,7 @@ def test_other_log_intervals_are_said(
 def test_a_run_that_is_cut_off_in_a_line(a: Path) -> None:
     with (a / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 31, "lm_lo')
-    assert read_run(str(a)).values[LOSS] == LOSSES
+    assert read_run(str(a)).loss == LOSSES
 
 
 def test_a_picture(a: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
