@@ -6,7 +6,6 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from megatron_mimo.data.config import DataConfig
 from megatron_mimo.data.sample import EncodedSample
 from megatron_mimo.data.tokenizer import Tokenizer
 from megatron_mimo.images import EncodedImage
+from megatron_mimo.tools import page
 from megatron_mimo.tools.data_statistics import (
     PERCENTILES,
     Distribution,
@@ -58,27 +58,12 @@ class Span:
     number: int
 
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-         color: #1c2024; background: #fcfcfd; }
-  h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-  h3 { font-size: .95rem; margin: 0 0 .4rem; font-weight: 600; overflow-wrap: anywhere; }
-  table { border-collapse: collapse; font-size: .9rem; }
-  td, th { padding: .25rem 1rem .25rem 0; text-align: left; border-bottom: 1px solid #e0e3e6;
-           overflow-wrap: anywhere; vertical-align: top; }
-  td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+_STYLE = """
   .charts { display: grid; gap: 1.5rem;
             grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); }
   .bar { display: grid; grid-template-columns: 8.5rem 1fr 4.5rem; gap: .5rem; font-size: .8rem;
          font-variant-numeric: tabular-nums; align-items: center; }
   .bar span { text-align: right; } .bar div { height: .8rem; background: #3b6fb6; }
-  .small { font-size: .85rem; color: #5a6168; margin: .2rem 0; }
   section { padding: .8rem; border: 1px solid #d9dce0; border-radius: .3rem; background: #fff;
             margin-bottom: 1rem; }
   .strip { display: flex; height: .9rem; background: #e6e8eb; margin: .4rem 0 .8rem; gap: 1px; }
@@ -86,7 +71,6 @@ _PAGE = Template("""<!doctype html>
   .strip div:nth-child(even) { background: #93aed6; }
   article { border-left: .3rem solid #93aed6; padding-left: .8rem; margin: .8rem 0; }
   .images { display: flex; flex-wrap: wrap; gap: .75rem; margin: .4rem 0; }
-  figure { margin: 0; } figcaption { font-size: .8rem; color: #5a6168; }
   figure img { min-height: 4rem; max-height: 16rem; max-width: 100%; object-fit: contain;
                image-rendering: pixelated; border: 1px solid #d9dce0; }
   .tokens { font: 13px/1.6 ui-monospace, monospace; white-space: pre-wrap;
@@ -95,24 +79,11 @@ _PAGE = Template("""<!doctype html>
   .tokens .target { background: #bfe5cb; }
   .tokens .special { outline: 1px solid #9aa1a8; padding: 0 .2rem; margin: 0 .1rem; }
   .tokens .image { background: #f6dfb5; padding: 0 .3rem; margin: 0 .1rem; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p>$lead</p>
-<h2>Datasets</h2>
-$sources
-<h2>Lengths</h2>
-<div class="charts">$charts</div>
-<h2>Left out of training</h2>
-$bad
-<h2>Sequences</h2>
-<p class="tokens"><span class="target">learnt</span> <span>read only</span> <span
-class="image">rows of an image</span> <span class="special">special token</span></p>
-$sequences
-</body>
-</html>
-""")
+"""
+_KEY = (
+    '<p class="tokens"><span class="target">learnt</span> <span>read only</span> '
+    '<span class="image">rows of an image</span> <span class="special">special token</span></p>'
+)
 
 
 def write_page(
@@ -136,27 +107,31 @@ def write_page(
         lead: A sentence on what was read.
         title: Heading.
     """
-    page = _PAGE.substitute(
-        title=html.escape(title),
-        lead=html.escape(lead),
-        sources=_sources(statistics),
-        charts="".join(
-            _chart(title, distribution)
-            for title, distribution in (
-                ("positions of a sample (tokens and rows)", statistics.positions),
-                ("targets of a sample (tokens to learn)", statistics.targets),
-                ("rows of a sample with images", statistics.rows_of_samples),
-                ("rows of an image", statistics.rows_of_images),
-                ("images of a sample", statistics.images),
-                ("positions taken of a sequence", statistics.filled),
-            )
-            if distribution.counts
-        ),
-        bad=_bad(statistics),
-        sequences="".join(_sequence(sequence, config, tokenizer) for sequence in shown)
-        or "<p>None.</p>",
+    charts = "".join(
+        _chart(title, distribution)
+        for title, distribution in (
+            ("positions of a sample (tokens and rows)", statistics.positions),
+            ("targets of a sample (tokens to learn)", statistics.targets),
+            ("rows of a sample with images", statistics.rows_of_samples),
+            ("rows of an image", statistics.rows_of_images),
+            ("images of a sample", statistics.images),
+            ("positions taken of a sequence", statistics.filled),
+        )
+        if distribution.counts
     )
-    path.write_text(page, encoding="utf-8")
+    sequences = "".join(_sequence(sequence, config, tokenizer) for sequence in shown)
+    page.write_page(
+        path,
+        title=title,
+        lead=lead,
+        sections=(
+            ("Datasets", _sources(statistics)),
+            ("Lengths", f'<div class="charts">{charts}</div>'),
+            ("Left out of training", _bad(statistics)),
+            ("Sequences", f"{_KEY}{sequences or '<p>None.</p>'}"),
+        ),
+        style=_STYLE,
+    )
 
 
 # -- numbers ---------------------------------------------------------------------------------------
@@ -180,11 +155,11 @@ def _sources(statistics: Statistics) -> str:
             )
             for name, source in listed
         ]
-        return _table(head, lines)
+        return page.table(head, lines)
 
-    folded = f"<details><summary>by shard: {len(shards)}</summary>{table(shards[:_MOST_SHARDS])}"
     more = f"<p>and {len(shards) - _MOST_SHARDS} more</p>" if len(shards) > _MOST_SHARDS else ""
-    return f"{table(rows)}{folded}{more}</details>"
+    by_shard = f"{table(shards[:_MOST_SHARDS])}{more}"
+    return table(rows) + page.folded(f"by shard: {len(shards)}", by_shard)
 
 
 def _bad(statistics: Statistics) -> str:
@@ -194,21 +169,7 @@ def _bad(statistics: Statistics) -> str:
     ]
     if not rows:
         return f"<p>None of {statistics.samples:,} samples.</p>"
-    return _table(("what is wrong", "samples", "for instance"), rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    lines = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{' class=number' if cell[:1].isdigit() else ''}>{html.escape(cell)}</td>"
-            for cell in row
-        )
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>"
+    return page.table(("what is wrong", "samples", "for instance"), rows)
 
 
 def _chart(title: str, distribution: Distribution) -> str:

@@ -80,15 +80,27 @@ def parse[T: CommandLine](argv: Sequence[str], into: type[T], *, prog: str) -> T
 
 def to_yaml(config: TrainConfig) -> str:
     """The flags as YAML that `--config` reads back to the same config, section by section."""
-    parts = []
-    for section in dataclasses.fields(config):
-        values = dataclasses.asdict(getattr(config, section.name))
-        flat = {
+    return "\n".join(
+        f"# {name}\n{yaml.safe_dump(values, sort_keys=False)}"
+        for name, values in _by_section(config).items()
+    )
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Every flag by its name, without dashes in front, as YAML or JSON has its value."""
+    return {
+        name: value for values in _by_section(config).values() for name, value in values.items()
+    }
+
+
+def _by_section(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    return {
+        section.name: {
             name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
+            for name, value in dataclasses.asdict(getattr(config, section.name)).items()
         }
-        parts.append(f"# {section.name}\n{yaml.safe_dump(flat, sort_keys=False)}")
-    return "\n".join(parts)
+        for section in dataclasses.fields(config)
+    }
 
 
 def _read_file(path: str) -> Iterator[Setting]:

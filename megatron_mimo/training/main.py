@@ -14,6 +14,7 @@ from megatron_mimo.training.console import configure_logging
 from megatron_mimo.training.flags import CommandLine, parse, to_yaml
 from megatron_mimo.training.leaving import LeaveRequest
 from megatron_mimo.training.resolve import Resolved, resolve
+from megatron_mimo.training.start_record import start_record
 
 if TYPE_CHECKING:
     from megatron_mimo.data.batch import ResumableLoader
@@ -60,7 +61,7 @@ def main(argv: Sequence[str], after: "Callable[[Trainer, TrainResult], None] | N
         assert resolved is not None
         runtime = resolved.config.runtime
         context = initialize(runtime.device, timeout_minutes=runtime.distributed_timeout_minutes)
-        _train(resolved, context, guard.training_starts, after)
+        _train(resolved, context, argv, guard.training_starts, after)
         shutdown()
     return 0
 
@@ -68,6 +69,7 @@ def main(argv: Sequence[str], after: "Callable[[Trainer, TrainResult], None] | N
 def _train(
     resolved: Resolved,
     context: RuntimeContext,
+    argv: Sequence[str],
     training_starts: Callable[[], None],
     after: "Callable[[Trainer, TrainResult], None] | None",
 ) -> None:
@@ -84,16 +86,20 @@ def _train(
         is_logging_rank=context.rank == resolved.layout.logging_rank,
     )
     logger.info("%s", resolved.layout.table())
-    logger.info("%s", describe())
+    kernels = [describe()]
     if isinstance(resolved.architecture.language, HybridConfig):
         from megatron_mimo.runtime.hybrid import describe_hybrid
 
-        logger.info("%s", describe_hybrid())
+        kernels.append(describe_hybrid())
+    for line in kernels:
+        logger.info("%s", line)
     metrics = None
     if context.rank == resolved.layout.logging_rank:
         # Before the model: a full disk should not cost the time to build one.
         metrics = MetricsLogger(resolved.train_iters, resolved.config.watching.tensorboard_dir)
     trainer = build_trainer(resolved, context)
+    if metrics is not None:
+        metrics.log_start(start_record(resolved, context, trainer.loop.progress, argv, kernels))
     loader = _recorded(trainer, resolved)
     # What was built lives on; looking through it again and again would hold steps up.
     gc.collect()

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_mimo.training.event_file import EventFile
+from megatron_mimo.training.start_record import STARTS_FILE, StartRecord
 from megatron_mimo.training.tags import METRICS_FILE, TAGS
 
 if TYPE_CHECKING:
@@ -128,6 +129,20 @@ class MetricsLogger:
                 redirect_stderr=False,
             )
             self._task = self._progress.add_task("training", total=train_iters)
+
+    def log_start(self, start: StartRecord) -> None:
+        """Keep what the run starts with, beside metrics.jsonl.
+
+        Raises:
+            RuntimeError: The disk is full or gone.
+        """
+        if self._folder is None:
+            return
+        with (
+            self._named_errors(),
+            (Path(self._folder) / STARTS_FILE).open("a", encoding="utf-8") as file,
+        ):
+            file.write(start.to_json() + "\n")
 
     def log_iteration(self, metrics: IterationMetrics) -> None:
         """Report a logged iteration.

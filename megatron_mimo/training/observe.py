@@ -16,7 +16,7 @@ from megatron_mimo.runtime.stopwatch import build_stopwatch
 from megatron_mimo.schedule.crossing import Crossing
 from megatron_mimo.schedule.laps import Label, Lap, Phase, Recorder
 from megatron_mimo.topology.groups import Topology
-from megatron_mimo.training.rank_report import RankReport, rank_report, run_scalars
+from megatron_mimo.training.rank_report import RankReport, rank_report, run_scalars, slot_of
 from megatron_mimo.training.step import Unwatched
 from megatron_mimo.training.traces import (
     chrome_trace,
@@ -192,7 +192,13 @@ class Observer(Unobserved):
         self._take()
         if self._writes_timeline:
             rank = topology.rank
-            trace = chrome_trace(rank, topology.role, self._traced, self._offset)
+            trace = chrome_trace(
+                rank,
+                topology.role,
+                self._traced,
+                self._offset,
+                lambda what: slot_of(what, topology.layout, rank)[1],
+            )
             write_trace(timeline_file(traces.folder, rank), trace)
         dist.barrier(group=topology.control)
         if topology.is_logging_rank:

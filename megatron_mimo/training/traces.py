@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mimo.schedule.actions import Action
-from megatron_mimo.schedule.laps import Lap
+from megatron_mimo.schedule.laps import Label, Lap
 
 MERGED = "timeline.json"
 _ROUNDS = 32
@@ -49,7 +49,9 @@ def clock_offset(group: dist.ProcessGroup, rank: int, ranks: Iterable[int]) -> f
     return offset
 
 
-def chrome_trace(rank: int, role: str, laps: Sequence[Lap], offset: float) -> dict[str, Any]:
+def chrome_trace(
+    rank: int, role: str, laps: Sequence[Lap], offset: float, part_of: Callable[[Label], str]
+) -> dict[str, Any]:
     """A rank's laps in the Trace Event Format that Chrome and Perfetto read.
 
     Args:
@@ -57,6 +59,7 @@ def chrome_trace(rank: int, role: str, laps: Sequence[Lap], offset: float) -> di
         role: In words, its name.
         laps: In order.
         offset: Of `clock_offset`.
+        part_of: What the time of a lap counts as in the curves.
     """
     events: list[dict[str, Any]] = [
         _name("process_name", rank, None, {"name": f"rank {rank}: {role}"}),
@@ -68,7 +71,7 @@ def chrome_trace(rank: int, role: str, laps: Sequence[Lap], offset: float) -> di
     for lap in laps:
         start, _ = bounds.get(lap.iteration, (lap.start, 0.0))
         bounds[lap.iteration] = (start, lap.end)
-        details: dict[str, Any] = {"iteration": lap.iteration}
+        details: dict[str, Any] = {"iteration": lap.iteration, "part": part_of(lap.what)}
         category = "step"
         if isinstance(lap.what, Action):
             category = str(lap.what.kind)

@@ -1,0 +1,102 @@
+"""The frame of our HTML pages: one file that needs nothing beside it."""
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from string import Template
+
+_FRAME = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: ${width}rem; margin: 2rem auto;
+         padding: 0 1rem; color: #1c2024; background: #fcfcfd; }
+  h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+  h3 { font-size: .95rem; margin: 0 0 .4rem; font-weight: 600; overflow-wrap: anywhere; }
+  table { border-collapse: collapse; font-size: .9rem; }
+  td, th { padding: .25rem 1rem .25rem 0; text-align: left; border-bottom: 1px solid #e0e3e6;
+           overflow-wrap: anywhere; vertical-align: top; }
+  td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+  figure { margin: 0; } figcaption, .small { font-size: .85rem; color: #5a6168; }
+  .small { margin: .2rem 0; }
+  summary { cursor: pointer; margin: .5rem 0; }
+  pre { font: 13px/1.5 ui-monospace, monospace; overflow-x: auto; background: #f1f3f5;
+        padding: .8rem; border-radius: .3rem; }
+$style
+</style>
+$head
+</head>
+<body>
+<h1>$title</h1>
+<p>$lead</p>
+$body
+</body>
+</html>
+""")
+_NUMBER = re.compile(r"[-+]?\d[\d,.]*(e[-+]?\d+)?( ?(%|[kMGT]?i?B|ms|s))?")
+
+
+def write_page(
+    path: Path,
+    *,
+    title: str,
+    lead: str,
+    sections: Iterable[tuple[str, str]],
+    style: str = "",
+    head: str = "",
+    width: int = 60,
+) -> None:
+    """Write a page.
+
+    Args:
+        path: Where to.
+        title: Heading, as text.
+        lead: A sentence below it, as text.
+        sections: Heading as text, and HTML.
+        style: More CSS.
+        head: More HTML in the head.
+        width: Of the text at most, rem.
+    """
+    page = _FRAME.substitute(
+        title=html.escape(title),
+        lead=html.escape(lead),
+        body="\n".join(f"<h2>{html.escape(name)}</h2>\n{body}" for name, body in sections),
+        style=style,
+        head=head,
+        width=width,
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; cells are text, those that are numbers stand to the right.
+
+    Args:
+        head: Of each column; empty for a table without headings.
+        rows: Of cells.
+    """
+    headings = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return (
+        f"<table>{f'<thead><tr>{headings}</tr></thead>' if head else ''}"
+        f"<tbody>{lines}</tbody></table>"
+    )
+
+
+def folded(summary: str, body: str) -> str:
+    """HTML that shows when its summary, text, is clicked."""
+    return f"<details><summary>{html.escape(summary)}</summary>{body}</details>"
+
+
+def note(text: str) -> str:
+    """A remark in small print."""
+    return f'<p class="small">{html.escape(text)}</p>'
+
+
+def _cell(text: str) -> str:
+    kind = " class=number" if _NUMBER.fullmatch(text) else ""
+    return f"<td{kind}>{html.escape(text)}</td>"
