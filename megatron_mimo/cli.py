@@ -189,6 +189,14 @@ def _parity(argv: Sequence[str]) -> int:
     return run_parity(a, b, parse_arguments(rest, ParityConfig, prog=prog))
 
 
+def _report(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.report.command import ReportConfig, run_report
+
+    prog = "megatron-mimo report RUN"
+    run, rest = _positional("RUN", argv, ReportConfig, prog)
+    return run_report(run, parse_arguments(rest, ReportConfig, prog=prog))
+
+
 def _plan(argv: Sequence[str]) -> int:
     from megatron_mimo.tools.plan import PlanConfig, run_plan
 
@@ -252,6 +260,7 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     "data": ("write datasets, and look at them", _data),
     "plan": ("show what each rank of a layout does in a step", _plan),
     "checkpoint": ("look into checkpoints, and convert them", _checkpoint),
+    "report": ("make one HTML page of a run", _report),
     "parity": ("compare the curves or the activations of two runs", _parity),
 }
 

@@ -53,8 +53,7 @@ def machine(device: Device) -> dict[str, str]:
     if device.type == "cpu":
         return found | {"device": f"host, {os.cpu_count()} cores"}
     return found | {
-        "device": f"{torch.cuda.get_device_name(device.index)}, "
-        f"{torch.cuda.device_count()} visible"
+        "device": f"{torch.cuda.get_device_name(device.index)}, {torch.cuda.device_count()} visible"
     }
 
 

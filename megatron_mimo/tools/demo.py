@@ -18,7 +18,8 @@ from tyro.conf import arg
 
 from megatron_mimo.data import RawSample
 from megatron_mimo.data.digits import read_digits_split, write_digits_dataset
-from megatron_mimo.tools.demo_report import Example, LossPoint, write_report
+from megatron_mimo.tools.demo_report import STYLE, Example, examples_section, results_section
+from megatron_mimo.tools.report.command import run_sections, write_run_page
 from megatron_mimo.training.launch import launch
 
 _EXAMPLES = 48
@@ -77,7 +78,7 @@ def run_demo(config: DemoConfig) -> int:
         shutil.rmtree(dataset, ignore_errors=True)
         write_digits_dataset(dataset)
     # Curves and answers of an earlier run must not pass for this one's.
-    for name in ("metrics.jsonl", "summary.json", "report.html"):
+    for name in ("summary.json", "report.html"):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "tensorboard", ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
@@ -117,9 +118,13 @@ def _training_flags(config: DemoConfig, dataset: Path, out: Path) -> list[str]:
         "eval-interval": max(1, config.train_iters // 5),
         "eval-iters": 4,
         "tensorboard-dir": out / "tensorboard",
+        "timeline-ranks": "all",
+        "profile-step-start": max(1, config.train_iters // 2),
+        "profile-step-end": max(1, config.train_iters // 2) + 2,
         "device": config.device,
     }
-    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    valued = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    return [*valued, "--timeline-profile"]
 
 
 def _expert_ranks(config: DemoConfig) -> int:
@@ -154,17 +159,18 @@ def _conclude(config: DemoConfig, out: Path, dataset: Path, run: Mapping[str, An
         "train_iters": config.train_iters,
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    training, validation = _curves(out / "tensorboard" / "metrics.jsonl")
-    write_report(
+    write_run_page(
         out / "report.html",
         title="Reading handwritten digits on two grids",
         lead=f"{config.encoder_dp} encoder ranks and {config.llm_dp} language-model ranks trained "
         f"for {config.train_iters} iterations in {run['train_seconds']:.0f} s. No handwritten "
         f"digit below was seen in training.",
-        rows=rows,
-        training=training,
-        validation=validation,
-        examples=_examples(mixed, run["mixed"]),
+        parts=(
+            results_section(rows),
+            examples_section(_examples(mixed, run["mixed"])),
+            *run_sections(out / "tensorboard"),
+        ),
+        style=STYLE,
     )
     table = Table(box=None, show_header=False, title="exact match", title_justify="left")
     table.add_column()
@@ -192,19 +198,6 @@ def most_frequent_answer(train: Sequence[RawSample], val: Sequence[RawSample]) -
         seen = counts.get(sample.question)
         right += seen is not None and seen.most_common(1)[0][0] == sample.answer
     return right / len(val)
-
-
-def _curves(path: Path) -> tuple[list[LossPoint], list[LossPoint]]:
-    training, validation = [], []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        if "lm_loss" in entry:
-            training.append(LossPoint(iteration=entry["iteration"], loss=entry["lm_loss"]))
-        elif "lm_loss_validation" in entry:
-            validation.append(
-                LossPoint(iteration=entry["iteration"], loss=entry["lm_loss_validation"])
-            )
-    return training, validation
 
 
 def _examples(samples: Sequence[RawSample], answers: Mapping[str, str]) -> list[Example]:

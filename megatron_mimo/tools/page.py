@@ -21,6 +21,7 @@ _FRAME = Template("""<!doctype html>
   td, th { padding: .25rem 1rem .25rem 0; text-align: left; border-bottom: 1px solid #e0e3e6;
            overflow-wrap: anywhere; vertical-align: top; }
   td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+  .facts th { font-weight: 400; color: #5a6168; }
   figure { margin: 0; } figcaption, .small { font-size: .85rem; color: #5a6168; }
   .small { margin: .2rem 0; }
   summary { cursor: pointer; margin: .5rem 0; }
@@ -62,9 +63,9 @@ def write_page(
         width: Of the text at most, rem.
     """
     page = _FRAME.substitute(
-        title=html.escape(title),
-        lead=html.escape(lead),
-        body="\n".join(f"<h2>{html.escape(name)}</h2>\n{body}" for name, body in sections),
+        title=escape(title),
+        lead=escape(lead),
+        body="\n".join(f"<h2>{escape(name)}</h2>\n{body}" for name, body in sections),
         style=style,
         head=head,
         width=width,
@@ -72,31 +73,41 @@ def write_page(
     path.write_text(page, encoding="utf-8")
 
 
+def escape(text: str) -> str:
+    """Text as HTML."""
+    return html.escape(text)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; cells are text, those that are numbers stand to the right.
 
     Args:
-        head: Of each column; empty for a table without headings.
+        head: Of each column.
         rows: Of cells.
     """
-    headings = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    headings = "".join(f"<th>{escape(name)}</th>" for name in head)
     lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    return (
-        f"<table>{f'<thead><tr>{headings}</tr></thead>' if head else ''}"
-        f"<tbody>{lines}</tbody></table>"
+    return f"<table><thead><tr>{headings}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> str:
+    """A table of names and values, text both."""
+    lines = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows
     )
+    return f'<table class="facts"><tbody>{lines}</tbody></table>'
 
 
 def folded(summary: str, body: str) -> str:
     """HTML that shows when its summary, text, is clicked."""
-    return f"<details><summary>{html.escape(summary)}</summary>{body}</details>"
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 
 def note(text: str) -> str:
     """A remark in small print."""
-    return f'<p class="small">{html.escape(text)}</p>'
+    return f'<p class="small">{escape(text)}</p>'
 
 
 def _cell(text: str) -> str:
     kind = " class=number" if _NUMBER.fullmatch(text) else ""
-    return f"<td{kind}>{html.escape(text)}</td>"
+    return f"<td{kind}>{escape(text)}</td>"

@@ -10,12 +10,18 @@ from megatron_mimo.schedule.actions import Kind, Module, role_of
 from megatron_mimo.schedule.timeline import Event, Timeline
 from megatron_mimo.topology import Layout
 
-# (module, backward): terminal style, and colour of the picture.
+COMPUTE_COLORS = {
+    (Module.ENCODER, False): "#9ecae1",
+    (Module.ENCODER, True): "#3182bd",
+    (Module.LLM, False): "#fdd0a2",
+    (Module.LLM, True): "#e6550d",
+}
+"""(module, backward) -> colour in pictures."""
 _STYLES = {
-    (Module.ENCODER, False): ("black on cyan", "#9ecae1"),
-    (Module.ENCODER, True): ("white on blue", "#3182bd"),
-    (Module.LLM, False): ("black on yellow", "#fdd0a2"),
-    (Module.LLM, True): ("black on dark_orange", "#e6550d"),
+    (Module.ENCODER, False): "black on cyan",
+    (Module.ENCODER, True): "white on blue",
+    (Module.LLM, False): "black on yellow",
+    (Module.LLM, True): "black on dark_orange",
 }
 _NAMES = {
     (Module.ENCODER, False): "encoder forward",
@@ -82,7 +88,7 @@ def draw_text(rows: Sequence[Row], makespan: float) -> None:
         line, at = Text(f"{row.label:<{label}}  "), 0
         for event in row.events:
             start, end = round(event.start * scale), round(event.end * scale)
-            style, _ = _STYLES[_kind(event)]
+            style = _STYLES[_kind(event)]
             line.append(" " * (start - at))
             line.append(f"|{_cell(event):<{end - start - 1}}", style=style)
             at = end
@@ -90,7 +96,7 @@ def draw_text(rows: Sequence[Row], makespan: float) -> None:
         console.print(line)
     console.print()
     key = Text("E encoder, L language model; capitals forward, small letters backward: ")
-    for kind, (style, _) in _STYLES.items():
+    for kind, style in _STYLES.items():
         key.append(f" {_NAMES[kind]} ", style=style)
         key.append(" ")
     console.print(key)
@@ -124,7 +130,12 @@ def draw_png(rows: Sequence[Row], makespan: float, path: str) -> None:
             kind, width = _kind(event), event.end - event.start
             seen.add(kind)
             axes.barh(
-                y, width, left=event.start, height=0.8, color=_STYLES[kind][1], edgecolor="white"
+                y,
+                width,
+                left=event.start,
+                height=0.8,
+                color=COMPUTE_COLORS[kind],
+                edgecolor="white",
             )
             axes.text(
                 event.start + width / 2,
@@ -141,7 +152,9 @@ def draw_png(rows: Sequence[Row], makespan: float, path: str) -> None:
     axes.set_xlabel("time")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
-    patches = [Patch(color=_STYLES[kind][1], label=_NAMES[kind]) for kind in _NAMES if kind in seen]
+    patches = [
+        Patch(color=COMPUTE_COLORS[kind], label=_NAMES[kind]) for kind in _NAMES if kind in seen
+    ]
     axes.legend(
         handles=patches, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(patches), frameon=False
     )

@@ -91,6 +91,12 @@ def timeline_file(folder: Path, rank: int) -> Path:
     return folder / f"timeline-rank-{rank:05}.json"
 
 
+def timeline_files(folder: Path) -> list[Path]:
+    """What to read of a folder: the ranks' timelines as one, or, where there is none, each."""
+    merged = folder / MERGED
+    return [merged] if merged.is_file() else sorted(folder.glob("timeline-rank-*.json"))
+
+
 def profile_file(folder: Path, rank: int) -> Path:
     """Where the trace of torch's profiler of a rank stands."""
     return folder / f"profile-rank-{rank:05}.json"

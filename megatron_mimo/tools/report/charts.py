@@ -1,0 +1,204 @@
+"""Curves as interactive charts, drawn in the browser by plotly."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from megatron_mimo.tools.curves import Curve
+
+BLUE, ORANGE, GREEN, RED = "#3b6fb6", "#d9822b", "#2a7d4f", "#c0392b"
+_BUCKETS = 500
+_HEIGHT = 300
+# Below, 1e-5 reads better than 10 µ.
+_SMALL = 1e-2
+_BY_ITERATION = "by-iteration"
+# Charts over iterations zoom together, and those that were folded away learn how wide they are.
+_SCRIPT = """
+document.addEventListener("DOMContentLoaded", () => {
+  const charts = [...document.querySelectorAll(".by-iteration .plotly-graph-div")];
+  let follows = false;
+  charts.forEach(chart => chart.on("plotly_relayout", change => {
+    if (follows) return;
+    const range = [change["xaxis.range[0]"], change["xaxis.range[1]"]];
+    const update = change["xaxis.autorange"] ? {"xaxis.autorange": true}
+      : range[0] === undefined ? null : {"xaxis.range": range};
+    if (update === null) return;
+    follows = true;
+    Promise.all(charts.filter(other => other !== chart && other.offsetWidth)
+      .map(other => Plotly.relayout(other, update))).finally(() => { follows = false; });
+  }));
+  document.querySelectorAll("details").forEach(folded => folded.addEventListener("toggle", () =>
+    folded.querySelectorAll(".plotly-graph-div").forEach(chart => Plotly.Plots.resize(chart))));
+});
+"""
+STYLE = """
+  .charts { display: grid; gap: 1.5rem;
+            grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); }
+  .charts.wide { grid-template-columns: repeat(auto-fill, minmax(min(39rem, 100%), 1fr)); }
+  .charts > figure { min-width: 0; }
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One curve of a chart.
+
+    Attributes:
+        label: In words.
+        curve: To draw.
+        color: CSS.
+        marked: Draw its points, as of a curve that has few.
+    """
+
+    label: str
+    curve: Curve
+    color: str
+    marked: bool = False
+
+
+def head() -> str:
+    """What a page with charts needs in its head."""
+    return f"<script>{get_plotlyjs()}</script>\n<script>{_SCRIPT}</script>"
+
+
+def lines_chart(
+    title: str, lines: Sequence[Line], *, unit: str, resumes: Sequence[int] = (), log: bool = False
+) -> str:
+    """Curves over iterations.
+
+    Args:
+        title: Above it.
+        lines: To draw, those with many points thinned out.
+        unit: Of the values; empty for a ratio or a count.
+        resumes: Iterations behind which the run was started again.
+        log: Draw values on a logarithmic axis; a button switches it.
+    """
+    figure = go.Figure()
+    for line in lines:
+        thinned = thin(line.curve)
+        figure.add_scatter(
+            x=np.array(list(thinned), dtype=np.int32),
+            y=np.array(list(thinned.values()), dtype=np.float32),
+            name=line.label,
+            mode="lines+markers" if line.marked or len(thinned) == 1 else "lines",
+            line={"color": line.color, "width": 1.7},
+        )
+    if log:
+        _switch_scale(figure)
+    return _by_iteration(figure, title, unit, resumes)
+
+
+def stack_chart(
+    title: str, parts: Sequence[Line], *, unit: str, resumes: Sequence[int] = ()
+) -> str:
+    """Curves over iterations, one on top of the other; many points are drawn as means of some."""
+    figure = go.Figure()
+    for part in parts:
+        averaged = average(part.curve)
+        figure.add_scatter(
+            x=np.array(list(averaged), dtype=np.int32),
+            y=np.array(list(averaged.values()), dtype=np.float32),
+            name=part.label,
+            mode="lines",
+            line={"color": part.color, "width": 0.5},
+            stackgroup="all",
+        )
+    return _by_iteration(figure, title, unit, resumes)
+
+
+def thin(curve: Curve, buckets: int = _BUCKETS) -> Curve:
+    """Points that draw the same picture: the first, last, least and most of each of some buckets.
+
+    That is M4 (Jugel et al., "M4: A Visualization-Oriented Time Series Data Aggregation", 2014);
+    no spike is lost. Curves with few points stay as they are.
+
+    Args:
+        curve: Iterations ascending.
+        buckets: Of as many neighbouring points each.
+    """
+    if len(curve) <= 4 * buckets:
+        return curve
+    kept: dict[int, float] = {}
+    for bucket in _buckets(curve, buckets):
+        low = min(bucket, key=lambda point: point[1])
+        high = max(bucket, key=lambda point: point[1])
+        kept |= dict(sorted({bucket[0], low, high, bucket[-1]}))
+    return kept
+
+
+def average(curve: Curve, buckets: int = _BUCKETS) -> Curve:
+    """Means of some buckets, each at its last iteration; curves with few points as they are."""
+    if len(curve) <= buckets:
+        return curve
+    return {
+        bucket[-1][0]: float(np.mean([value for _, value in bucket]))
+        for bucket in _buckets(curve, buckets)
+    }
+
+
+def show(figure: go.Figure, title: str, *, kind: str = "", height: int = _HEIGHT) -> str:
+    """A figure as HTML, below its title.
+
+    Args:
+        figure: To draw.
+        title: Also its name for those who do not see it.
+        kind: Class of the element.
+        height: Pixels.
+    """
+    figure.update_layout(
+        template="plotly_white",
+        height=height,
+        margin={"l": 60, "r": 10, "t": 10, "b": 40},
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
+        font={"family": "system-ui, sans-serif", "size": 12},
+        hoverlabel={"namelength": -1},
+    )
+    drawn: str = figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        config={"displayModeBar": False, "responsive": True},
+    )
+    return f'<figure class="{kind}" aria-label="{title}"><h3>{title}</h3>{drawn}</figure>'
+
+
+def _by_iteration(figure: go.Figure, title: str, unit: str, resumes: Sequence[int]) -> str:
+    for iteration in resumes:
+        figure.add_vline(x=iteration + 0.5, line={"color": "#9aa1a8", "dash": "dot", "width": 1})
+    figure.update_layout(hovermode="x unified", showlegend=len(figure.data) > 1)
+    figure.update_xaxes(title="iteration", title_standoff=5)
+    least = min((float(np.nanmax(np.abs(trace.y))) for trace in figure.data), default=1.0)
+    figure.update_yaxes(title=unit or None, exponentformat="e" if least < _SMALL else "SI")
+    return show(figure, title, kind=_BY_ITERATION)
+
+
+def _switch_scale(figure: go.Figure) -> None:
+    positive = all(np.all(trace.y > 0) for trace in figure.data)
+    buttons = [
+        {"label": kind, "method": "relayout", "args": [{"yaxis.type": kind}]}
+        for kind in ("log", "linear")
+    ]
+    figure.update_yaxes(type="log" if positive else "linear")
+    if positive:
+        figure.update_layout(
+            updatemenus=[
+                {
+                    "type": "buttons",
+                    "direction": "right",
+                    "buttons": buttons,
+                    **{"x": 1, "xanchor": "right", "y": 1, "yanchor": "top"},
+                    "pad": {"t": 4, "r": 4},
+                    "font": {"size": 10},
+                }
+            ]
+        )
+
+
+def _buckets(curve: Mapping[int, Any], number: int) -> list[list[tuple[int, float]]]:
+    """Neighbouring points, as many in each bucket."""
+    size = -(-len(curve) // number)
+    return [list(bucket) for bucket in itertools.batched(curve.items(), size)]
