@@ -171,13 +171,13 @@ def _by_iteration(figure: go.Figure, title: str, unit: str, resumes: Sequence[in
         figure.add_vline(x=iteration + 0.5, line={"color": "#9aa1a8", "dash": "dot", "width": 1})
     figure.update_layout(hovermode="x unified", showlegend=len(figure.data) > 1)
     figure.update_xaxes(title="iteration", title_standoff=5)
-    least = min((float(np.nanmax(np.abs(trace.y))) for trace in figure.data), default=1.0)
-    figure.update_yaxes(title=unit or None, exponentformat="e" if least < _SMALL else "SI")
+    most = max(np.max(np.abs(y), where=np.isfinite(y), initial=0) for y in _values(figure))
+    figure.update_yaxes(title=unit or None, exponentformat="e" if most < _SMALL else "SI")
     return show(figure, title, kind=_BY_ITERATION)
 
 
 def _switch_scale(figure: go.Figure) -> None:
-    positive = all(np.all(trace.y > 0) for trace in figure.data)
+    positive = all(np.all(y > 0) for y in _values(figure))
     buttons = [
         {"label": kind, "method": "relayout", "args": [{"yaxis.type": kind}]}
         for kind in ("log", "linear")
@@ -196,6 +196,10 @@ def _switch_scale(figure: go.Figure) -> None:
                 }
             ]
         )
+
+
+def _values(figure: go.Figure) -> list[Any]:
+    return [np.asarray(trace.y) for trace in figure.data]
 
 
 def _buckets(curve: Mapping[int, Any], number: int) -> list[list[tuple[int, float]]]:

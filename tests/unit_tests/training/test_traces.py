@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mimo.schedule.actions import Action, Kind, Module
-from megatron_mimo.schedule.laps import Lap, Phase
+from megatron_mimo.schedule.laps import Label, Lap, Phase
 from megatron_mimo.training.traces import (
     chrome_trace,
     merge_timelines,
@@ -22,8 +22,12 @@ LAPS = [
 ]
 
 
+def part(what: Label) -> str:
+    return "compute" if isinstance(what, Action) else "other"
+
+
 def test_a_lap_is_an_event_in_microseconds() -> None:
-    trace = chrome_trace(2, "llm dp 0", LAPS, offset=-10.0)
+    trace = chrome_trace(2, "llm dp 0", LAPS, -10.0, part)
     events = trace["traceEvents"]
     names = {e["name"]: e["args"] for e in events if e["ph"] == "M"}
     assert names["process_name"] == {"name": "rank 2: llm dp 0"}
@@ -34,7 +38,13 @@ def test_a_lap_is_an_event_in_microseconds() -> None:
         ("llm forward 3", 5e5, 2.5e5),
         ("data", 1e6, 2.5e5),
     ]
-    assert actions[1]["args"] == {"iteration": 7, "module": "llm", "microbatch": 3}
+    assert actions[0]["args"] == {"iteration": 7, "part": "other"}
+    assert actions[1]["args"] == {
+        "iteration": 7,
+        "part": "compute",
+        "module": "llm",
+        "microbatch": 3,
+    }
     steps = [(e["name"], e["ts"], e["dur"]) for e in events if e["ph"] == "X" and e["tid"] == 1]
     assert steps == [("iteration 7", 0.0, 7.5e5), ("iteration 8", 1e6, 2.5e5)]
 
@@ -42,7 +52,7 @@ def test_a_lap_is_an_event_in_microseconds() -> None:
 def test_timelines_merge_without_those_of_other_runs(tmp_path: Path) -> None:
     for rank in range(3):
         path = timeline_file(tmp_path / "traces", rank)
-        write_trace(path, chrome_trace(rank, "any", LAPS, 0.0))
+        write_trace(path, chrome_trace(rank, "any", LAPS, 0.0, part))
     merged = merge_timelines(tmp_path / "traces", [2, 0, 5])
     events = json.loads(merged.read_text())["traceEvents"]
     assert sorted({event["pid"] for event in events}) == [0, 2]
