@@ -115,9 +115,12 @@ def test_only_what_was_logged_is_drawn(tmp_path: Path) -> None:
     assert "Utilisation" in found["Speed"] and "Tokens" not in found["Speed"]
     assert "Balance, data and memory" not in found
     assert "skipped samples 0" in " ".join(text(found["In short"]).split())
-    assert "Skipped samples so far" in by_name(
-        write_run(tmp_path / "other", **{"data/skipped samples": 3}), []
-    )["Balance, data and memory"]
+    assert (
+        "Skipped samples so far"
+        in by_name(write_run(tmp_path / "other", **{"data/skipped samples": 3}), [])[
+            "Balance, data and memory"
+        ]
+    )
 
 
 def test_values_that_are_not_finite_do_no_harm(tmp_path: Path) -> None:
