@@ -144,30 +144,30 @@ def _find(path: Path) -> list[Path]:
 
 
 def _json_entries(path: Path) -> Iterator[_Entry]:
-    text = path.read_text(encoding="utf-8")
-    lines = text.splitlines()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            iteration = int(entry.pop("iteration"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number == len(lines) and not text.endswith("\n"):
-                # A run that is still writing, or was killed while it was.
-                return
-            raise ValueError(
-                f"{path}, line {number}: expected an object with an iteration, as a run writes it"
-            ) from error
-        yield _Entry(
-            iteration,
-            {
-                # What is not finite is null there.
-                TAGS.get(name, name): math.nan if value is None else float(value)
-                for name, value in entry.items()
-                if isinstance(value, float | int | None)
-            },
-        )
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                iteration = int(entry.pop("iteration"))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if not line.endswith("\n"):
+                    # A run that is still writing, or was killed while it was.
+                    return
+                raise ValueError(
+                    f"{path}, line {number}: expected an object with an iteration, as a run "
+                    f"writes it"
+                ) from error
+            yield _Entry(
+                iteration,
+                {
+                    # What is not finite is null there.
+                    TAGS.get(name, name): math.nan if value is None else float(value)
+                    for name, value in entry.items()
+                    if isinstance(value, float | int | None)
+                },
+            )
 
 
 def _event_entries(path: Path) -> Iterator[_Entry]:
