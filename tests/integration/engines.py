@@ -131,12 +131,14 @@ def mock_data(*, text_only_fraction=0.0, micro_batch_size=1, global_batch_size=8
 
 
 def micro_batch_size(chosen, global_batch_size):
-    """Two microbatches, or one sample each where a pipeline or several lanes divide the batch.
+    """For two microbatches of a lane, three where stages form a pipeline.
 
-    Each collective of a tensor-parallel layer costs a change of process on two cores.
+    In models so small a microbatch takes as long whatever its size, and each collective of a
+    tensor-parallel layer costs a change of process on two cores.
     """
-    alone = chosen.world_size > 1 and chosen.llm.dp * chosen.llm.pp == 1
-    return global_batch_size // 2 if alone else 1
+    stages = [grid.pp for grid in chosen.grids]
+    wanted = 3 if max(stages) > 1 else 2
+    return max(1, global_batch_size // chosen.llm.dp // wanted)
 
 
 def mock_loader(chosen, config):

@@ -21,8 +21,8 @@ from tests.integration.engines import (
 STEPS = 50
 # Of what varies beside the layout: the curves part at once, or not at all.
 FEWER_STEPS = 20
-# Divides by 1, 2 and 3 lanes.
-GLOBAL_BATCH_SIZE = 6
+# Divides by 1, 2 and 3 lanes, with two or three microbatches for each.
+GLOBAL_BATCH_SIZE = 12
 
 ONE_RANK = layout({}, {})
 LAYOUTS = {
@@ -57,16 +57,13 @@ def curve(
     chosen: Layout, data: dict[str, Any], engine: dict[str, Any], steps: int = FEWER_STEPS
 ) -> list[list[float]]:
     """Train on mock data; (loss, gradient norm, encoder's norm) of each step on this rank."""
+    size = micro_batch_size(chosen, GLOBAL_BATCH_SIZE)
     from megatron_mimo.training.step import train_step
 
     built = small_engine(chosen, steps=STEPS, **engine)
     loader = mock_loader(
         chosen,
-        mock_data(
-            global_batch_size=GLOBAL_BATCH_SIZE,
-            micro_batch_size=micro_batch_size(chosen, GLOBAL_BATCH_SIZE),
-            **data,
-        ),
+        mock_data(global_batch_size=GLOBAL_BATCH_SIZE, **{"micro_batch_size": size} | data),
     )
     return [point(built, train_step(built, loader, i + 1, GLOBAL_BATCH_SIZE)) for i in range(steps)]
 
@@ -127,7 +124,9 @@ def test_text_only_samples_change_nothing(
     name: str, run_ranks: Callable[..., list], one_rank: Reference
 ) -> None:
     chosen = LAYOUTS[name]
-    found = run_ranks(chosen.world_size, curve, chosen, {"text_only_fraction": 0.5}, {})
+    # One by one, so that whole microbatches are without an image.
+    data = {"text_only_fraction": 0.5, "micro_batch_size": 1}
+    found = run_ranks(chosen.world_size, curve, chosen, data, {})
     assert_same(found, one_rank(0.5))
 
 
@@ -137,7 +136,9 @@ def test_run_ahead_changes_nothing(
     name: str, run_ahead: int, run_ranks: Callable[..., list], one_rank: Reference
 ) -> None:
     chosen = LAYOUTS[name]
-    found = run_ranks(chosen.world_size, curve, chosen, {}, {"run_ahead": run_ahead})
+    # More microbatches than the encoder may be ahead.
+    data = {"micro_batch_size": 2}
+    found = run_ranks(chosen.world_size, curve, chosen, data, {"run_ahead": run_ahead})
     assert_same(found, one_rank())
 
 
