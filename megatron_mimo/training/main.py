@@ -92,7 +92,11 @@ def _train(
     metrics = None
     if context.rank == resolved.layout.logging_rank:
         # Before the model: a full disk should not cost the time to build one.
-        metrics = MetricsLogger(resolved.train_iters, resolved.config.watching.tensorboard_dir)
+        metrics = MetricsLogger(
+            resolved.train_iters,
+            resolved.config.watching.tensorboard_dir,
+            save=resolved.config.checkpoints.save,
+        )
     trainer = build_trainer(resolved, context)
     loader = _recorded(trainer, resolved)
     # What was built lives on; looking through it again and again would hold steps up.
