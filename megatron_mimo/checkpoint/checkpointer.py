@@ -12,16 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_mimo.checkpoint import folder as folders
 from megatron_mimo.checkpoint.agreement import check_whole, compare, listed, on_first_rank
-from megatron_mimo.checkpoint.config import LoadConfig, SaveConfig
+from megatron_mimo.checkpoint.config import LoadConfig, ReaderSaveConfig, SaveConfig
 from megatron_mimo.checkpoint.progress import Progress
-from megatron_mimo.checkpoint.saving import Contents, Target, stored_bytes, write_checkpoint
+from megatron_mimo.checkpoint.saving import (
+    Contents,
+    Target,
+    stored_bytes,
+    stored_value,
+    write_checkpoint,
+)
 from megatron_mimo.checkpoint.tensors import optimizer_tensors, reads, writes
 from megatron_mimo.model.mimo import MimoModel
 from megatron_mimo.optim.mimo_optimizer import MimoOptimizer
@@ -96,20 +101,28 @@ class Checkpointer:
         parts: What is saved.
         config: Where and how.
         flags: Of the run, for `args` in the checkpoint.
+        readers: Where the positions of the readers go as well, each time; None for nowhere else.
 
     Raises:
-        ValueError: The folder cannot be written, or another run saves there.
+        ValueError: A folder cannot be written, or another run saves there.
     """
 
-    def __init__(self, parts: TrainedParts, config: SaveConfig, flags: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        parts: TrainedParts,
+        config: SaveConfig,
+        flags: Mapping[str, Any],
+        readers: ReaderSaveConfig | None = None,
+    ) -> None:
         self._parts = parts
         self._config = config
+        self._readers = readers
         self._flags = dict(flags)
         self._group = dist.new_group(backend="gloo", group_desc="checkpoints")
         self._writer = ShardedWriter(dist.get_rank())
         self._copy = HostCopy()
         self._running: _Running | None = None
-        self._lock: folders.SaveLock | None = None
+        self._locks: list[folders.SaveLock] = []
         self._last: int | None = None
         on_first_rank(parts.topology.control, self._take_lock)
         if config.in_background:
@@ -148,7 +161,12 @@ class Checkpointer:
             common=self._common(progress) if dist.get_rank() == 0 else b"",
             lanes=pickle.dumps(loader),
         )
-        target = Target(root, progress.iteration, self._config.keep_last)
+        target = Target(
+            root,
+            progress.iteration,
+            self._config.keep_last,
+            None if self._readers is None else self._readers.root,
+        )
         saving = partial(write_checkpoint, contents, target, self._writer, self._group)
         self._running = _Running(progress.iteration, start, Future())
         self._last = progress.iteration
@@ -201,12 +219,13 @@ class Checkpointer:
 
     def close(self) -> None:
         """Let another run save there."""
-        if self._lock is not None:
-            self._lock.release()
+        for lock in self._locks:
+            lock.release()
 
     def _take_lock(self) -> None:
-        self._lock = folders.SaveLock(self._config.root)
-        folders.put_back(self._config.root)
+        self._locks.append(folders.take(self._config.root))
+        if self._readers is not None:
+            self._locks.append(folders.take(self._readers.root, flag="--dataloader-save"))
 
     def _copied(self, parts: Sequence[Stored]) -> list[Stored]:
         """Parts whose tensors training does not change; objects are made for each save."""
@@ -281,7 +300,7 @@ def load(parts: TrainedParts, config: LoadConfig) -> Loaded | None:
     start, folder = time.perf_counter(), folders.iteration_folder(root, iteration)
     logger.info("loading distributed checkpoint from %s at iteration %d", root, iteration)
     check_whole(folder, control)
-    common = _read_object(folder / folders.COMMON)
+    common = stored_value(folder / folders.COMMON)
     tensors, objects = stored_tensors(folder)
     with_optimizer = config.optimizer and not config.finetune
     states = parts.optimizer.param_states()
@@ -326,7 +345,7 @@ def load(parts: TrainedParts, config: LoadConfig) -> Loaded | None:
     )
     return Loaded(
         Progress(iteration, common["consumed_train_samples"]),
-        _read_object(folder / folders.LOADER),
+        stored_value(folder / folders.LOADER),
     )
 
 
@@ -367,11 +386,3 @@ def _rng(spec: Any, rank: int, state: Any) -> ShardedObject:
     """A rank's random state, by its place on a module's grid."""
     place = rank - spec.offset
     return ShardedObject(f"rng_state.{spec.name}", state, (spec.size,), (place,), replica_id=0)
-
-
-def _read_object(path: Path) -> Any:
-    try:
-        # Its checksum was compared: it is what a run of ours has written.
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error

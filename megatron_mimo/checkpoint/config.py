@@ -26,6 +26,21 @@ class SaveConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReaderSaveConfig:
+    """Where and when the positions of the readers are written by themselves.
+
+    Attributes:
+        root: Their folder.
+        interval: Iterations between them; None saves at the end only.
+        keep_last: How many to keep; None keeps all.
+    """
+
+    root: Path
+    interval: int | None = None
+    keep_last: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoadConfig:
     """What is loaded.
 

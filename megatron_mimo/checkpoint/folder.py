@@ -54,8 +54,12 @@ def staging_folder(root: Path, iteration: int, token: str) -> Path:
     return root / f"{_STAGED}{iteration:07d}-{token}"
 
 
-def latest_iteration(root: Path) -> int | None:
+def latest_iteration(root: Path, *, flag: str = "--save") -> int | None:
     """What the tracker says; None when nothing has been saved there.
+
+    Args:
+        root: Of the checkpoints.
+        flag: That writes there, for errors.
 
     Raises:
         ValueError: The tracker is no number, or names a checkpoint that is not there.
@@ -75,10 +79,15 @@ def latest_iteration(root: Path) -> int | None:
     if not iteration_folder(root, int(text)).is_dir():
         raise ValueError(
             f"{tracker} names iteration {text}, and {iteration_folder(root, int(text))} is not "
-            f"there: write one of {_names(root)} into it, or go on with --save {root}, which puts "
+            f"there: write one of {_names(root)} into it, or go on with {flag} {root}, which puts "
             f"back what a run left half replaced"
         )
     return int(text)
+
+
+def is_iteration(folder: Path) -> bool:
+    """Whether a path is that of one iteration's folder, by its name."""
+    return _FINISHED.fullmatch(folder.name) is not None
 
 
 def checksum(path: Path) -> Checksum:
@@ -218,19 +227,20 @@ class SaveLock:
 
     Args:
         root: Of the checkpoints; made when it is not there.
+        flag: That names it, for errors.
 
     Raises:
         ValueError: The folder cannot be written, or another run saves there.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, flag: str = "--save") -> None:
         path = root / _LOCK
         try:
             root.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise ValueError(
-                f"--save {root} cannot be written ({error.strerror}): choose another folder, or "
+                f"{flag} {root} cannot be written ({error.strerror}): choose another folder, or "
                 f"make this one writable"
             ) from error
         # A process forked from this one, such as a data reader, must not hold the folder after it.
@@ -241,7 +251,7 @@ class SaveLock:
             holder = os.read(self._descriptor, 200).decode(errors="replace").strip()
             self._close()
             raise ValueError(
-                f"--save {root}: another run saves there ({holder}): end it, or choose another "
+                f"{flag} {root}: another run saves there ({holder}): end it, or choose another "
                 f"folder"
             ) from None
         except OSError:
@@ -258,6 +268,17 @@ class SaveLock:
     def release(self) -> None:
         """Let another run save there."""
         self._close()
+
+
+def take(root: Path, *, flag: str = "--save") -> SaveLock:
+    """Keep other runs out of a folder, and put it in order.
+
+    Raises:
+        ValueError: As `SaveLock`.
+    """
+    lock = SaveLock(root, flag=flag)
+    put_back(root)
+    return lock
 
 
 def put_back(root: Path) -> None:

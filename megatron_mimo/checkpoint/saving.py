@@ -1,4 +1,4 @@
-"""One save, from what a rank holds to the checkpoint that all may load; in whichever thread."""
+"""One save, from what ranks hold to the folder that all may load; in whichever thread."""
 
 import io
 import pickle
@@ -39,11 +39,13 @@ class Target:
         root: Folder of the checkpoints.
         iteration: That it was taken after.
         keep_last: How many checkpoints to keep; None keeps all.
+        readers: Folder that the positions of the readers go to as well; None for none.
     """
 
     root: Path
     iteration: int
     keep_last: int | None
+    readers: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +90,16 @@ def write_checkpoint(
     def publish() -> list[Path]:
         found: list[_Share] = results(shares)
         writer.describe([share.written for share in found], staged)
-        lanes = _merged([share.lanes for share in found])
-        loader = stored_bytes({"lanes": lanes, "num_lanes": len(lanes)})
+        loader = _positions([share.lanes for share in found])
         (staged / folders.LOADER).write_bytes(loader)
         folders.seal(staged, {name: c for share in found for name, c in share.checksums.items()})
+        if target.readers is not None:
+            # First, and older ones are kept until the checkpoint is there: whichever checkpoint a
+            # run that dies in between leaves behind, the position that belongs to it is there.
+            _publish_positions(loader, target.readers, target.iteration)
         folders.publish(staged, target.root, target.iteration)
+        if target.readers is not None:
+            folders.prune(target.readers, target.keep_last)
         return folders.prune(target.root, target.keep_last)
 
     removed: list[Path] = on_first_rank(group, publish, failed)
@@ -100,11 +107,62 @@ def write_checkpoint(
     return removed
 
 
+def write_positions(lanes: bytes, target: Target, group: dist.ProcessGroup) -> list[Path]:
+    """Write the positions of the readers alone and publish them. Collective over the world.
+
+    Args:
+        lanes: As `Contents.lanes`.
+        target: The same on all ranks.
+        group: The world, on the host.
+
+    Returns:
+        On every rank, the older ones that were removed.
+
+    Raises:
+        RuntimeError: On every rank: they could not be written; those before are untouched.
+    """
+    shares = outcomes(group, lambda: lanes)
+
+    def publish() -> list[Path]:
+        _publish_positions(_positions(results(shares)), target.root, target.iteration)
+        return folders.prune(target.root, target.keep_last)
+
+    removed: list[Path] = on_first_rank(
+        group, publish, f"iteration {target.iteration}; what was saved before is whole"
+    )
+    return removed
+
+
+def _publish_positions(loader: bytes, root: Path, iteration: int) -> None:
+    """Write `loader.pt` of an iteration; on one rank."""
+    try:
+        folders.prune(root, None)
+        staged = folders.staging_folder(root, iteration, uuid.uuid4().hex[:8])
+        staged.mkdir()
+        (staged / folders.LOADER).write_bytes(loader)
+        folders.seal(staged, {})
+        folders.publish(staged, root, iteration)
+    except OSError as error:
+        raise OSError(f"--dataloader-save {root} could not be written: {error}") from error
+
+
 def stored_bytes(value: Any) -> bytes:
     """Of a small file. A full disk is then met by a plain write, not within torch's writer."""
     content = io.BytesIO()
     torch.save(value, content)
     return content.getvalue()
+
+
+def stored_value(path: Path) -> Any:
+    """What `stored_bytes` made, from a file whose checksum was compared.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _stage(target: Target, common: bytes) -> Path:
@@ -115,8 +173,9 @@ def _stage(target: Target, common: bytes) -> Path:
     return staged
 
 
-def _merged(parts: Sequence[bytes]) -> dict[int, Any]:
-    merged: dict[int, Any] = {}
+def _positions(parts: Sequence[bytes]) -> bytes:
+    """Of all lanes, as `loader.pt` has them."""
+    lanes: dict[int, Any] = {}
     for part in parts:
-        merged |= pickle.loads(part)  # noqa: S301 (of our own ranks)
-    return merged
+        lanes |= pickle.loads(part)  # noqa: S301 (of our own ranks)
+    return stored_bytes({"lanes": lanes, "num_lanes": len(lanes)})

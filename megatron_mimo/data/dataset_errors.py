@@ -71,5 +71,5 @@ def unfit_state(path: str, error: Exception) -> str:
     return (
         f"--data-path {path}: the checkpoint's readers stood where this run's cannot go on "
         f"({reason}): keep the dataset, --shuffle-buffer-size and --packing-buffer-size as they "
-        f"were, or begin anew with --finetune"
+        f"were, or begin anew with --finetune and without --dataloader-load"
     )

@@ -403,14 +403,14 @@ def worker_positions(
     if any("workers" not in state for state in lanes):
         raise ValueError(
             f"{where}: the checkpoint's data was not read with energon; use --finetune to begin "
-            f"with this dataset"
+            f"with this dataset, and no --dataloader-load"
         )
     before = tuple(lanes[0]["num_samples"])
     if before != split.num_samples:
         raise ValueError(
             f"{where} has {_listed(split.num_samples)} samples, and had {_listed(before)} when "
             f"the checkpoint was written: keep the dataset as it was, or begin anew with "
-            f"--finetune"
+            f"--finetune and without --dataloader-load"
         )
     positions = {
         worker: Position(**position)

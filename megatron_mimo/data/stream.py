@@ -74,8 +74,15 @@ class IndexedStream(Iterator[Draw]):
         """Go on; samples are shared out anew when the number of lanes has changed.
 
         Raises:
-            ValueError: Lanes have drawn unequal numbers, or their sum does not divide.
+            ValueError: Lanes have drawn unequal numbers, their sum does not divide, or they read
+                a dataset.
         """
+        if any("drawn" not in state for state in lanes):
+            raise ValueError(
+                "--dataset-provider mock cannot go on: the checkpoint's data was read with "
+                "energon; begin anew with --finetune and without --dataloader-load, or give the "
+                "dataset"
+            )
         drawn = [state["drawn"] for state in lanes]
         if len(lanes) == self._num_lanes:
             self._drawn = drawn[lane]

@@ -1,5 +1,7 @@
 """What can be said of flags by themselves: ranges, and flags that would do nothing together."""
 
+import os
+
 from megatron_mimo.training.config import (
     CheckpointSection,
     DataSection,
@@ -31,7 +33,7 @@ def check(config: TrainConfig) -> None:
     _check_prompt(config.model)
     _check_data_source(config.data)
     _check_sequence_parallel(config.grids)
-    _check_checkpoints(config.checkpoints)
+    _check_checkpoints(config.checkpoints, config.data.dataloader_save)
     _check_first_weights(config.checkpoints, llm_only=config.grids.llm_only)
     _check_reduction(config.training)
 
@@ -152,7 +154,7 @@ def _check_reduction(training: TrainingSection) -> None:
             raise ValueError(f"{flag} without --overlap-grad-reduce: add it")
 
 
-def _check_checkpoints(checkpoints: CheckpointSection) -> None:
+def _check_checkpoints(checkpoints: CheckpointSection, readers: str | None) -> None:
     """Flags of saving without --save, and of loading without --load, would do nothing."""
     for flag, least in (
         ("--save-interval", checkpoints.save_interval),
@@ -160,16 +162,28 @@ def _check_checkpoints(checkpoints: CheckpointSection) -> None:
     ):
         if least is not None and least < 1:
             raise ValueError(f"{flag} is {least}: expected at least 1")
+    if readers is not None and checkpoints.save is not None:
+        if os.path.abspath(readers) == os.path.abspath(checkpoints.save):
+            raise ValueError(
+                f"--dataloader-save {readers} is the folder of --save, whose checkpoints say where "
+                f"the data stands anyway: name another folder, or leave it out"
+            )
     for needed, path, flags in (
+        (
+            "--save or --dataloader-save",
+            checkpoints.save or readers,
+            {
+                "--save-interval": checkpoints.save_interval is not None,
+                "--keep-last": checkpoints.keep_last is not None,
+            },
+        ),
         (
             "--save",
             checkpoints.save,
             {
-                "--save-interval": checkpoints.save_interval is not None,
                 "--no-save-optim": checkpoints.no_save_optim,
                 "--no-save-rng": checkpoints.no_save_rng,
                 "--async-save": checkpoints.async_save,
-                "--keep-last": checkpoints.keep_last is not None,
             },
         ),
         (

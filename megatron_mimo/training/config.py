@@ -187,6 +187,11 @@ class DataSection:
             left out: each has a sequence of its own.
         max_samples_per_sequence: Energon: training samples read from a shard in a row before
             jumping elsewhere; left out: 100.
+        dataloader_save: Write where the data stands there too, with each checkpoint; without
+            --save, every --save-interval iterations and at the end.
+        dataloader_load: Folder that --dataloader-save, or --save, has written: the data goes on
+            where it says, whatever --load says. The newest, or that of the iteration that --load
+            goes on from if it is there; a folder within, as in DIR/iter_0000100, chooses.
         max_bad_sample_fraction: Part of a lane's samples that may be broken, too long or without an
             answer, 0 to 1; more stop the run.
         validate_data_alignment: Check each step that both grids read the same samples.
@@ -203,6 +208,8 @@ class DataSection:
     shuffle_buffer_size: Number = None
     packing_buffer_size: Number = None
     max_samples_per_sequence: Number = None
+    dataloader_save: Folder = None
+    dataloader_load: Folder = None
     max_bad_sample_fraction: float = 0.05
     validate_data_alignment: bool = True
     sample_trace_dir: Folder = None
@@ -301,8 +308,10 @@ class CheckpointSection:
     """What is saved, and what a run begins with.
 
     Attributes:
-        save: Folder of the checkpoints to write; one is written at the end in any case.
-        save_interval: Iterations between checkpoints; left out: only at the end.
+        save: Folder of the checkpoints to write; one is written at the end in any case. Without
+            --tensorboard-dir, metrics.jsonl goes there too.
+        save_interval: Iterations between checkpoints, or what --dataloader-save writes; left out:
+            only at the end.
         load: Folder of checkpoints to go on from, the newest first; one without any starts anew.
         load_hf: Folder of a nemotron_h_omni model to begin with; what --load finds wins.
         load_nemotron_checkpoint: Megatron checkpoint of a Nemotron vision-language model whose
@@ -318,7 +327,7 @@ class CheckpointSection:
         dist_ckpt_optim_fully_reshardable: Save the optimizer's state so that any layout can load
             it; it always is.
         async_save: Train on while a checkpoint is written.
-        keep_last: Checkpoints to keep, the newest; left out: all.
+        keep_last: Checkpoints to keep, the newest, and as many of --dataloader-save; left out: all.
     """
 
     save: Folder = None

@@ -71,7 +71,7 @@ class TrainResult:
 
 
 class Checkpoints(Protocol):
-    """What the loop asks of a `Checkpointer`."""
+    """What a run asks of a `Checkpointer`, or of a `ReaderSaver`."""
 
     def is_due(self, iteration: int) -> bool:
         """Whether to save after an iteration."""
@@ -87,6 +87,10 @@ class Checkpoints(Protocol):
 
     def finish(self) -> None:
         """Publish what is still being written."""
+        ...
+
+    def close(self) -> None:
+        """Training has ended."""
         ...
 
 

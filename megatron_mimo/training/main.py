@@ -96,7 +96,11 @@ def _train(
     metrics = None
     if context.rank == resolved.layout.logging_rank:
         # Before the model: a full disk should not cost the time to build one.
-        metrics = MetricsLogger(resolved.train_iters, resolved.config.watching.tensorboard_dir)
+        metrics = MetricsLogger(
+            resolved.train_iters,
+            resolved.config.watching.tensorboard_dir,
+            save=resolved.config.checkpoints.save,
+        )
     trainer = build_trainer(resolved, context)
     if metrics is not None:
         metrics.log_start(start_record(resolved, context, trainer.loop.progress, argv, kernels))

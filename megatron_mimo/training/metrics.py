@@ -95,22 +95,32 @@ class MetricsLogger:
 
     Args:
         train_iters: Iterations of the whole run.
-        tensorboard_dir: Folder for event files and metrics.jsonl; None writes neither.
+        tensorboard_dir: Folder for event files and metrics.jsonl; None writes no event files.
         stream: Where log lines go; standard output when None.
+        save: Folder of --save, for metrics.jsonl where there is no other; None writes none.
 
     Raises:
         ValueError: The folder cannot be written to.
     """
 
     def __init__(
-        self, train_iters: int, tensorboard_dir: str | None, stream: TextIO | None = None
+        self,
+        train_iters: int,
+        tensorboard_dir: str | None,
+        stream: TextIO | None = None,
+        *,
+        save: str | None = None,
     ) -> None:
         self._train_iters = train_iters
-        self._folder = tensorboard_dir
+        self._where = f"--tensorboard-dir {tensorboard_dir}"
         self._events: EventFile | None = None
         self._file: TextIO | None = None
+        self._starts: Path | None = None
         if tensorboard_dir is not None:
-            self._open(Path(tensorboard_dir))
+            self._open(Path(tensorboard_dir), with_events=True)
+        elif save is not None:
+            self._where = f"--save {save}"
+            self._open(Path(save), with_events=False)
         self._console = Console(
             file=stream or sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True
         )
@@ -136,12 +146,9 @@ class MetricsLogger:
         Raises:
             RuntimeError: The disk is full or gone.
         """
-        if self._folder is None:
+        if self._starts is None:
             return
-        with (
-            self._named_errors(),
-            (Path(self._folder) / STARTS_FILE).open("a", encoding="utf-8") as file,
-        ):
+        with self._named_errors(), self._starts.open("a", encoding="utf-8") as file:
             file.write(start.to_json() + "\n")
 
     def log_iteration(self, metrics: IterationMetrics) -> None:
@@ -197,7 +204,7 @@ class MetricsLogger:
             if self._file is not None:
                 self._file.close()
 
-    def _open(self, folder: Path) -> None:
+    def _open(self, folder: Path, *, with_events: bool) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # A full disk lets files be made, not filled.
@@ -206,10 +213,12 @@ class MetricsLogger:
                 probe.flush()
                 os.fsync(probe.fileno())
             self._file = (folder / METRICS_FILE).open("a", buffering=1, encoding="utf-8")
-            self._events = EventFile(folder)
+            self._starts = folder / STARTS_FILE
+            if with_events:
+                self._events = EventFile(folder)
         except OSError as error:
             raise ValueError(
-                f"--tensorboard-dir {folder} cannot be written to: {error.strerror or error}; "
+                f"{self._where} cannot be written to: {error.strerror or error}; "
                 f"{_remedy(error)}name another folder"
             ) from error
 
@@ -239,7 +248,7 @@ class MetricsLogger:
             yield
         except OSError as error:
             raise RuntimeError(
-                f"cannot write metrics to --tensorboard-dir {self._folder}: "
+                f"cannot write metrics to {self._where}: "
                 f"{error.strerror or error}; {_remedy(error)}train without it"
             ) from error
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
-from megatron_mimo.checkpoint.config import LoadConfig, SaveConfig
+from megatron_mimo.checkpoint.config import LoadConfig, ReaderSaveConfig, SaveConfig
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.data.mock import check_image_rows
 from megatron_mimo.images import ImageConfig
@@ -83,6 +83,8 @@ class Resolved:
         train_iters: Iterations to train.
         save: What is saved; None for nothing.
         load: What the run begins with; None for fresh weights.
+        save_readers: Where the positions of the readers are saved by themselves; None for nowhere.
+        load_readers: Where the data goes on; None to go by `load`.
         folder: What the folder of --load-hf says; None without one.
         watch: What the run records of itself.
     """
@@ -100,6 +102,8 @@ class Resolved:
     train_iters: int
     save: SaveConfig | None
     load: LoadConfig | None
+    save_readers: ReaderSaveConfig | None
+    load_readers: Path | None
     folder: OmniConfig | None
     watch: WatchConfig
 
@@ -158,6 +162,8 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
         train_iters=train_iters,
         save=_save(filled.checkpoints),
         load=_load(filled.checkpoints),
+        save_readers=_save_readers(filled.data, filled.checkpoints),
+        load_readers=_path(filled.data.dataloader_load),
         folder=folder,
         watch=watch_config(filled.watching, layout, train_iters),
     )
@@ -318,6 +324,16 @@ def _load(checkpoints: CheckpointSection) -> LoadConfig | None:
         optimizer=not checkpoints.no_load_optim,
         scheduler=not checkpoints.no_load_scheduler,
         rng=not checkpoints.no_load_rng,
+    )
+
+
+def _save_readers(data: DataSection, checkpoints: CheckpointSection) -> ReaderSaveConfig | None:
+    if data.dataloader_save is None:
+        return None
+    return ReaderSaveConfig(
+        root=Path(data.dataloader_save),
+        interval=checkpoints.save_interval,
+        keep_last=checkpoints.keep_last,
     )
 
 
@@ -492,6 +508,10 @@ def _dealt(grid: str, architecture: ModelConfig) -> Iterator[tuple[str, str]]:
         for axis, fields in table.items():
             for field in fields:
                 yield axis, field
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def _or[T](value: T | None, *, default: T) -> T:

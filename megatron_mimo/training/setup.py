@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_mimo.checkpoint.checkpointer import Checkpointer, TrainedParts, load
+from megatron_mimo.checkpoint.checkpointer import Checkpointer, Loaded, TrainedParts, load
 from megatron_mimo.checkpoint.foreign import load_nemotron, load_vision
 from megatron_mimo.checkpoint.progress import Progress
+from megatron_mimo.checkpoint.readers import ReaderSaver, load_readers
 from megatron_mimo.data import (
     DataConfig,
     DataRole,
@@ -29,7 +30,7 @@ from megatron_mimo.runtime.peak import peak_tflops
 from megatron_mimo.training.config import CheckpointSection, ModelSection
 from megatron_mimo.training.engine import build_engine, data_role
 from megatron_mimo.training.foreign import load_folder
-from megatron_mimo.training.loop import LoopConfig
+from megatron_mimo.training.loop import Checkpoints, LoopConfig
 from megatron_mimo.training.observe import Observer, Speed
 from megatron_mimo.training.resolve import Resolved
 from megatron_mimo.training.step import Engine
@@ -57,7 +58,7 @@ class Trainer:
     role: DataRole
     tokenizer: Tokenizer
     loop: LoopConfig
-    checkpoints: Checkpointer | None = None
+    checkpoints: Checkpoints | None = None
     observer: Observer | None = None
 
     def eval_loader(self) -> StepLoader:
@@ -111,19 +112,11 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
         device=context.device,
     )
     parts = TrainedParts(engine.topology, engine.model, engine.optimizer, engine.scheduler)
-    checkpoints = None
-    if resolved.save is not None:
-        flags = {
-            name: value
-            for section in asdict(resolved.config).values()
-            for name, value in section.items()
-        }
-        checkpoints = Checkpointer(parts, resolved.save, flags)
+    checkpoints = _build_checkpoints(resolved, parts)
     loaded = None if resolved.load is None else load(parts, resolved.load)
     if loaded is None:
         _load_first_weights(parts, resolved.config.checkpoints)
-    if loaded is not None and loaded.loader is not None:
-        loader.restore(loaded.loader["lanes"])
+    _restore_readers(loader, resolved, parts, loaded)
     training, watching = resolved.config.training, resolved.config.watching
     progress = Progress(0, 0) if loaded is None else loaded.progress
     loop = LoopConfig(
@@ -145,6 +138,42 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
         checkpoints=checkpoints,
         observer=_build_observer(resolved, context, engine, source, tokenizer),
     )
+
+
+def _build_checkpoints(resolved: Resolved, parts: TrainedParts) -> Checkpoints | None:
+    """What saves; None where nothing is saved. Collective over the world."""
+    readers = resolved.save_readers
+    if resolved.save is None:
+        return None if readers is None else ReaderSaver(readers, parts.topology.control)
+    flags = {
+        name: value
+        for section in asdict(resolved.config).values()
+        for name, value in section.items()
+    }
+    return Checkpointer(parts, resolved.save, flags, readers)
+
+
+def _restore_readers(
+    loader: SharedLoader, resolved: Resolved, parts: TrainedParts, loaded: Loaded | None
+) -> None:
+    """Go on with the data where --dataloader-load says, else where the checkpoint does.
+
+    Raises:
+        ValueError: What is there is damaged, or does not fit this run's readers.
+    """
+    path = resolved.load_readers
+    if path is not None:
+        # With --finetune the model begins anew.
+        iteration = None if loaded is None or loaded.loader is None else loaded.progress.iteration
+        lanes = load_readers(path, iteration, parts.topology.control)
+        if lanes is not None:
+            try:
+                loader.restore(lanes)
+            except ValueError as error:
+                raise ValueError(f"--dataloader-load {path}: {error}") from error
+            return
+    if loaded is not None and loaded.loader is not None:
+        loader.restore(loaded.loader["lanes"])
 
 
 def _build_observer(

@@ -165,5 +165,8 @@ def test_a_run_in_samples_goes_on_with_another_batch(tmp_path: Path) -> None:
     assert "will not load any checkpoints" in first.stdout + first.stderr
     second = train(*flags, "--global-batch-size", "2")
     assert "trained 1 iterations after 2 on 10 samples" in second.stdout
+    entries = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["consumed_samples"] for entry in entries] == [8, 10]
+    assert not list(root.glob("events.*"))
     third = train(*flags, "--global-batch-size", "2")
     assert "trained 0 iterations after 3 on 10 samples" in third.stdout

@@ -122,49 +122,55 @@ def check_clocks(events: list[dict[str, Any]]) -> None:
             assert taken["ts"] + taken["dur"] > sent["ts"] - 3000
 
 
+def watched_parts(engine: Any, traces: Any = None) -> tuple[Any, ...]:
+    """Arguments of an `Observer` over a small engine."""
+    from megatron_mimo.data import ByteTokenizer
+    from megatron_mimo.model.flops import model_flops
+    from megatron_mimo.presets import model_config
+    from megatron_mimo.runtime import Device
+    from megatron_mimo.training.observe import Speed
+    from megatron_mimo.training.usage import UsageMeter
+    from megatron_mimo.training.watch_config import WatchConfig
+    from tests.integration.engines import small_parts
+
+    architecture, freeze, _ = small_parts()
+    return (
+        WatchConfig(measures=True, traces=traces),
+        engine.topology,
+        Device("cpu"),
+        UsageMeter(
+            topology=engine.topology,
+            vision=model_config("mock").vision,
+            row_bytes=4,
+            returns=True,
+        ),
+        Speed(
+            flops=lambda work: model_flops(
+                architecture,
+                freeze,
+                work,
+                vocab_size=ByteTokenizer.vocab_size,
+                seq_length=64,
+            ),
+            tokens_per_step=8 * 64,
+            peak_tflops=None,
+        ),
+        lambda: 0,
+    )
+
+
 def collectives(layout: Layout, watched: bool, steps: int) -> dict[str, int]:
     """Calls of torch.distributed in a rank's loop."""
     from collections import Counter
 
     import torch.distributed as dist
 
-    from megatron_mimo.data import ByteTokenizer
-    from megatron_mimo.model.flops import model_flops
-    from megatron_mimo.presets import model_config
-    from megatron_mimo.runtime import Device
     from megatron_mimo.training.loop import LoopConfig, train
-    from megatron_mimo.training.observe import Observer, Speed
-    from megatron_mimo.training.usage import UsageMeter
-    from megatron_mimo.training.watch_config import WatchConfig
-    from tests.integration.engines import mock_data, mock_loader, small_engine, small_parts
+    from megatron_mimo.training.observe import Observer
+    from tests.integration.engines import mock_data, mock_loader, small_engine
 
     engine = small_engine(layout)
-    architecture, freeze, _ = small_parts()
-    observer = None
-    if watched:
-        observer = Observer(
-            WatchConfig(measures=True),
-            engine.topology,
-            Device("cpu"),
-            UsageMeter(
-                topology=engine.topology,
-                vision=model_config("mock").vision,
-                row_bytes=4,
-                returns=True,
-            ),
-            Speed(
-                flops=lambda work: model_flops(
-                    architecture,
-                    freeze,
-                    work,
-                    vocab_size=ByteTokenizer.vocab_size,
-                    seq_length=64,
-                ),
-                tokens_per_step=8 * 64,
-                peak_tflops=None,
-            ),
-            lambda: 0,
-        )
+    observer = Observer(*watched_parts(engine)) if watched else None
     loader = mock_loader(layout, mock_data())
     counts: Counter[str] = Counter()
     names = [
@@ -206,6 +212,94 @@ def test_watching_adds_one_gather_per_log_interval(run_ranks: Callable[..., list
         assert "gather" not in without
         assert watched == without | {"gather": 2}
         assert without["all_reduce"] >= 6
+
+
+def calls_within_steps(layout: Layout, folder: str | None, steps: int) -> list[dict[str, int]]:
+    """Of each step of a rank: its collectives, and reads that would wait for a device.
+
+    Some reads dispatch an operator, others only call a method of a tensor; both are counted.
+    """
+    import threading
+    from collections import Counter
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron_mimo.training.loop import LoopConfig, train
+    from megatron_mimo.training.observe import Observer, Unobserved
+    from megatron_mimo.training.watch_config import TraceConfig
+    from tests.integration.engines import mock_data, mock_loader, small_engine
+
+    names = ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__", "__index__")
+    methods = {name: getattr(torch.Tensor, name) for name in names}
+    found: list[Counter[str]] = []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if func.namespace == "c10d" or func is torch.ops.aten._local_scalar_dense.default:
+                found[-1][str(func)] += 1
+            return func(*args, **(kwargs or {}))
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            # Readers draw the next step meanwhile, in a thread of their own.
+            found[-1][name] += threading.current_thread() is threading.main_thread()
+            return methods[name](self, *args, **kwargs)
+
+        return call
+
+    class Counting(Observer if folder else Unobserved):  # type: ignore[misc]
+        def begin_step(self, iteration: int) -> None:
+            found.append(Counter())
+            self.operators = Operators()
+            self.operators.__enter__()
+            for name in methods:
+                setattr(torch.Tensor, name, counted(name))
+            super().begin_step(iteration)
+
+        def end_step(self, iteration: int) -> None:
+            super().end_step(iteration)
+            for name, method in methods.items():
+                setattr(torch.Tensor, name, method)
+            self.operators.__exit__(None, None, None)
+
+    engine = small_engine(layout)
+    loader = mock_loader(layout, mock_data())
+    ranks = frozenset(range(layout.world_size))
+    traces = folder and TraceConfig(
+        folder=Path(folder),
+        first=1,
+        end=steps + 1,
+        timeline_ranks=ranks,
+        profile_ranks=frozenset(),
+    )
+    observer = Counting(*watched_parts(engine, traces)) if folder else Counting()
+    loop = LoopConfig(
+        train_iters=steps,
+        global_batch_size=8,
+        exit_interval=None,
+        log_interval=steps,
+        eval_interval=0,
+        eval_iters=1,
+    )
+    train(engine, loader, lambda: loader, loop, None, observer=observer)
+    return [dict(step) for step in found]
+
+
+def test_a_watched_step_neither_waits_nor_communicates_more(
+    run_ranks: Callable[..., list], tmp_path: Path
+) -> None:
+    """Measuring and tracing every rank, between the first line of a step and its last."""
+    steps = 3
+    off = run_ranks(3, calls_within_steps, LAYOUT, None, steps)
+    on = run_ranks(3, calls_within_steps, LAYOUT, str(tmp_path), steps)
+    assert len(list(tmp_path.glob("timeline-rank-*.json"))) == 3
+    assert on == off
+    for rank in off:
+        assert len(rank) == steps
+        # The step's own: what the ranks agree on before it, and the gradients' norm.
+        assert all(step["c10d.allreduce_.default"] >= 2 for step in rank)
+        assert all(step["tolist"] + step.get("item", 0) >= 1 for step in rank)
 
 
 def test_a_run_that_nobody_watches_records_nothing(

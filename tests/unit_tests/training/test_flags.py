@@ -24,7 +24,7 @@ FLAGS = """
     recompute-granularity recompute-modules bf16 fp16 fp32 loss-scale
     initial-loss-scale min-loss-scale loss-scale-window hysteresis init
     dataset-provider data-path num-workers loader-processes shuffle-buffer-size packing-buffer-size
-    max-samples-per-sequence
+    max-samples-per-sequence dataloader-save dataloader-load
     max-bad-sample-fraction validate-data-alignment
     sample-trace-dir mock-dataset-size image-seq-length text-only-fraction
     micro-batch-size global-batch-size train-iters train-samples seed exit-interval

@@ -177,6 +177,32 @@ def test_a_folder_that_is_a_file_is_refused_at_the_start(tmp_path: Path) -> None
     )
 
 
+def test_checkpoints_have_metrics_beside_them(tmp_path: Path) -> None:
+    """Without event files, and appended to by the run that goes on."""
+    for iteration in (5, 6):
+        metrics = MetricsLogger(20, None, io.StringIO(), save=str(tmp_path))
+        metrics.log_iteration(dataclasses.replace(FIFTH, iteration=iteration))
+        metrics.close("done")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert [line["iteration"] for line in lines(tmp_path)] == [5, 6]
+
+
+def test_event_files_have_the_only_metrics(tmp_path: Path) -> None:
+    logs, save = tmp_path / "logs", tmp_path / "save"
+    metrics = MetricsLogger(20, str(logs), io.StringIO(), save=str(save))
+    metrics.log_iteration(FIFTH)
+    metrics.close("done")
+    assert not save.exists()
+    assert scalars(logs) and lines(logs)
+
+
+def test_a_folder_of_checkpoints_that_is_a_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "taken"
+    path.write_text("")
+    with pytest.raises(ValueError, match=f"^--save {path} cannot be written to: File exists; name"):
+        MetricsLogger(20, None, io.StringIO(), save=str(path))
+
+
 # Fills the disk after a few events, by a limit on the size of files, which the kernel enforces
 # where it would enforce the end of the disk. ENOSPC in the message would need a small disk.
 ON_A_SMALL_DISK = """
