@@ -114,7 +114,7 @@ class ModelSection:
             selective; left out: core_attn.
         bf16: Parameters, activations and rows in bfloat16.
         fp16: Parameters, activations and rows in float16, with scaled losses.
-        fp32: Parameters, activations and rows in float32; the default.
+        fp32: Parameters, activations and rows in float32, as without --bf16 and --fp16.
         loss_scale: Fixed scale of the loss in float16; left out: it adapts.
         initial_loss_scale: First scale of the loss in float16.
         min_loss_scale: Least scale of the loss in float16.
