@@ -24,7 +24,7 @@ from megatron_mimo.tools.data_statistics import (
     draw_bars,
 )
 from megatron_mimo.training.config import CheckpointSection, File, Number, Switch, TrainConfig
-from megatron_mimo.training.flags import CommandLine
+from megatron_mimo.training.flags import CommandLine, to_yaml
 from megatron_mimo.training.resolve import resolve
 
 _MOST_SHARDS = 10
@@ -72,6 +72,9 @@ def run_inspect(path: str, line: InspectCommandLine) -> int:
         raise ValueError(f"--limit is {line.limit}: expected at least 1")
     if line.out is not None and not Path(line.out).absolute().parent.is_dir():
         raise ValueError(f"--out {line.out}: its folder does not exist")
+    if line.print_config:
+        sys.stdout.write(to_yaml(line.train))
+        return 0
     config, tokenizer = settings(path, line.train)
     statistics, shown = survey(config, tokenizer, line)
     for text in describe(statistics, config, line.split):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -218,6 +219,12 @@ def test_wrong_usage(
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err
+
+
+def test_the_flags_are_shown_on_request(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write({"a": {"json": text(text="A note.")}})
+    assert main(["data", "inspect", str(path), "--seq-length", "32", "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seq-length"] == 32
 
 
 def test_a_dataset_without_a_good_sample_is_a_failure(
