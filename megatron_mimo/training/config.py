@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import DisallowNone, FlagCreatePairsOff, UseAppendAction, arg
 
+# The names in `presets.PROVIDERS`, which would load torch.
+Preset = Literal["mock", "nemotron-moe-vlm-tiny", "nemotron-moe-vlm-20l", "nemotron-moe-vlm-54l"]
 # A switch that is off unless named; without a --no- twin.
 Switch = FlagCreatePairsOff[bool]
 # These may be left out; their documentation says what then holds.
@@ -124,9 +126,7 @@ class ModelSection:
             "topology-invariant" draws each parameter from (seed, name), whatever the layout.
     """
 
-    model_provider: Literal[
-        "mock", "nemotron-moe-vlm-tiny", "nemotron-moe-vlm-20l", "nemotron-moe-vlm-54l", "hf"
-    ] = "mock"
+    model_provider: Literal[Preset, "hf"] = "mock"
     model_config: File = None
     override: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SECTION.FIELD=VALUE")] = ()
     training_stage: Literal["stage1", "stage2", "stage3"] = "stage3"
