@@ -55,7 +55,7 @@ lint: $(INSTALLED)  ## Check style, types and which package imports which
 	$(BIN)/lint-imports --no-cache --no-logo
 
 docs: $(INSTALLED)  ## Write the pages of docs/ that come from the code
-	@$(BIN)/python docs/reference/write_flags.py
+	@$(BIN)/python docs/reference/write_pages.py
 
 bench: $(INSTALLED)  ## Run every benchmark against its peer
 	@found=; for file in benchmarks/bench_*.py; do [ -e "$$file" ] || continue; found=1; \

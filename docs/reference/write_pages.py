@@ -1,6 +1,6 @@
-"""Write flags.md: every flag of every command, from the dataclasses that read them.
+"""Write flags.md and model-fields.md, of what the code's dataclasses are and say.
 
-Usage: python docs/reference/write_flags.py
+Usage: python docs/reference/write_pages.py
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ from typing import Any, get_type_hints
 from docstring_parser import Docstring, DocstringStyle, parse
 
 from megatron_mimo.cli import TrainCommandLine
+from megatron_mimo.model.config import ModelConfig
+from megatron_mimo.presets import PROVIDERS
 from megatron_mimo.tools.checkpoint import InspectConfig
 from megatron_mimo.tools.checkpoint_convert import ConvertConfig
 from megatron_mimo.tools.data_digits import DigitsCommandLine
@@ -22,8 +24,6 @@ from megatron_mimo.tools.demo import DemoConfig
 from megatron_mimo.tools.parity import ParityConfig
 from megatron_mimo.tools.plan import PlanConfig
 from megatron_mimo.training.arguments import Flag, known_flags
-
-PAGE = Path(__file__).with_name("flags.md")
 
 # How each command is called, up to its flags, and the dataclass of these.
 COMMANDS: dict[str, type] = {
@@ -38,7 +38,7 @@ COMMANDS: dict[str, type] = {
     "megatron-mimo checkpoint convert --from PATH": ConvertConfig,
 }
 
-_HEAD = """\
+_FLAGS = """\
 # Flags
 
 <!-- Written by `make docs` from the code's own types, defaults and texts. -->
@@ -49,15 +49,68 @@ turned off again, as in `--no-dynamic-resolution`. `--config FILE` reads any fla
 YAML, as a key without the dashes; the command line wins. An unknown flag is an error that names the
 nearest one.
 """
+_FIELDS = """\
+# Fields of a model
+
+<!-- Written by `make docs` from the code's own types, values and texts. -->
+
+What a preset consists of. A file of `--model-config` sets fields by section, `--override
+SECTION.FIELD=VALUE` a single one; [Your own model](../how-to/own-model.md) shows how. The columns
+are the presets of `--model-provider`, without their `nemotron-moe-vlm-`. The size of the vocabulary
+is the tokenizer's, and the length of a sequence is `--seq-length`.
+"""
 _KINDS = {int: "INT", float: "FLOAT", str: "STR"}
 
 
-def page() -> str:
-    """The whole of flags.md."""
+def pages() -> dict[Path, str]:
+    """Each page, and what it should hold."""
+    folder = Path(__file__).parent
+    return {folder / "flags.md": flags_page(), folder / "model-fields.md": fields_page()}
+
+
+def flags_page() -> str:
+    """Every flag of every command."""
     writer = _Writer()
     links = ",\n".join(_link(_title(usage)) for usage in COMMANDS)
     parts = (writer.command(usage, into) for usage, into in COMMANDS.items())
-    return "\n".join([_HEAD, f"{links}.\n", *parts]).rstrip("\n") + "\n"
+    return "\n".join([_FLAGS, f"{links}.\n", *parts]).rstrip("\n") + "\n"
+
+
+def fields_page() -> str:
+    """Every field of an architecture, and its value in each preset."""
+    presets = {name: build() for name, build in PROVIDERS.items()}
+    lines = [_FIELDS]
+    for section in dataclasses.fields(ModelConfig):
+        parts = {name: getattr(preset, section.name) for name, preset in presets.items()}
+        kinds = list(dict.fromkeys(type(part) for part in parts.values()))
+        for kind in kinds:
+            title = section.name if len(kinds) == 1 else f"{section.name}: {kind.__name__}"
+            having = {name: part for name, part in parts.items() if type(part) is kind}
+            lines += [f"## {title}", "", _prose(kind), "", *_fields(kind, having)]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _fields(kind: type, presets: dict[str, Any]) -> Iterator[str]:
+    """The table of a part of a model, with the values that presets have."""
+    texts = _texts(kind)
+    names = [name.removeprefix("nemotron-moe-vlm-") for name in presets]
+    yield from (f"| field | {' | '.join(names)} | what it is |", "|---" * (len(names) + 2) + "|")
+    for name, flag in known_flags(kind).items():
+        field = name.replace("-", "_")
+        values = " | ".join(_value(getattr(part, field)) for part in presets.values())
+        text = _escape(texts[field])
+        if isinstance(flag.kind, tuple):
+            text += f" One of {', '.join(f'`{choice}`' for choice in flag.kind)}."
+        yield f"| `{field}` | {values} | {text} |"
+    yield ""
+
+
+def _value(value: Any) -> str:
+    """As a file of `--model-config` would have it."""
+    if isinstance(value, tuple):
+        return f"`[{', '.join(str(item) for item in value)}]`"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"`{text}`".replace("|", r"\|")
 
 
 class _Writer:
@@ -178,4 +231,5 @@ def _link(title: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")

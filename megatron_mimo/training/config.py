@@ -94,9 +94,10 @@ class ModelSection:
         seq_length: Tokens of a sequence.
         dynamic_resolution: Keep images near their native size and aspect ratio; off, every image is
             resized to --img-h x --img-w.
-        dynamic_resolution_min_patches: An image with fewer patches is enlarged; left out: 4.
+        dynamic_resolution_min_patches: An image with fewer patches is enlarged; left out: 4, or
+            what the folder of --load-hf says.
         dynamic_resolution_max_patches: An image with more patches is shrunk, 0 is uncapped; left
-            out: 256.
+            out: 256, or what the folder of --load-hf says.
         img_h: Height of an image, or a tile, without dynamic resolution; pixels.
         img_w: Width of an image, or a tile, without dynamic resolution; pixels.
         use_tiling: Cut an image into tiles of --img-h x --img-w, in the layout nearest to its

@@ -1,11 +1,11 @@
-"""docs/reference/flags.md: up to date, and with every flag of every command."""
+"""The pages of docs/reference/ that come from the code: up to date, and with all there is."""
 
 import re
 import shlex
 
 import pytest
 
-from docs.reference.write_flags import COMMANDS, PAGE, page
+from docs.reference.write_pages import COMMANDS, flags_page, pages
 from megatron_mimo.cli import main
 
 
@@ -23,8 +23,9 @@ def words(usage: str) -> list[str]:
     return [word for word in shlex.split(usage)[1:] if word.islower() and word[0] != "-"]
 
 
-def test_the_page_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "flags have changed: run `make docs`"
+def test_the_pages_are_up_to_date() -> None:
+    for path, text in pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is old: run `make docs`"
 
 
 def test_every_command_is_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,10 +45,10 @@ def test_every_command_is_there(capsys: pytest.CaptureFixture[str]) -> None:
 def test_it_says_what_help_says(usage: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = shown_by(capsys, *words(usage))
     assert shown.startswith(f"usage: {usage} [-h]")
-    own = page().split(f"    {usage} [flags]\n")[1].split("\n## ")[0]
+    own = flags_page().split(f"    {usage} [flags]\n")[1].split("\n## ")[0]
     forms = re.findall(r"--[a-z0-9-]+(?= [A-Z]| \{|,|`)", own)
     flags = set(re.findall(r"^│ (--[a-z0-9-]+)(?=[ ,])", shown, re.M))
     missing = flags - set(forms)
     if "And all flags of" in own:
-        missing -= set(re.findall(r"`(--[a-z0-9-]+)", page()))
+        missing -= set(re.findall(r"`(--[a-z0-9-]+)", flags_page()))
     assert not missing
