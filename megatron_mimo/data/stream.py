@@ -74,8 +74,14 @@ class IndexedStream(Iterator[Draw]):
         """Go on; samples are shared out anew when the number of lanes has changed.
 
         Raises:
-            ValueError: Lanes have drawn unequal numbers, or their sum does not divide.
+            ValueError: Lanes have drawn unequal numbers, or their sum does not divide; or the
+                checkpoint is of another kind of data.
         """
+        if any("drawn" not in state for state in lanes):
+            raise ValueError(
+                "--dataset-provider mock: the checkpoint's data was read with energon; keep "
+                "--dataset-provider energon, or use --finetune to begin with made-up samples"
+            )
         drawn = [state["drawn"] for state in lanes]
         if len(lanes) == self._num_lanes:
             self._drawn = drawn[lane]
