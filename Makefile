@@ -12,7 +12,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PACKAGE := -e '.[demo,dev]' -c constraints.txt
 
-.PHONY: install demo demo-short test lint bench clean help
+.PHONY: install demo demo-short test lint docs bench clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -53,6 +53,9 @@ lint: $(INSTALLED)  ## Check style, types and which package imports which
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+
+docs: $(INSTALLED)  ## Write the pages of docs/ that come from the code
+	@$(BIN)/python docs/reference/write_pages.py
 
 bench: $(INSTALLED)  ## Run every benchmark against its peer
 	@found=; for file in benchmarks/bench_*.py; do [ -e "$$file" ] || continue; found=1; \

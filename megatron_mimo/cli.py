@@ -104,31 +104,9 @@ def _data(argv: Sequence[str]) -> int:
 
 
 def _digits(argv: Sequence[str]) -> int:
-    from megatron_mimo.data.digits import DigitsConfig, write_digits_dataset
+    from megatron_mimo.tools.data_digits import DigitsCommandLine, run_digits
 
-    @dataclass(frozen=True, kw_only=True, slots=True)
-    class DigitsCommandLine(DigitsConfig):
-        """Write an Energon dataset of handwritten digits, with questions and answers.
-
-        Attributes:
-            out: Folder to make.
-            overwrite: Replace what is in the folder.
-        """
-
-        out: Annotated[str, arg(metavar="DIR")] = "runs/digits"
-        overwrite: bool = False
-
-    line = parse_arguments(argv, DigitsCommandLine, prog="megatron-mimo data digits")
-    config = DigitsConfig(
-        num_train=line.num_train,
-        num_val=line.num_val,
-        val_fraction=line.val_fraction,
-        single_fraction=line.single_fraction,
-        seed=line.seed,
-    )
-    path = write_digits_dataset(line.out, config, overwrite=line.overwrite)
-    print(f"wrote {config.num_train} train and {config.num_val} val samples to {path}")
-    return 0
+    return run_digits(parse_arguments(argv, DigitsCommandLine, prog="megatron-mimo data digits"))
 
 
 def _prepare(argv: Sequence[str]) -> int:

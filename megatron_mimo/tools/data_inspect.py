@@ -13,6 +13,7 @@ from tyro.conf import arg
 
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_mimo.language.config import HybridConfig
 from megatron_mimo.tools.data_page import Shown, write_page
 from megatron_mimo.tools.data_reading import DatasetReader, Sequence
 from megatron_mimo.tools.data_statistics import (
@@ -23,8 +24,16 @@ from megatron_mimo.tools.data_statistics import (
     Statistics,
     draw_bars,
 )
-from megatron_mimo.training.config import CheckpointSection, File, Number, Switch, TrainConfig
-from megatron_mimo.training.flags import CommandLine
+from megatron_mimo.training.config import (
+    CheckpointSection,
+    File,
+    ModelSection,
+    Number,
+    Switch,
+    TrainConfig,
+)
+from megatron_mimo.training.flags import CommandLine, to_yaml
+from megatron_mimo.training.model_file import read_architecture, read_folder
 from megatron_mimo.training.resolve import resolve
 
 _MOST_SHARDS = 10
@@ -72,6 +81,9 @@ def run_inspect(path: str, line: InspectCommandLine) -> int:
         raise ValueError(f"--limit is {line.limit}: expected at least 1")
     if line.out is not None and not Path(line.out).absolute().parent.is_dir():
         raise ValueError(f"--out {line.out}: its folder does not exist")
+    if line.print_config:
+        sys.stdout.write(to_yaml(line.train))
+        return 0
     config, tokenizer = settings(path, line.train)
     statistics, shown = survey(config, tokenizer, line)
     for text in describe(statistics, config, line.split):
@@ -101,13 +113,23 @@ def settings(path: str, train: TrainConfig) -> tuple[DataConfig, Tokenizer]:
         ValueError: A flag is wrong.
     """
     needed = TrainConfig(
-        model=train.model,
+        model=_of_one_stage(train.model, train.checkpoints.load_hf),
         data=replace(train.data, dataset_provider="energon", data_path=path),
         checkpoints=CheckpointSection(load_hf=train.checkpoints.load_hf),
     )
     resolved = resolve(needed, world_size=1)
     model = resolved.config.model
     return resolved.data, build_tokenizer(model.tokenizer_model, model.image_token)
+
+
+def _of_one_stage(model: ModelSection, folder: str | None) -> ModelSection:
+    """The same model, without bars between pipeline stages."""
+    base = read_folder(model.model_provider, folder)
+    architecture = read_architecture(model.model_provider, model.model_config, model.override, base)
+    language = architecture.language
+    if not isinstance(language, HybridConfig) or "|" not in language.pattern:
+        return model
+    return replace(model, override=(*model.override, f"language.pattern={language.layers}"))
 
 
 def survey(

@@ -40,7 +40,7 @@ class DemoConfig:
         device: What ranks compute on; cuda needs a GPU for each.
     """
 
-    out: str = "runs/demo"
+    out: Annotated[str, arg(metavar="DIR")] = "runs/demo"
     encoder_dp: int = 2
     llm_dp: int = 2
     llm_ep: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None

@@ -1,7 +1,7 @@
 """How many parameters a model has, in all and on a rank, without building its weights."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -42,7 +42,7 @@ def count_parameters(
     """
     prepare_engine(Device("cpu"))
     language = architecture.language
-    whole = _language(architecture, ModuleGridSpec(name="llm"), 0, vocab_size)
+    whole = _language(_without_bars(architecture), ModuleGridSpec(name="llm"), 0, vocab_size)
     total = _size(whole)
     idle = 0
     if isinstance(language, HybridConfig):
@@ -76,6 +76,14 @@ def count_parameters(
                 ),
             )
     return tuple(counts)
+
+
+def _without_bars(architecture: ModelConfig) -> ModelConfig:
+    """The same layers, for one pipeline stage."""
+    language = architecture.language
+    if not isinstance(language, HybridConfig):
+        return architecture
+    return replace(architecture, language=replace(language, pattern=language.layers))
 
 
 def _size(module: nn.Module) -> int:

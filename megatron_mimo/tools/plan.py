@@ -19,7 +19,14 @@ from megatron_mimo.schedule.actions import (
 from megatron_mimo.schedule.timeline import timeline
 from megatron_mimo.tools.plan_draw import draw_png, draw_text, gather_rows
 from megatron_mimo.topology import Layout
-from megatron_mimo.training.config import File, GridSection, Number, Switch, TrainConfig
+from megatron_mimo.training.config import (
+    File,
+    GridSection,
+    Number,
+    Preset,
+    Switch,
+    TrainConfig,
+)
 from megatron_mimo.training.model_file import read_architecture
 from megatron_mimo.training.resolve import check_shards, grids
 
@@ -53,9 +60,7 @@ class PlanConfig:
     show_schedule: Switch = False
     show_actions: Number = None
     params: Switch = False
-    model_provider: Literal[
-        "mock", "nemotron-moe-vlm-tiny", "nemotron-moe-vlm-20l", "nemotron-moe-vlm-54l"
-    ] = "mock"
+    model_provider: Preset = "mock"
     model_config: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="")] = None
     override: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SECTION.FIELD=VALUE")] = ()
     vocab_size: int = 131072

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,13 @@ class Flag:
         kind: bool, int, float, str, or the choices.
         has_negative: Whether it has a --no- twin.
         repeatable: Whether each use adds a value.
+        metavar: What stands for its value in texts; None for what its kind says.
     """
 
     kind: type | tuple[str, ...]
     has_negative: bool
     repeatable: bool
+    metavar: str | None = None
 
     def takes(self, value: str | None) -> bool:
         """Whether a text is a value of this flag; None is what a switch has."""
@@ -118,8 +120,16 @@ def known_flags(root: Any) -> dict[str, Flag]:
             kind=get_args(plain) if get_origin(plain) is Literal else plain,
             has_negative=plain is bool and FlagCreatePairsOff not in marks,
             repeatable=repeatable,
+            metavar=_metavar(marks),
         )
     return flags
+
+
+def _metavar(marks: Iterable[Any]) -> str | None:
+    """Of several, the outermost, which comes last."""
+    settings: Any = type(arg())  # Which has no public name.
+    named = [mark.metavar for mark in marks if isinstance(mark, settings)]
+    return next((metavar for metavar in reversed(named) if metavar is not None), None)
 
 
 def _strip(hint: Any) -> tuple[Any, tuple[Any, ...]]:

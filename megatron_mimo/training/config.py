@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import DisallowNone, FlagCreatePairsOff, UseAppendAction, arg
 
+# The names in `presets.PROVIDERS`, which would load torch.
+Preset = Literal["mock", "nemotron-moe-vlm-tiny", "nemotron-moe-vlm-20l", "nemotron-moe-vlm-54l"]
 # A switch that is off unless named; without a --no- twin.
 Switch = FlagCreatePairsOff[bool]
 # These may be left out; their documentation says what then holds.
@@ -92,9 +94,10 @@ class ModelSection:
         seq_length: Tokens of a sequence.
         dynamic_resolution: Keep images near their native size and aspect ratio; off, every image is
             resized to --img-h x --img-w.
-        dynamic_resolution_min_patches: An image with fewer patches is enlarged; left out: 4.
+        dynamic_resolution_min_patches: An image with fewer patches is enlarged; left out: 4, or
+            what the folder of --load-hf says.
         dynamic_resolution_max_patches: An image with more patches is shrunk, 0 is uncapped; left
-            out: 256.
+            out: 256, or what the folder of --load-hf says.
         img_h: Height of an image, or a tile, without dynamic resolution; pixels.
         img_w: Width of an image, or a tile, without dynamic resolution; pixels.
         use_tiling: Cut an image into tiles of --img-h x --img-w, in the layout nearest to its
@@ -114,7 +117,7 @@ class ModelSection:
             selective; left out: core_attn.
         bf16: Parameters, activations and rows in bfloat16.
         fp16: Parameters, activations and rows in float16, with scaled losses.
-        fp32: Parameters, activations and rows in float32; the default.
+        fp32: Parameters, activations and rows in float32, as without --bf16 and --fp16.
         loss_scale: Fixed scale of the loss in float16; left out: it adapts.
         initial_loss_scale: First scale of the loss in float16.
         min_loss_scale: Least scale of the loss in float16.
@@ -124,9 +127,7 @@ class ModelSection:
             "topology-invariant" draws each parameter from (seed, name), whatever the layout.
     """
 
-    model_provider: Literal[
-        "mock", "nemotron-moe-vlm-tiny", "nemotron-moe-vlm-20l", "nemotron-moe-vlm-54l", "hf"
-    ] = "mock"
+    model_provider: Literal[Preset, "hf"] = "mock"
     model_config: File = None
     override: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SECTION.FIELD=VALUE")] = ()
     training_stage: Literal["stage1", "stage2", "stage3"] = "stage3"

@@ -171,6 +171,12 @@ def test_samples_that_do_not_deal_evenly_keep_their_lanes() -> None:
     assert number(next(stream)) == 6
 
 
+def test_mock_data_does_not_go_on_from_a_dataset() -> None:
+    stream = numbers(0, 1, DataConfig(micro_batch_size=1, global_batch_size=1))
+    with pytest.raises(ValueError, match="--dataset-provider mock: .* read with energon"):
+        stream.restore(0, [{"workers": {}, "num_samples": [1]}])
+
+
 def test_sample_lands_where_its_index_says() -> None:
     config = DataConfig(micro_batch_size=2, global_batch_size=12)
     _, llm = roles(1, 3)

@@ -1,8 +1,14 @@
 import re
+from typing import get_args
 
 import pytest
 
-from megatron_mimo.presets import model_config
+from megatron_mimo.presets import PROVIDERS, model_config
+from megatron_mimo.training.config import Preset
+
+
+def test_each_preset_is_a_choice_of_the_flag() -> None:
+    assert get_args(Preset) == tuple(PROVIDERS)
 
 
 def test_overrides_change_one_field_each() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -220,6 +221,12 @@ def test_wrong_usage(
     assert message in err
 
 
+def test_the_flags_are_shown_on_request(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write({"a": {"json": text(text="A note.")}})
+    assert main(["data", "inspect", str(path), "--seq-length", "32", "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seq-length"] == 32
+
+
 def test_a_dataset_without_a_good_sample_is_a_failure(
     write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,7 +237,10 @@ def test_a_dataset_without_a_good_sample_is_a_failure(
 def test_flags_of_the_run_are_taken_whatever_its_grids(write: Write, tmp_path: Path) -> None:
     path = write(GOOD)
     file = tmp_path / "run.yaml"
-    file.write_text("seq-length: 77\nllm-dp: 4\nencoder-dp: 2\ndata-path: elsewhere\nsave: ckpt\n")
+    file.write_text(
+        "seq-length: 77\nllm-dp: 4\nencoder-dp: 2\nllm-pp: 2\ndata-path: elsewhere\nsave: ckpt\n"
+        "model-provider: nemotron-moe-vlm-tiny\noverride: [language.pattern=M*E|M*E]\n"
+    )
     line = parse(["--config", str(file)], InspectCommandLine, prog="inspect")
     config, _ = settings(str(path), line.train)
     assert (config.seq_length, config.path, config.provider) == (77, str(path), "energon")

@@ -79,6 +79,15 @@ def test_stages_share_the_layers() -> None:
     assert first == V * H + 5 * mamba(1) + 4 * experts(1, 1) + attention(1)
 
 
+def test_bars_say_where_stages_begin() -> None:
+    bars = ("--override", "language.pattern=MEM|E*", "--llm-pp", "2")
+    total, _, first, last = plan("--model-provider", "nemotron-moe-vlm-20l", *bars)[
+        "language model"
+    ]
+    assert first + last == total
+    assert first == V * H + 2 * mamba(1) + experts(1, 1)
+
+
 def test_impossible_shards_are_refused() -> None:
     for argv, message in (
         ("--llm-dp 3 --llm-ep 3", "--llm-ep 3 does not divide the model's language.num_moe_exp"),
