@@ -23,6 +23,7 @@ from megatron_mimo.tools.data_prepare import PrepareConfig
 from megatron_mimo.tools.demo import DemoConfig
 from megatron_mimo.tools.parity import ParityConfig
 from megatron_mimo.tools.plan import PlanConfig
+from megatron_mimo.tools.report.command import ReportConfig
 from megatron_mimo.training.arguments import Flag, known_flags
 
 # How each command is called, up to its flags, and the dataclass of these.
@@ -33,6 +34,7 @@ COMMANDS: dict[str, type] = {
     "megatron-mimo data inspect PATH": InspectCommandLine,
     "megatron-mimo data digits": DigitsCommandLine,
     "megatron-mimo parity RUN_A RUN_B": ParityConfig,
+    "megatron-mimo report RUN": ReportConfig,
     "megatron-mimo plan": PlanConfig,
     "megatron-mimo checkpoint inspect PATH": InspectConfig,
     "megatron-mimo checkpoint convert --from PATH": ConvertConfig,
