@@ -39,7 +39,7 @@ document.addEventListener("DOMContentLoaded", () => {
 STYLE = """
   .charts { display: grid; gap: 1.5rem;
             grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); }
-  .charts.wide { grid-template-columns: repeat(auto-fill, minmax(min(39rem, 100%), 1fr)); }
+  .charts.wide { grid-template-columns: repeat(auto-fill, minmax(min(36rem, 100%), 1fr)); }
   .charts > figure { min-width: 0; }
 """
 
