@@ -24,7 +24,7 @@ class DataConfig:
         num_workers: Workers per lane, each with a share of the dataset in an order of its own; 0 is
             one, which reads in the training process.
         loader_processes: Processes per rank that do the work of its lanes' workers, 0 for none;
-            None is as many as there are cores. Says nothing about the order of samples.
+            None is as many as there are cores, less one. Says nothing about the order of samples.
         slow_reader_s: Seconds without a sample after which a warning names the process.
         stuck_reader_s: Seconds after which that stops the run.
         shuffle_buffer_size: Samples among which the next training sample is drawn.

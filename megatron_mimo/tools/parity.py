@@ -28,7 +28,8 @@ class ParityConfig:
 
     Attributes:
         tensors: Compare folders of --save-activations instead of curves.
-        tolerance: Largest relative difference of the loss; with --tensors, of each point's norm.
+        tolerance: Largest relative difference of the loss; with --tensors, of a sample at each
+            point.
         norm_tolerance: Largest relative difference of the gradient norm.
         steps: Iterations to show, as in 1,2,3,10; left out: the first three, powers of ten and the
             last.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -123,10 +124,15 @@ class Topology:
         return self.layout.describe_rank(self.rank)
 
 
-def build_topology(layout: Layout) -> Topology:
+def build_topology(layout: Layout, *, timeout: timedelta | None = None) -> Topology:
     """Create every group of every grid.
 
     Collective: all ranks of the world call it with an equal layout.
+
+    Args:
+        layout: Both grids.
+        timeout: Longest wait of an operation of these groups; None is torch's own, which differs
+            by backend. Groups do not inherit it from the default one.
 
     Raises:
         RuntimeError: The started world has another size than the layout.
@@ -136,16 +142,16 @@ def build_topology(layout: Layout) -> Topology:
             f"the layout is for {layout.world_size} ranks, but {dist.get_world_size()} are running"
         )
     rank = dist.get_rank()
-    groups = {grid.name: _build_module(grid, rank) for grid in layout.grids}
+    groups = {grid.name: _build_module(grid, rank, timeout) for grid in layout.grids}
     return Topology(
         layout=layout,
         rank=rank,
         encoder=groups.get("encoder"),
         llm=groups[layout.llm.name],
-        control=dist.new_group(backend="gloo", group_desc="control"),
-        bridge=_boundary_groups("bridge"),
+        control=dist.new_group(backend="gloo", timeout=timeout, group_desc="control"),
+        bridge=_boundary_groups("bridge", timeout),
         pipelines={
-            grid.name: tuple(_boundary_groups(f"{grid.name} stages {k}") for k in range(2))
+            grid.name: tuple(_boundary_groups(f"{grid.name} stages {k}", timeout) for k in range(2))
             if grid.pp > 1
             else ()
             for grid in layout.grids
@@ -153,23 +159,25 @@ def build_topology(layout: Layout) -> Topology:
     )
 
 
-def _boundary_groups(name: str) -> BoundaryGroups:
-    forward = dist.new_group(group_desc=f"{name} forward")
-    backward = dist.new_group(group_desc=f"{name} backward")
+def _boundary_groups(name: str, timeout: timedelta | None) -> BoundaryGroups:
+    forward = dist.new_group(timeout=timeout, group_desc=f"{name} forward")
+    backward = dist.new_group(timeout=timeout, group_desc=f"{name} backward")
     for group in (forward, backward):
         # NCCL needs one collective of the whole group before batches of some of its ranks.
         dist.barrier(group)
     return BoundaryGroups(forward=forward, backward=backward)
 
 
-def _build_module(spec: ModuleGridSpec, rank: int) -> ModuleGroups | None:
+def _build_module(
+    spec: ModuleGridSpec, rank: int, timeout: timedelta | None
+) -> ModuleGroups | None:
     grid = HyperCommGrid(list(spec.shape), list(AXES), rank_offset=spec.offset)
     grid.register_view("expert", list(spec.expert_shape), list(EXPERT_AXES), shared_dims=["pp"])
     groups: dict[str, dist.ProcessGroup | None] = {
-        name: grid.create_pg(list(axes), view=view) for name, view, axes in _FIELDS
+        name: grid.create_pg(list(axes), view=view, timeout=timeout) for name, view, axes in _FIELDS
     }
     if spec.name == "llm":
-        groups |= _embedding_groups(spec)
+        groups |= _embedding_groups(spec, timeout)
     else:
         # Only a language model may tie its embeddings; None tells megatron-core so.
         groups |= {"embd": None, "pos_embd": None}
@@ -181,11 +189,17 @@ def _build_module(spec: ModuleGridSpec, rank: int) -> ModuleGroups | None:
     )
 
 
-def _embedding_groups(spec: ModuleGridSpec) -> dict[str, dist.ProcessGroup | None]:
+def _embedding_groups(
+    spec: ModuleGridSpec, timeout: timedelta | None
+) -> dict[str, dist.ProcessGroup | None]:
     """Groups that tie the first and the last stage's embeddings; None on the stages between."""
     pipelines = list(spec.groups("pp"))
     both_ends = [sorted({ranks[0], ranks[-1]}) for ranks in pipelines]
     first = [[ranks[0]] for ranks in pipelines]
-    embd, _ = dist.new_subgroups_by_enumeration(both_ends, group_desc=f"{spec.name} embd")
-    pos_embd, _ = dist.new_subgroups_by_enumeration(first, group_desc=f"{spec.name} pos_embd")
+    embd, _ = dist.new_subgroups_by_enumeration(
+        both_ends, timeout=timeout, group_desc=f"{spec.name} embd"
+    )
+    pos_embd, _ = dist.new_subgroups_by_enumeration(
+        first, timeout=timeout, group_desc=f"{spec.name} pos_embd"
+    )
     return {"embd": embd, "pos_embd": pos_embd}

@@ -181,7 +181,7 @@ class DataSection:
         num_workers: Energon: workers per lane, which share its samples; 0 is one, which reads in
             the training process.
         loader_processes: Energon: processes per rank that do the work of its lanes' workers; any
-            number gives the same samples; left out: one for each core that the rank has.
+            number gives the same samples; left out: as many as the rank has cores, less one.
         shuffle_buffer_size: Energon: samples among which the next training sample is drawn; left
             out: 1000.
         packing_buffer_size: Energon: put several samples into each sequence, chosen from so many;

@@ -1,5 +1,7 @@
 """Assemble a rank's engine: groups, model, executor, optimizer, schedule."""
 
+from datetime import timedelta
+
 from megatron_mimo.data import DataRole
 from megatron_mimo.model.config import FreezeConfig, ModelConfig
 from megatron_mimo.model.mimo import BuildConfig, build_model
@@ -28,6 +30,7 @@ def build_engine(
     validate_data: bool,
     correct_participation: bool = False,
     device: Device,
+    timeout: timedelta | None = None,
 ) -> Engine:
     """Build every part of a rank. Collective over the world.
 
@@ -44,11 +47,12 @@ def build_engine(
         validate_data: Check each step that both grids read the same samples.
         correct_participation: Scale the encoder's gradients as if all its ranks had images.
         device: Of this rank.
+        timeout: Longest wait of an operation between ranks; None is torch's own.
 
     Raises:
         ValueError: A size of the model does not divide by a parallel size.
     """
-    topology = build_topology(layout)
+    topology = build_topology(layout, timeout=timeout)
     model = build_model(architecture, freeze, build, topology, device)
     optimizer = MimoOptimizer(model, adam, topology.control)
     boundary = BoundaryConfig(

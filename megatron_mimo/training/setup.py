@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -110,6 +111,7 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
             resolved.config.training.correct_encoder_grad_for_partial_participation
         ),
         device=context.device,
+        timeout=timedelta(minutes=resolved.config.runtime.distributed_timeout_minutes),
     )
     parts = TrainedParts(engine.topology, engine.model, engine.optimizer, engine.scheduler)
     checkpoints = _build_checkpoints(resolved, parts)

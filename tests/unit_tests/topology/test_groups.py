@@ -1,6 +1,7 @@
 """Groups on real ranks against the pure description of the grid."""
 
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 
@@ -89,6 +90,36 @@ def build_for_another_world(layout: Layout) -> None:
 
     with pytest.raises(RuntimeError, match="the layout is for 4 ranks, but 2 are running"):
         build_topology(layout)
+
+
+def wait_for_nobody(layout: Layout) -> list[str]:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_mimo.topology.groups import build_topology
+
+    topology = build_topology(layout, timeout=timedelta(seconds=1))
+    if topology.rank == 1:
+        return []
+    groups = [topology.control, topology.bridge.forward]
+    assert topology.encoder is not None
+    groups.append(topology.encoder.pg_collection.dp)
+    errors = []
+    for group in groups:
+        with pytest.raises(RuntimeError) as error:
+            dist.all_reduce(torch.zeros(1), group=group)
+        errors.append(str(error.value))
+    with pytest.raises(RuntimeError) as error:
+        dist.irecv(torch.zeros(1), src=1, group=topology.bridge.backward).wait()
+    return [*errors, str(error.value)]
+
+
+def test_no_group_waits_longer_than_the_timeout(run_ranks: Callable[..., list]) -> None:
+    encoder = ModuleGridSpec(name="encoder", dp=2)
+    llm = ModuleGridSpec(name="llm", dp=2)
+    errors, _ = run_ranks(2, wait_for_nobody, Layout(encoder=encoder, llm=llm, world_size=2))
+    assert len(errors) == 4
+    assert all("imed out" in error for error in errors), errors
 
 
 def test_a_layout_of_another_world_is_refused(run_ranks: Callable[..., list]) -> None:
