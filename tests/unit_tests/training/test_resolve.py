@@ -1,6 +1,7 @@
 """What flags mean together, and which combinations are refused."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -266,19 +267,44 @@ def test_refuses(world_size: int, flags: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "world_size"), [("mock.yaml", 2), ("digits.yaml", 4), ("text-only.yaml", 2)]
-)
-def test_examples_resolve(name: str, world_size: int) -> None:
-    assert run(world_size, f"--config {EXAMPLES / name}").layout.world_size == world_size
+# File -> ranks, and what is given with it.
+EXAMPLE_RUNS = {
+    "mock.yaml": (2, ""),
+    "digits.yaml": (4, ""),
+    "text-only.yaml": (2, ""),
+    "colocated.yaml": (2, ""),
+    "nemotron-tiny.yaml": (4, ""),
+    "stage1.yaml": (4, f"--config {EXAMPLES / 'nemotron-tiny.yaml'}"),
+    "stage2.yaml": (4, f"--config {EXAMPLES / 'nemotron-tiny.yaml'}"),
+    "nemotron-20l.yaml": (8, ""),
+    "nemotron-54l.yaml": (264, "--data-path /data --tokenizer-model /tokenizer"),
+}
+
+
+def example(name: str) -> Resolved:
+    world_size, more = EXAMPLE_RUNS[name]
+    return run(world_size, f"{more} --config {EXAMPLES / name}")
+
+
+@pytest.mark.parametrize("name", EXAMPLE_RUNS)
+def test_examples_resolve(name: str) -> None:
+    resolved = example(name)
+    assert resolved.layout.world_size == EXAMPLE_RUNS[name][0]
+    row = rf"^\| \[{re.escape(name)}\]\(configs/{re.escape(name)}\) \| {EXAMPLE_RUNS[name][0]} \| "
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    assert len(re.findall(row, readme, re.MULTILINE)) == 1, "its row in README.md"
 
 
 def test_no_example_is_left_out() -> None:
-    assert {path.name for path in EXAMPLES.iterdir()} == {
-        "mock.yaml",
-        "digits.yaml",
-        "text-only.yaml",
-    }
+    assert {path.name for path in EXAMPLES.iterdir()} == set(EXAMPLE_RUNS)
+
+
+def test_stages_train_their_parts() -> None:
+    assert example("stage1.yaml").freeze.language
+    second = example("stage2.yaml")
+    assert second.freeze.vision and not second.freeze.language
+    assert second.load is not None and second.load.root == second.load_readers
+    assert example("stage1.yaml").save.root == second.load.root  # type: ignore[union-attr]
 
 
 def test_what_is_recomputed() -> None:
