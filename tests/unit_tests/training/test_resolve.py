@@ -159,6 +159,15 @@ def test_settings_reach_their_parts() -> None:
     assert (data.image.min_patches, data.image.max_patches) == (8, 0)
 
 
+def test_positions_of_the_data_follow_the_interval() -> None:
+    flags = "--dataloader-save a --save-interval 3 --keep-last 2"
+    for more in ("", " --save b"):
+        readers = run(1, flags + more).save_readers
+        assert readers is not None
+        assert (str(readers.root), readers.interval, readers.keep_last) == ("a", 3, 2)
+    assert run(1, flags).save is None
+
+
 def test_energon_settings_reach_the_data() -> None:
     resolved = run(1, "--dataset-provider energon --data-path d --max-bad-sample-fraction 0.25")
     assert resolved.data.max_bad_sample_fraction == 0.25
@@ -253,6 +262,11 @@ def test_energon_settings_reach_the_data() -> None:
         (1, "--distributed-timeout-minutes 0", r"^--distributed-timeout-minutes is 0.0: expected"),
         (1, "--lr-warmup-iters 100", r"^--lr-warmup-iters 100 is not below --train-iters 100"),
         (1, "--lr-warmup-iters 9 --lr-decay-iters 9", r"is not below --lr-decay-iters 9"),
+        (1, "--save runs/a --dataloader-save ./runs/a",
+         r"^--dataloader-save ./runs/a is the folder of --save, whose .*: name another folder"),
+        (1, "--save-interval 2 --keep-last 2",
+         r"^--save-interval and --keep-last without --save or --dataloader-save: add it$"),
+        (1, "--async-save --dataloader-save a", r"^--async-save without --save: add it$"),
         (1, "--load-nemotron-checkpoint a --load-vision-from b",
          r"^--load-nemotron-checkpoint a and --load-vision-from b: expected at most one of them$"),
         (1, "--load-hf a --load-vision-from b --model-provider hf",
