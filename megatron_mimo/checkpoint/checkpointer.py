@@ -216,6 +216,12 @@ class Checkpointer:
             self._config.root,
             time.perf_counter() - running.start,
         )
+        if self._readers is not None:
+            logger.info(
+                "saved the position of the data at iteration %7d to %s",
+                running.iteration,
+                self._readers.root,
+            )
 
     def close(self) -> None:
         """Let another run save there."""

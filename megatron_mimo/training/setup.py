@@ -138,7 +138,7 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
         tokenizer=tokenizer,
         loop=loop,
         checkpoints=checkpoints,
-        observer=_build_observer(resolved, context, engine, source, tokenizer),
+        observer=build_observer(resolved, context, engine, source, tokenizer),
     )
 
 
@@ -178,14 +178,22 @@ def _restore_readers(
         loader.restore(loaded.loader["lanes"])
 
 
-def _build_observer(
+def build_observer(
     resolved: Resolved,
     context: RuntimeContext,
     engine: Engine,
     source: StreamLoader | None,
     tokenizer: Tokenizer,
 ) -> Observer | None:
-    """What watches this rank; None where the run records nothing. Collective over the world."""
+    """What watches this rank; None where the run records nothing. Collective over the world.
+
+    Args:
+        resolved: The run.
+        context: This rank.
+        engine: Its parts.
+        source: What it reads, whose skipped samples count; None for none.
+        tokenizer: Of the texts.
+    """
     watch, model = resolved.watch, engine.model
     if not watch.measures and watch.traces is None:
         return None

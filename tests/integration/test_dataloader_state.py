@@ -32,6 +32,7 @@ def trained(flags: list[str]) -> tuple[int, int]:
     from megatron_mimo.runtime import Device
     from megatron_mimo.runtime.setup import RuntimeContext
     from megatron_mimo.training.flags import CommandLine, parse
+    from megatron_mimo.training.leaving import LeaveRequest
     from megatron_mimo.training.loop import train
     from megatron_mimo.training.resolve import resolve
     from megatron_mimo.training.setup import build_trainer
@@ -49,6 +50,7 @@ def trained(flags: list[str]) -> tuple[int, int]:
             trainer.loop,
             None,
             trainer.checkpoints,
+            LeaveRequest(config.training.exit_duration_in_mins),
         )
         return trainer.loop.progress.iteration, result.iteration
     finally:
@@ -257,6 +259,15 @@ def test_a_folder_without_positions_changes_nothing(
     for _ in range(2):
         run(run_ranks, layout, "--train-iters", "2", *both, "--sample-trace-dir", str(trace))
     assert samples(trace) == samples(straight)
+
+
+def test_a_run_that_leaves_early_says_where_the_data_stood(
+    run_ranks: Callable[..., list], tmp_path: Path
+) -> None:
+    flags = ["--train-iters", "50", "--exit-duration-in-mins", "0"]
+    layout = "one encoder rank, two lanes"
+    assert run(run_ranks, layout, *flags, "--dataloader-save", str(tmp_path)) == (0, 1)
+    assert latest_iteration(tmp_path) == 1
 
 
 def save_until_the_disk_is_full(save: str, positions: str) -> str:

@@ -8,6 +8,8 @@ import pytest
 
 from megatron_mimo.training.arguments import known_flags, read_argv
 from megatron_mimo.training.config import TrainConfig
+from megatron_mimo.training.flags import CommandLine, parse
+from megatron_mimo.training.resolve import resolve
 from tests.unit_tests.scripts.recipes import BATCH, LOCAL, SCRIPTS, Recipe, read_recipe, table
 
 # Layout, batch and length as published for runs of this kind: nodes, encoder DP, LLM DP, EP, expert
@@ -204,3 +206,23 @@ def test_common_variables_of_the_recipes() -> None:
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "TORCH_NCCL_AVOID_RECORD_STREAMS": "0",
     }
+
+
+@pytest.mark.parametrize(
+    ("example", "script"), [("nemotron-20l", "local_8gpu"), ("nemotron-54l", "production_33n")]
+)
+def test_example_configs_have_the_scripts_values(
+    example: str, script: str, recipes: list[Recipe]
+) -> None:
+    (recipe,) = (found for found in recipes if found.path.stem == script)
+    file = SCRIPTS.parent / "examples/mimo/configs" / f"{example}.yaml"
+    given = () if recipe.path in LOCAL else ("--data-path", "/data", "--tokenizer-model", "/t")
+    line = parse(["--config", str(file), *given], CommandLine, prog="train")
+    mine, theirs = resolve(line.train, recipe.ranks), recipe.resolve()
+    for part in (
+        *("layout", "architecture", "execution", "reduce", "freeze", "data", "adam", "schedule"),
+        *("global_batch_size", "train_iters"),
+    ):
+        assert getattr(mine, part) == getattr(theirs, part), part
+    for flag in ("bf16", "init", "tokenizer_prompt_format"):
+        assert getattr(mine.config.model, flag) == getattr(theirs.config.model, flag)

@@ -1,6 +1,7 @@
 """What flags mean together, and which combinations are refused."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,15 @@ def test_settings_reach_their_parts() -> None:
     assert (data.image.min_patches, data.image.max_patches) == (8, 0)
 
 
+def test_positions_of_the_data_follow_the_interval() -> None:
+    flags = "--dataloader-save a --save-interval 3 --keep-last 2"
+    for more in ("", " --save b"):
+        readers = run(1, flags + more).save_readers
+        assert readers is not None
+        assert (str(readers.root), readers.interval, readers.keep_last) == ("a", 3, 2)
+    assert run(1, flags).save is None
+
+
 def test_energon_settings_reach_the_data() -> None:
     resolved = run(1, "--dataset-provider energon --data-path d --max-bad-sample-fraction 0.25")
     assert resolved.data.max_bad_sample_fraction == 0.25
@@ -252,6 +262,11 @@ def test_energon_settings_reach_the_data() -> None:
         (1, "--distributed-timeout-minutes 0", r"^--distributed-timeout-minutes is 0.0: expected"),
         (1, "--lr-warmup-iters 100", r"^--lr-warmup-iters 100 is not below --train-iters 100"),
         (1, "--lr-warmup-iters 9 --lr-decay-iters 9", r"is not below --lr-decay-iters 9"),
+        (1, "--save runs/a --dataloader-save ./runs/a",
+         r"^--dataloader-save ./runs/a is the folder of --save, whose .*: name another folder"),
+        (1, "--save-interval 2 --keep-last 2",
+         r"^--save-interval and --keep-last without --save or --dataloader-save: add it$"),
+        (1, "--async-save --dataloader-save a", r"^--async-save without --save: add it$"),
         (1, "--load-nemotron-checkpoint a --load-vision-from b",
          r"^--load-nemotron-checkpoint a and --load-vision-from b: expected at most one of them$"),
         (1, "--load-hf a --load-vision-from b --model-provider hf",
@@ -266,19 +281,44 @@ def test_refuses(world_size: int, flags: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "world_size"), [("mock.yaml", 2), ("digits.yaml", 4), ("text-only.yaml", 2)]
-)
-def test_examples_resolve(name: str, world_size: int) -> None:
-    assert run(world_size, f"--config {EXAMPLES / name}").layout.world_size == world_size
+# File -> ranks, and what is given with it.
+EXAMPLE_RUNS = {
+    "mock.yaml": (2, ""),
+    "digits.yaml": (4, ""),
+    "text-only.yaml": (2, ""),
+    "colocated.yaml": (2, ""),
+    "nemotron-tiny.yaml": (4, ""),
+    "stage1.yaml": (4, f"--config {EXAMPLES / 'nemotron-tiny.yaml'}"),
+    "stage2.yaml": (4, f"--config {EXAMPLES / 'nemotron-tiny.yaml'}"),
+    "nemotron-20l.yaml": (8, ""),
+    "nemotron-54l.yaml": (264, "--data-path /data --tokenizer-model /tokenizer"),
+}
+
+
+def example(name: str) -> Resolved:
+    world_size, more = EXAMPLE_RUNS[name]
+    return run(world_size, f"{more} --config {EXAMPLES / name}")
+
+
+@pytest.mark.parametrize("name", EXAMPLE_RUNS)
+def test_examples_resolve(name: str) -> None:
+    resolved = example(name)
+    assert resolved.layout.world_size == EXAMPLE_RUNS[name][0]
+    row = rf"^\| \[{re.escape(name)}\]\(configs/{re.escape(name)}\) \| {EXAMPLE_RUNS[name][0]} \| "
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    assert len(re.findall(row, readme, re.MULTILINE)) == 1, "its row in README.md"
 
 
 def test_no_example_is_left_out() -> None:
-    assert {path.name for path in EXAMPLES.iterdir()} == {
-        "mock.yaml",
-        "digits.yaml",
-        "text-only.yaml",
-    }
+    assert {path.name for path in EXAMPLES.iterdir()} == set(EXAMPLE_RUNS)
+
+
+def test_stages_train_their_parts() -> None:
+    assert example("stage1.yaml").freeze.language
+    second = example("stage2.yaml")
+    assert second.freeze.vision and not second.freeze.language
+    assert second.load is not None and second.load.root == second.load_readers
+    assert example("stage1.yaml").save.root == second.load.root  # type: ignore[union-attr]
 
 
 def test_what_is_recomputed() -> None:
