@@ -94,7 +94,7 @@ def _without_nproc(argv: Sequence[str]) -> list[str]:
 
 
 def _demo(argv: Sequence[str]) -> int:
-    from megatron_mimo.tools.demo import DemoConfig, run_demo
+    from megatron_mimo.tools.demo.command import DemoConfig, run_demo
 
     return run_demo(parse_arguments(argv, DemoConfig, prog="megatron-mimo demo"))
 
@@ -104,13 +104,13 @@ def _data(argv: Sequence[str]) -> int:
 
 
 def _digits(argv: Sequence[str]) -> int:
-    from megatron_mimo.tools.data_digits import DigitsCommandLine, run_digits
+    from megatron_mimo.tools.data.digits import DigitsCommandLine, run_digits
 
     return run_digits(parse_arguments(argv, DigitsCommandLine, prog="megatron-mimo data digits"))
 
 
 def _prepare(argv: Sequence[str]) -> int:
-    from megatron_mimo.tools.data_prepare import PrepareConfig, run_prepare
+    from megatron_mimo.tools.data.prepare import PrepareConfig, run_prepare
 
     prog = "megatron-mimo data prepare SOURCE --out DIR"
     source, rest = _positional("SOURCE", argv, PrepareConfig, prog)
@@ -119,7 +119,7 @@ def _prepare(argv: Sequence[str]) -> int:
 
 
 def _inspect_data(argv: Sequence[str]) -> int:
-    from megatron_mimo.tools.data_inspect import InspectCommandLine, run_inspect
+    from megatron_mimo.tools.data.inspect import InspectCommandLine, run_inspect
 
     prog = "megatron-mimo data inspect PATH"
     path, rest = _positional("PATH", argv, InspectCommandLine, prog)
@@ -160,7 +160,7 @@ def _positionals(
 
 
 def _parity(argv: Sequence[str]) -> int:
-    from megatron_mimo.tools.parity import ParityConfig, run_parity
+    from megatron_mimo.tools.parity.command import ParityConfig, run_parity
 
     prog = "megatron-mimo parity RUN_A RUN_B"
     (a, b), rest = _positionals(("RUN_A", "RUN_B"), argv, ParityConfig, prog)
@@ -176,7 +176,7 @@ def _report(argv: Sequence[str]) -> int:
 
 
 def _plan(argv: Sequence[str]) -> int:
-    from megatron_mimo.tools.plan import PlanConfig, run_plan
+    from megatron_mimo.tools.plan.command import PlanConfig, run_plan
 
     return run_plan(parse_arguments(argv, PlanConfig, prog="megatron-mimo plan"))
 
@@ -186,7 +186,7 @@ def _checkpoint(argv: Sequence[str]) -> int:
 
 
 def _inspect(argv: Sequence[str]) -> int:
-    from megatron_mimo.tools.checkpoint import InspectConfig, run_inspect
+    from megatron_mimo.tools.checkpoint.inspect import InspectConfig, run_inspect
 
     prog = "megatron-mimo checkpoint inspect PATH"
     paths = [token for token in argv if not token.startswith("-")]
@@ -198,7 +198,7 @@ def _inspect(argv: Sequence[str]) -> int:
 
 
 def _convert(argv: Sequence[str]) -> int:
-    from megatron_mimo.tools.checkpoint_convert import ConvertConfig, run_convert
+    from megatron_mimo.tools.checkpoint.convert import ConvertConfig, run_convert
 
     # A field cannot have this name.
     source, rest = _take("--from", argv)

@@ -15,14 +15,14 @@ from docstring_parser import Docstring, DocstringStyle, parse
 from megatron_mimo.cli import TrainCommandLine
 from megatron_mimo.model.config import ModelConfig
 from megatron_mimo.presets import PROVIDERS
-from megatron_mimo.tools.checkpoint import InspectConfig
-from megatron_mimo.tools.checkpoint_convert import ConvertConfig
-from megatron_mimo.tools.data_digits import DigitsCommandLine
-from megatron_mimo.tools.data_inspect import InspectCommandLine
-from megatron_mimo.tools.data_prepare import PrepareConfig
-from megatron_mimo.tools.demo import DemoConfig
-from megatron_mimo.tools.parity import ParityConfig
-from megatron_mimo.tools.plan import PlanConfig
+from megatron_mimo.tools.checkpoint.convert import ConvertConfig
+from megatron_mimo.tools.checkpoint.inspect import InspectConfig
+from megatron_mimo.tools.data.digits import DigitsCommandLine
+from megatron_mimo.tools.data.inspect import InspectCommandLine
+from megatron_mimo.tools.data.prepare import PrepareConfig
+from megatron_mimo.tools.demo.command import DemoConfig
+from megatron_mimo.tools.parity.command import ParityConfig
+from megatron_mimo.tools.plan.command import PlanConfig
 from megatron_mimo.tools.report.command import ReportConfig
 from megatron_mimo.training.arguments import Flag, known_flags
 

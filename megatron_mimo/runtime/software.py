@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-import megatron_mimo
 from megatron_mimo.runtime.device import Device
 
+_OURS = "megatron-mimo"
 _PACKAGES = (
+    _OURS,
     "torch",
     "megatron-core",
     "megatron-energon",
@@ -31,17 +32,16 @@ _VARIABLES = (
 
 
 def software() -> dict[str, str]:
-    """Versions of ours, with its commit in a checkout, of Python, and of what computes."""
-    ours, commit = megatron_mimo.__version__, _commit()
-    found = {
-        "megatron-mimo": f"{ours} ({commit})" if commit else ours,
-        "python": platform.python_version(),
-    }
+    """Versions of Python, of ours and of what computes, and the commit of a checkout."""
+    found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    commit = _commit()
+    if commit is not None:
+        found["commit"] = commit
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     return found
@@ -64,7 +64,7 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _commit() -> str | None:
     """The checkout's commit, marked where files differ from it; None outside of a checkout."""
-    root = Path(megatron_mimo.__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:

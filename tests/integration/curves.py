@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mimo.tools.curves import LOSS, NORM, RunCurves
-from megatron_mimo.tools.parity import ParityConfig, compare_runs, verdict
+from megatron_mimo.tools.parity.command import ParityConfig
+from megatron_mimo.tools.parity.compare import compare_runs, verdict
 
 
 def assert_parity(wanted: Sequence[Sequence[float]], found: Sequence[Sequence[float]]) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from megatron_mimo.cli import main
 from megatron_mimo.schedule.actions import Module
-from megatron_mimo.tools.plan_draw import COMPUTE_COLORS
+from megatron_mimo.tools.plan.draw import COMPUTE_COLORS
 from megatron_mimo.tools.report import charts
 from megatron_mimo.training.start_record import read_starts
 from tests.browser import show

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from megatron_mimo.schedule.actions import Kind, Module
 from megatron_mimo.tools import page
-from megatron_mimo.tools.plan_draw import COMPUTE_COLORS
+from megatron_mimo.tools.plan.draw import COMPUTE_COLORS
 from megatron_mimo.tools.report import charts
 from megatron_mimo.training.rank_report import Part
 from megatron_mimo.training.traces import timeline_files

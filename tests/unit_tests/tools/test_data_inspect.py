@@ -25,15 +25,15 @@ from megatron_mimo.data.sample import RawSample, encode_sample
 from megatron_mimo.data.tokenizer import ByteTokenizer
 from megatron_mimo.data.webdataset import prepare, write_shard
 from megatron_mimo.images import ImageConfig
-from megatron_mimo.tools.data_inspect import (
+from megatron_mimo.tools.data.inspect import (
     InspectCommandLine,
     _EvenChoice,
     describe,
     settings,
     survey,
 )
-from megatron_mimo.tools.data_page import spans, unpatchify
-from megatron_mimo.tools.data_statistics import Distribution, Statistics, draw_bars
+from megatron_mimo.tools.data.page import spans, unpatchify
+from megatron_mimo.tools.data.statistics import Distribution, Statistics, draw_bars
 from megatron_mimo.training.flags import parse
 
 PATCH = 8

@@ -22,8 +22,8 @@ from megatron_mimo.data.sample import EncodedSample
 from megatron_mimo.data.tokenizer import ByteTokenizer
 from megatron_mimo.data.webdataset import read_shard, write_shard
 from megatron_mimo.tools import data_sources
-from megatron_mimo.tools.data_prepare import PrepareConfig, split_score, survey_samples
-from megatron_mimo.tools.data_sources import Found, Problem, read_array, read_folder, stored_key
+from megatron_mimo.tools.data.prepare import PrepareConfig, split_score, survey_samples
+from megatron_mimo.tools.data.sources import Found, Problem, read_array, read_folder, stored_key
 
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (24, 16), shade: int = 0) -> bytes:
@@ -48,7 +48,7 @@ def stored(out: Path, split: str | None = None) -> dict[str, dict[str, bytes]]:
 
 def read_back(out: Path, split: str) -> dict[str, EncodedSample]:
     """What training reads of a split, through energon; all of it is good."""
-    from megatron_mimo.tools.data_reading import DatasetReader
+    from megatron_mimo.tools.data.reading import DatasetReader
 
     config = DataConfig(provider="energon", path=str(out), seq_length=4096, prompt_format="plain")
     bad: list[str] = []
@@ -651,7 +651,7 @@ def test_a_failure_while_writing_leaves_nothing(
     def full(*args: object, **more: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megatron_mimo.tools.data_prepare.prepare", full)
+    monkeypatch.setattr("megatron_mimo.tools.data.prepare.prepare", full)
     before = sorted(tmp_path.iterdir())
     assert prepare(photos, "--out", tmp_path / "out") == 1
     assert "was not written: [Errno 28] No space left" in capsys.readouterr().err
@@ -668,7 +668,7 @@ def test_a_source_that_changes_is_noticed(
         write_lines(source, [{"text": "ab"}])
         return found
 
-    monkeypatch.setattr("megatron_mimo.tools.data_prepare.survey_samples", survey)
+    monkeypatch.setattr("megatron_mimo.tools.data.prepare.survey_samples", survey)
     assert prepare(source, "--out", tmp_path / "out") == 2
     assert "had 2 samples and now has 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

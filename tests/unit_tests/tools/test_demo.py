@@ -1,9 +1,9 @@
 import pytest
 
 from megatron_mimo.data import RawSample
-from megatron_mimo.tools.demo import exact_match, most_frequent_answer
-from megatron_mimo.tools.demo_report import Example, examples_section, results_section
-from megatron_mimo.tools.demo_worker import shuffle_images
+from megatron_mimo.tools.demo.command import exact_match, most_frequent_answer
+from megatron_mimo.tools.demo.page import Example, examples_section, results_section
+from megatron_mimo.tools.demo.worker import shuffle_images
 
 
 def sample(key: str, answer: str, question: str = "<image>Which?", image: bytes = b"") -> RawSample:

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from megatron_mimo.cli import main
 from megatron_mimo.tools.curves import NORM, read_run
-from megatron_mimo.tools.parity import default_steps, relative_difference
+from megatron_mimo.tools.parity.command import default_steps
+from megatron_mimo.tools.parity.compare import relative_difference
 from megatron_mimo.training.event_file import EventFile
 from megatron_mimo.training.saved_activations import (
     EMBEDDINGS,

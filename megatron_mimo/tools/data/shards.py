@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_mimo.data.webdataset import group_members
-from megatron_mimo.tools.data_forms import wrong_sample
-from megatron_mimo.tools.data_sources import Problem
+from megatron_mimo.tools.data.forms import wrong_sample
+from megatron_mimo.tools.data.sources import Problem
 
 _FOLDERS = ("train", "val")
 

@@ -14,9 +14,9 @@ from tyro.conf import arg
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_mimo.language.config import HybridConfig
-from megatron_mimo.tools.data_page import Shown, write_page
-from megatron_mimo.tools.data_reading import DatasetReader, Sequence
-from megatron_mimo.tools.data_statistics import (
+from megatron_mimo.tools.data.page import Shown, write_page
+from megatron_mimo.tools.data.reading import DatasetReader, Sequence
+from megatron_mimo.tools.data.statistics import (
     PERCENTILES,
     Distribution,
     Observation,

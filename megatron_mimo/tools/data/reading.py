@@ -25,7 +25,7 @@ from megatron_mimo.data.dataset_errors import (
 from megatron_mimo.data.sample import EncodedSample, Outcome, SkippedSample, name_source
 from megatron_mimo.data.task_encoder import MimoTaskEncoder
 from megatron_mimo.data.tokenizer import Tokenizer
-from megatron_mimo.tools.data_statistics import Observation, kind_of_message
+from megatron_mimo.tools.data.statistics import Observation, kind_of_message
 
 Split = Literal["train", "val"]
 _ENDLESS = 2**40  # positions

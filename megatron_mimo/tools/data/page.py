@@ -17,7 +17,7 @@ from megatron_mimo.data.sample import EncodedSample
 from megatron_mimo.data.tokenizer import Tokenizer
 from megatron_mimo.images import EncodedImage
 from megatron_mimo.tools import page
-from megatron_mimo.tools.data_statistics import (
+from megatron_mimo.tools.data.statistics import (
     PERCENTILES,
     Distribution,
     Observation,

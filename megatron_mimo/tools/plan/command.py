@@ -17,7 +17,7 @@ from megatron_mimo.schedule.actions import (
     role_of,
 )
 from megatron_mimo.schedule.timeline import timeline
-from megatron_mimo.tools.plan_draw import draw_png, draw_text, gather_rows
+from megatron_mimo.tools.plan.draw import draw_png, draw_text, gather_rows
 from megatron_mimo.topology import Layout
 from megatron_mimo.training.config import (
     File,
@@ -128,7 +128,7 @@ def _wants_schedule(config: PlanConfig) -> bool:
 
 def _show_parameters(config: PlanConfig, layout: Layout) -> None:
     # It takes the engine, which a drawing of the schedule does without.
-    from megatron_mimo.tools.parameters import count_parameters
+    from megatron_mimo.tools.plan.parameters import count_parameters
 
     architecture = read_architecture(config.model_provider, config.model_config, config.override)
     check_shards(layout, architecture)

@@ -18,7 +18,7 @@ from tyro.conf import arg
 
 from megatron_mimo.data import RawSample
 from megatron_mimo.data.digits import read_digits_split, write_digits_dataset
-from megatron_mimo.tools.demo_report import STYLE, Example, examples_section, results_section
+from megatron_mimo.tools.demo.page import STYLE, Example, examples_section, results_section
 from megatron_mimo.tools.report.command import run_sections, write_run_page
 from megatron_mimo.training.launch import launch
 
@@ -87,7 +87,7 @@ def run_demo(config: DemoConfig) -> int:
         code = launch(
             config.encoder_dp + config.llm_dp,
             _training_flags(config, dataset, out),
-            "megatron_mimo.tools.demo_worker",
+            "megatron_mimo.tools.demo.worker",
         )
         if code != 0:
             return code

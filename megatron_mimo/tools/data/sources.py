@@ -18,7 +18,7 @@ from PIL import Image
 from megatron_mimo.data.conversation import MalformedError, parse_conversation, parse_json
 from megatron_mimo.data.task_encoder import IMAGE_PARTS
 from megatron_mimo.images import BrokenImageError, examine_image
-from megatron_mimo.tools.data_forms import wrong_sample
+from megatron_mimo.tools.data.forms import wrong_sample
 
 # PIL's name of a format -> file ending.
 _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "PPM": "ppm"}

@@ -21,8 +21,8 @@ from types import FrameType
 from typing import Literal
 
 from megatron_mimo.data.webdataset import prepare, write_shard
-from megatron_mimo.tools.data_shards import ShardSurvey, survey_shards
-from megatron_mimo.tools.data_sources import (
+from megatron_mimo.tools.data.shards import ShardSurvey, survey_shards
+from megatron_mimo.tools.data.sources import (
     Found,
     Problem,
     kind_of,

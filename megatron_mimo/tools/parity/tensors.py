@@ -13,6 +13,7 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_mimo.tools.parity.outcome import EXIT_FAIL, EXIT_PASS, write_json
 from megatron_mimo.training.saved_activations import (
     METADATA,
     POINTS,
@@ -117,8 +118,6 @@ def run_tensor_parity(a: str, b: str, *, tolerance: float, json_path: str | None
         ValueError: A folder is not of saved activations, or incomplete, or they have no step in
             common.
     """
-    from megatron_mimo.tools.parity import EXIT_FAIL, EXIT_PASS, write_json
-
     steps_a, steps_b = find_steps(a), find_steps(b)
     common = sorted(steps_a.keys() & steps_b.keys())
     if not common:

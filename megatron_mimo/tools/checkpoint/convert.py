@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from megatron_mimo.tools.checkpoint import (
+from megatron_mimo.tools.checkpoint.inspect import (
     Damaged,
     check_sizes,
     entries_of,

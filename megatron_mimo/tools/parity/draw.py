@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_mimo.tools.parity import Comparison, Parity
+    from megatron_mimo.tools.parity.compare import Comparison, Parity
 
 _COLOURS = ("#9ecae1", "#e6550d")
 

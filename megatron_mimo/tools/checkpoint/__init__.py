@@ -1,0 +1,1 @@
+"""Looking into checkpoints, and converting them."""

@@ -1,0 +1,1 @@
+"""Datasets: writing them, and looking at them as the model will see them."""

@@ -1,0 +1,1 @@
+"""A small model that learns to read digits: `megatron-mimo demo`."""

@@ -1,0 +1,1 @@
+"""Are two runs the same: `megatron-mimo parity`."""

@@ -1,0 +1,1 @@
+"""What a layout does and holds, on paper: `megatron-mimo plan`."""
