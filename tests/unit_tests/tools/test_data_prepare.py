@@ -21,7 +21,7 @@ from megatron_mimo.data.config import DataConfig
 from megatron_mimo.data.sample import EncodedSample
 from megatron_mimo.data.tokenizer import ByteTokenizer
 from megatron_mimo.data.webdataset import read_shard, write_shard
-from megatron_mimo.tools import data_sources
+from megatron_mimo.tools.data import sources
 from megatron_mimo.tools.data.prepare import PrepareConfig, split_score, survey_samples
 from megatron_mimo.tools.data.sources import Found, Problem, read_array, read_folder, stored_key
 
@@ -230,7 +230,7 @@ def test_absolute_paths_and_files_named_without_their_kind(media: Path, tmp_path
 def test_arrays_are_read_piece_by_piece(
     chunk: int, indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_sources, "_CHUNK", chunk)
+    monkeypatch.setattr(sources, "_CHUNK", chunk)
     items = [{"text": f'{i} "é]}}, \\ {{[' * i} for i in range(1, 30)]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(items, indent=indent, ensure_ascii=False), encoding="utf-8")
@@ -677,7 +677,7 @@ def test_a_source_that_changes_is_noticed(
 def test_a_terminated_run_leaves_nothing(tmp_path: Path) -> None:
     source, out = tmp_path / "a.jsonl", tmp_path / "deep" / "out"
     program = (
-        "import sys, time; from megatron_mimo.tools import data_prepare as p; "
+        "import sys, time; from megatron_mimo.tools.data import prepare as p; "
         "p.prepare = lambda *a, **k: (print('writing', flush=True), time.sleep(60)); "
         "from megatron_mimo.cli import main; sys.exit(main(sys.argv[1:]))"
     )
