@@ -12,9 +12,8 @@ import torch
 
 from megatron_mimo.runtime.device import Device
 
-_OURS = "megatron-mimo"
 _PACKAGES = (
-    _OURS,
+    "megatron-mimo",
     "torch",
     "megatron-core",
     "megatron-energon",
