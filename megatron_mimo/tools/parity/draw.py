@@ -3,6 +3,8 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+from megatron_mimo.tools import picture
+
 if TYPE_CHECKING:
     from megatron_mimo.tools.parity.compare import Comparison, Parity
 
@@ -15,23 +17,9 @@ def draw_png(parity: "Parity", path: str) -> None:
     Raises:
         ValueError: matplotlib is missing, or the file cannot be written.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ValueError("--png needs matplotlib: install megatron-mimo[demo]") from error
     columns = len(parity.comparisons)
-    figure, axes = pyplot.subplots(
-        2,
-        columns,
-        figsize=(5.5 * columns, 5),
-        sharex=True,
-        squeeze=False,
-        height_ratios=(2, 1),
-        layout="constrained",
-    )
+    figure = picture.blank(figsize=(5.5 * columns, 5), layout="constrained")
+    axes = figure.subplots(2, columns, sharex=True, squeeze=False, height_ratios=(2, 1))
     for column, comparison in enumerate(parity.comparisons):
         _draw_curves(axes[0, column], comparison)
         _draw_difference(axes[1, column], comparison)
@@ -39,12 +27,7 @@ def draw_png(parity: "Parity", path: str) -> None:
     names = (f"A: {parity.a.name}", f"B: {parity.b.name}")
     figure.legend(handles, names, loc="outside upper left", ncols=2, frameon=False)
     figure.suptitle("PASS" if parity.passes else "FAIL", x=0.99, ha="right", weight="bold")
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--png {path} cannot be written: {error}") from error
-    finally:
-        pyplot.close(figure)
+    picture.save(figure, path)
 
 
 def _draw_curves(axes: Any, comparison: "Comparison") -> None:

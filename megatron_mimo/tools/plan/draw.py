@@ -8,6 +8,7 @@ from rich.text import Text
 
 from megatron_mimo.schedule.actions import Kind, Module, role_of
 from megatron_mimo.schedule.timeline import Event, Timeline
+from megatron_mimo.tools import picture
 from megatron_mimo.topology import Layout
 
 COMPUTE_COLORS = {
@@ -115,15 +116,8 @@ def draw_png(rows: Sequence[Row], makespan: float, path: str) -> None:
     Raises:
         ValueError: matplotlib is missing, or the file cannot be written.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise ValueError("--png needs matplotlib: install megatron-mimo[demo]") from error
-    figure, axes = pyplot.subplots(figsize=(max(7, makespan * 0.32), 0.9 + 0.5 * len(rows)))
+    figure = picture.blank(figsize=(max(7, makespan * 0.32), 0.9 + 0.5 * len(rows)))
+    axes = figure.subplots()
     seen = set()
     for y, row in enumerate(rows):
         for event in row.events:
@@ -152,18 +146,12 @@ def draw_png(rows: Sequence[Row], makespan: float, path: str) -> None:
     axes.set_xlabel("time")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
-    patches = [
-        Patch(color=COMPUTE_COLORS[kind], label=_NAMES[kind]) for kind in _NAMES if kind in seen
-    ]
-    axes.legend(
-        handles=patches, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(patches), frameon=False
-    )
-    try:
-        figure.savefig(path, dpi=110, bbox_inches="tight")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--png {path} cannot be written: {error}") from error
-    finally:
-        pyplot.close(figure)
+    for kind in COMPUTE_COLORS:
+        if kind in seen:
+            # A bar of no length, for the legend.
+            axes.barh(0, 0, color=COMPUTE_COLORS[kind], label=_NAMES[kind])
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(seen), frameon=False)
+    picture.save(figure, path, bbox_inches="tight")
 
 
 def _kind(event: Event) -> tuple[Module, bool]:

@@ -81,13 +81,8 @@ def lines_chart(
     figure = go.Figure()
     for line in lines:
         thinned = thin(line.curve)
-        figure.add_scatter(
-            x=np.array(list(thinned), dtype=np.int32),
-            y=np.array(list(thinned.values()), dtype=np.float32),
-            name=line.label,
-            mode="lines+markers" if line.marked or len(thinned) == 1 else "lines",
-            line={"color": line.color, "width": 1.7},
-        )
+        mode = "lines+markers" if line.marked or len(thinned) == 1 else "lines"
+        _add(figure, line, thinned, width=1.7, mode=mode)
     if log:
         _switch_scale(figure)
     return _by_iteration(figure, title, unit, resumes)
@@ -99,15 +94,7 @@ def stack_chart(
     """Curves over iterations, one on top of the other; many points are drawn as means of some."""
     figure = go.Figure()
     for part in parts:
-        averaged = average(part.curve)
-        figure.add_scatter(
-            x=np.array(list(averaged), dtype=np.int32),
-            y=np.array(list(averaged.values()), dtype=np.float32),
-            name=part.label,
-            mode="lines",
-            line={"color": part.color, "width": 0.5},
-            stackgroup="all",
-        )
+        _add(figure, part, average(part.curve), width=0.5, mode="lines", stackgroup="all")
     return _by_iteration(figure, title, unit, resumes)
 
 
@@ -164,6 +151,16 @@ def show(figure: go.Figure, title: str, *, kind: str = "", height: int = _HEIGHT
         config={"displayModeBar": False, "responsive": True},
     )
     return f'<figure class="{kind}" aria-label="{title}"><h3>{title}</h3>{drawn}</figure>'
+
+
+def _add(figure: go.Figure, line: Line, curve: Curve, *, width: float, **how: str) -> None:
+    figure.add_scatter(
+        x=np.array(list(curve), dtype=np.int32),
+        y=np.array(list(curve.values()), dtype=np.float32),
+        name=line.label,
+        line={"color": line.color, "width": width},
+        **how,
+    )
 
 
 def _by_iteration(figure: go.Figure, title: str, unit: str, resumes: Sequence[int]) -> str:
