@@ -21,6 +21,7 @@ watching, and adds it to the time without: this hardly depends on the machine's 
     python benchmarks/bench_watching.py [--quick] [--json FILE]
 """
 
+import gc
 import io
 import statistics
 import tempfile
@@ -112,6 +113,9 @@ def measure(context: Any, folder: Path, rounds: int) -> dict[str, dict[str, list
 
     trainer = build_trainer(resolved(()), context)
     loader = drawn(trainer, folder / "digits")
+    # As a run does: else what is collected depends on how much was made in between.
+    gc.collect()
+    gc.freeze()
     found: dict[str, dict[str, list[float]]] = {
         name: {kind: [] for kind in ("wall", "cpu", "own cpu", "calls")}
         for side in SIDES
