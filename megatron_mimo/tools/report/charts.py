@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from megatron_mimo.tools.curves import Curve
+from megatron_mimo.tools.page import escape
 
 BLUE, ORANGE, GREEN, RED = "#3b6fb6", "#d9822b", "#2a7d4f", "#c0392b"
 _BUCKETS = 500
@@ -133,7 +134,7 @@ def show(figure: go.Figure, title: str, *, kind: str = "", height: int = _HEIGHT
 
     Args:
         figure: To draw.
-        title: Also its name for those who do not see it.
+        title: As text; also its name for those who do not see it.
         kind: Class of the element.
         height: Pixels.
     """
@@ -150,7 +151,8 @@ def show(figure: go.Figure, title: str, *, kind: str = "", height: int = _HEIGHT
         include_plotlyjs=False,
         config={"displayModeBar": False, "responsive": True},
     )
-    return f'<figure class="{kind}" aria-label="{title}"><h3>{title}</h3>{drawn}</figure>'
+    name = escape(title)
+    return f'<figure class="{kind}" aria-label="{name}"><h3>{name}</h3>{drawn}</figure>'
 
 
 def _add(figure: go.Figure, line: Line, curve: Curve, *, width: float, **how: str) -> None:

@@ -1,5 +1,6 @@
 """What a report shows of a run, section by section."""
 
+import shlex
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -282,9 +283,7 @@ def _rest(run: RunCurves, resumes: Sequence[int]) -> str:
 def _configuration(starts: Sequence[StartRecord]) -> str:
     last = starts[-1]
     defaults = flat(TrainConfig())
-    changed = {
-        name: value for name, value in last.flags.items() if value != defaults.get(name, None)
-    }
+    changed = {name: value for name, value in last.flags.items() if value != defaults.get(name)}
     parts = [f"<pre>{page.escape(last.layout)}</pre>", _flags(changed)]
     if len(starts) > 1:
         parts.append("<h3>What changed between starts</h3>")
@@ -292,7 +291,7 @@ def _configuration(starts: Sequence[StartRecord]) -> str:
     parts.append(page.folded(f"all {len(last.flags)} flags", _flags(last.flags)))
     parts.append(
         page.folded(
-            "command line", f"<pre>{page.escape(' '.join(last.command) or 'no flags')}</pre>"
+            "command line", f"<pre>{page.escape(shlex.join(last.command) or 'no flags')}</pre>"
         )
     )
     return "".join(parts)

@@ -97,12 +97,13 @@ def test_a_run_without_anything_of_ours(tmp_path: Path) -> None:
     """As of Megatron-LM: curves that we do not know are shown too."""
     events = EventFile(tmp_path)
     for step in range(1, 5):
-        scalars = {"lm loss": 1 / step, "lm loss vs samples": 1.0, "params-norm": 3.0}
+        scalars = {"lm loss": 1 / step, "lm loss vs samples": 1.0, "params-norm": 3.0, "<i>": 1.0}
         events.add_scalars(scalars, step)
     events.close()
     found = by_name(tmp_path, [])
     assert list(found) == ["In short", "Curves", "Timeline", "Everything else that was logged"]
     assert "params-norm" in found["Everything else that was logged"]
+    assert "<h3>&lt;i&gt;</h3>" in found["Everything else that was logged"]
     assert "vs samples" not in "".join(found.values())
     assert "None was recorded: train with --timeline-profile" in found["Timeline"]
     assert main(["report", str(tmp_path)]) == 0
