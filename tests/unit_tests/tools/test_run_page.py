@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_mimo.cli import main
@@ -64,6 +64,7 @@ def by_name(run: Path, starts: list[StartRecord], timeline: Timeline | None = No
     st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=300),
     st.integers(1, 20),
 )
+@example([0.0, 1.0, 9.0, 1.0, -9.0, 0.0, 0.0], 1)
 def test_thinning_loses_neither_ends_nor_spikes(values: list[float], buckets: int) -> None:
     curve = dict(enumerate(values, start=5))
     thinned = thin(curve, buckets)
