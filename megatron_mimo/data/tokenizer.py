@@ -37,6 +37,7 @@ class Tokenizer(Protocol):
     """What the data and the model need from a tokenizer.
 
     Attributes:
+        num_tokens: Numbers of tokens are below.
         vocab_size: Size of the embedding table, padded for tensor parallelism.
         image_token_id: Token that rows replace.
         pad_id: Fills sequences up.
@@ -44,6 +45,7 @@ class Tokenizer(Protocol):
         chat_template: How it writes conversations, if it says so.
     """
 
+    num_tokens: int
     vocab_size: int
     image_token_id: int
     pad_id: int
@@ -69,6 +71,7 @@ class ByteTokenizer:
     pad_id = 256
     eos_id = 257
     image_token_id = 258
+    num_tokens = 259
     vocab_size = 384
     chat_template: ChatTemplate | None = None
 
@@ -128,7 +131,8 @@ class HuggingFaceTokenizer:
         self.image_token_id: int = vocabulary[image_token]
         self.eos_id: int = eos_id
         self.pad_id: int = eos_id if pad_id is None else pad_id
-        self.vocab_size = -(-len(self._tokenizer) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+        self.num_tokens = max(vocabulary.values()) + 1
+        self.vocab_size = -(-self.num_tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
         self.chat_template: ChatTemplate | None = (
             HuggingFaceChatTemplate(self._tokenizer) if self._tokenizer.chat_template else None
         )

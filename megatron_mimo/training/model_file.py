@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from megatron_mimo.data import Tokenizer
 from megatron_mimo.model.config import ModelConfig
 from megatron_mimo.omni.config import OmniConfig, read_omni
 from megatron_mimo.presets import changed, model_config
@@ -52,3 +53,19 @@ def read_folder(provider: str, folder: str | None) -> OmniConfig | None:
         return None
     with WeightFolder(folder) as weights:
         return read_omni(weights)
+
+
+def table_size(tokenizer: Tokenizer, folder: OmniConfig | None) -> int:
+    """V, rows of the embedding table: the folder's, if the model comes from one.
+
+    Raises:
+        ValueError: The tokenizer has tokens that the folder's model has not.
+    """
+    if folder is None:
+        return tokenizer.vocab_size
+    if tokenizer.num_tokens > folder.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.num_tokens} tokens, the model of --load-hf "
+            f"{folder.vocab_size}: give the folder's own as --tokenizer-model"
+        )
+    return folder.vocab_size

@@ -32,6 +32,7 @@ from megatron_mimo.training.config import CheckpointSection, ModelSection
 from megatron_mimo.training.engine import build_engine, data_role
 from megatron_mimo.training.foreign import load_folder
 from megatron_mimo.training.loop import Checkpoints, LoopConfig
+from megatron_mimo.training.model_file import table_size
 from megatron_mimo.training.observe import Observer, Speed
 from megatron_mimo.training.resolve import Resolved
 from megatron_mimo.training.step import Engine
@@ -95,7 +96,7 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
             params_dtype=_dtype(model),
             seed=resolved.config.training.seed,
             init=model.init,
-            vocab_size=_vocabulary(resolved, tokenizer),
+            vocab_size=table_size(tokenizer, resolved.folder),
             seq_length=model.seq_length,
             sequence_parallel=bool(resolved.config.grids.sequence_parallel),
             execution=resolved.execution,
@@ -197,7 +198,10 @@ def build_observer(
     watch, model = resolved.watch, engine.model
     if not watch.measures and watch.traces is None:
         return None
-    vocab_size, seq_length = _vocabulary(resolved, tokenizer), resolved.config.model.seq_length
+    vocab_size, seq_length = (
+        table_size(tokenizer, resolved.folder),
+        resolved.config.model.seq_length,
+    )
     peak = watch.peak_tflops
     return Observer(
         watch,
@@ -242,22 +246,6 @@ def _load_first_weights(parts: TrainedParts, checkpoints: CheckpointSection) -> 
         load_nemotron(parts, Path(checkpoints.load_nemotron_checkpoint))
     if checkpoints.load_vision_from is not None:
         load_vision(parts, Path(checkpoints.load_vision_from))
-
-
-def _vocabulary(resolved: Resolved, tokenizer: Tokenizer) -> int:
-    """V: the folder's, if the model comes from one.
-
-    Raises:
-        ValueError: The tokenizer has tokens that the folder's model has not.
-    """
-    if resolved.folder is None:
-        return tokenizer.vocab_size
-    if tokenizer.vocab_size > resolved.folder.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model of --load-hf "
-            f"{resolved.folder.vocab_size}: give the folder's own as --tokenizer-model"
-        )
-    return resolved.folder.vocab_size
 
 
 def _dtype(model: ModelSection) -> torch.dtype:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mimo.data import ByteTokenizer
+from megatron_mimo.omni.config import OmniConfig
 from megatron_mimo.presets import model_config
-from megatron_mimo.training.model_file import read_architecture
+from megatron_mimo.training.model_file import read_architecture, table_size
 
 
 def test_a_file_describes_a_model_of_its_own(tmp_path: Path) -> None:
@@ -55,3 +57,19 @@ def test_the_example_is_a_model() -> None:
     found = read_architecture("nemotron-moe-vlm-tiny", str(example), ())
     assert found.language.layers == "ME*-ME*-"
     assert found.vision.num_layers == 4
+
+
+def test_a_folder_says_how_large_the_table_is() -> None:
+    """Whether or not it is padded as ours would be."""
+    assert table_size(ByteTokenizer(), None) == 384
+
+    def folder(vocab_size: int) -> OmniConfig:
+        model = model_config("nemotron-moe-vlm-tiny")
+        return OmniConfig(model=model, vocab_size=vocab_size, seq_length=64, image_token_id=7)
+
+    # 256 bytes and three special tokens.
+    assert table_size(ByteTokenizer(), folder(259)) == 259
+    with pytest.raises(
+        ValueError, match="the tokenizer has 259 tokens, the model of --load-hf 258"
+    ):
+        table_size(ByteTokenizer(), folder(258))
