@@ -12,7 +12,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PACKAGE := -e '.[demo,dev]' -c constraints.txt
 
-.PHONY: install demo demo-short test lint docs bench clean help
+.PHONY: install demo demo-short test test-all lint docs bench clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -45,7 +45,10 @@ demo: $(INSTALLED)  ## Train a small vision-language model on two grids, 4 ranks
 demo-short: $(INSTALLED)  ## The demo for a few iterations: that it runs, not what it learns
 	@$(BIN)/megatron-mimo demo --train-iters 20 --out runs/demo-short $(DEMO_FLAGS)
 
-test: $(INSTALLED)  ## Run the test suite
+test: $(INSTALLED)  ## Run the tests, but for every layout and long runs (about ten minutes)
+	@$(BIN)/pytest -m "not slow" $(PYTEST_FLAGS)
+
+test-all: $(INSTALLED)  ## Run every test (half an hour and more)
 	@$(BIN)/pytest $(PYTEST_FLAGS)
 
 lint: $(INSTALLED)  ## Check style, types and which package imports which

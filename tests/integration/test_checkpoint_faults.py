@@ -16,6 +16,8 @@ from tests.harness import RanksFailed
 from tests.integration.engines import beside, small_engine
 from tests.integration.test_resume import weights
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = beside({}, {"dp": 2})
 MOCK = {"overrides": ("language.hidden_size=32", "language.num_layers=2", "vision.hidden_size=32")}
 # More by MIMO_KILLS=30; each costs the start of three ranks.

@@ -9,6 +9,8 @@ import pytest
 
 from megatron_mimo.checkpoint.folder import LOADER, TRACKER, latest_iteration
 
+pytestmark = pytest.mark.slow
+
 MOCK = [
     *("--override", "language.num_layers=1", "--override", "language.hidden_size=32"),
     *("--override", "vision.num_layers=1", "--override", "vision.hidden_size=32"),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("failfast_worker.py")
 RANKS = 3
 LIMIT_S = 10.0

@@ -9,6 +9,8 @@ import pytest
 from megatron_mimo.topology import Layout
 from tests.integration.engines import SEQ_LENGTH, beside, layout, small_engine
 
+pytestmark = pytest.mark.slow
+
 GLOBAL_BATCH_SIZE = 4
 # Patch rows and columns of each sample's images.
 GRIDS: list[list[tuple[int, int]]] = [[(4, 4), (2, 6)], [], [(8, 4)], [(6, 2), (2, 2)]]

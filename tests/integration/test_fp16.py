@@ -8,6 +8,8 @@ import pytest
 from megatron_mimo.topology import Layout
 from tests.integration.engines import beside, layout, mock_data, mock_loader, small_engine
 
+pytestmark = pytest.mark.slow
+
 STEPS, GLOBAL_BATCH_SIZE = 24, 4
 OVERRIDES = (
     "language.pattern=ME*-",

@@ -16,6 +16,8 @@ from tests.integration.engines import (
     small_engine,
 )
 
+pytestmark = pytest.mark.slow
+
 STEPS = 15
 GLOBAL_BATCH_SIZE = 4
 # So large that experts' balance shows in loss and norms within a few steps.

@@ -9,7 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from megatron_mimo.checkpoint.folder import latest_iteration
+
+pytestmark = pytest.mark.slow
 
 FLAGS = (
     *("--encoder-dp", "1", "--llm-dp", "2", "--global-batch-size", "4", "--log-interval", "1"),

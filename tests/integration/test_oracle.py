@@ -10,6 +10,8 @@ import pytest
 from megatron_mimo.topology import Layout
 from tests.integration.engines import beside, layout
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 GLOBAL_BATCH_SIZE = 6
 SEQ_LENGTH = 64

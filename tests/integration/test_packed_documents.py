@@ -10,6 +10,8 @@ import pytest
 from megatron_mimo.topology import Layout
 from tests.integration.engines import SEQ_LENGTH, beside, layout, small_engine
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from megatron_mimo.data.sample import EncodedSample
 

@@ -12,6 +12,8 @@ from megatron_mimo.topology import Layout
 from tests.integration.curves import assert_parity
 from tests.integration.engines import beside, layout, small_engine
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 # Divides by 2, 3 and 4 lanes.
 GLOBAL_BATCH_SIZE = 12

@@ -10,6 +10,8 @@ from megatron_mimo.model.config import FreezeConfig
 from megatron_mimo.topology import Layout
 from tests.integration.engines import beside, layout, mock_data, mock_loader, small_engine
 
+pytestmark = pytest.mark.slow
+
 BEFORE, AFTER = 4, 4
 GLOBAL_BATCH_SIZE = 4
 TINY = "nemotron-moe-vlm-tiny"

@@ -18,6 +18,8 @@ from tests.integration.engines import (
     small_engine,
 )
 
+pytestmark = pytest.mark.slow
+
 STEPS = 50
 # Of what varies beside the layout: the curves part at once, or not at all.
 FEWER_STEPS = 20

@@ -15,6 +15,8 @@ from tests.integration.engines import (
     small_engine,
 )
 
+pytestmark = pytest.mark.slow
+
 FAN_OUT = beside({}, {"dp": 2})
 PARTS = ("vision", "projector", "model")
 

@@ -13,6 +13,8 @@ from megatron_mimo.topology import Layout
 from tests.integration.engines import beside
 from tests.integration.test_train_cli import train
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = beside({}, {"dp": 2})
 # Four samples of a lane, one by one.
 MICROBATCHES = 4

@@ -173,7 +173,9 @@ def test_samples_that_do_not_deal_evenly_keep_their_lanes() -> None:
 
 def test_mock_data_does_not_go_on_from_a_dataset() -> None:
     stream = numbers(0, 1, DataConfig(micro_batch_size=1, global_batch_size=1))
-    with pytest.raises(ValueError, match="--dataset-provider mock: .* read with energon"):
+    with pytest.raises(
+        ValueError, match="--dataset-provider mock cannot go on: .* read with energon"
+    ):
         stream.restore(0, [{"workers": {}, "num_samples": [1]}])
 
 

@@ -167,7 +167,10 @@ def two_epochs(num_lanes: int, num_workers: int, packing: int | None = None) -> 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("num_workers", [1, 2])
-@pytest.mark.parametrize("lanes", [(5,), (6, 7), (2, 3, 4, 5), tuple(range(LANES))])
+@pytest.mark.parametrize(
+    "lanes",
+    [(5,), (6, 7), (2, 3, 4, 5), pytest.param(tuple(range(LANES)), marks=pytest.mark.slow)],
+)
 def test_every_lane_sees_what_a_loader_of_its_own_gives(
     path: str, lanes: tuple[int, ...], num_workers: int, packing: int | None
 ) -> None:

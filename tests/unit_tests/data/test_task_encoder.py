@@ -396,6 +396,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_both_grids_read_the_same_of_10_000_samples(mixed: Path) -> None:
     config = DataConfig(provider="energon", path=str(mixed), seq_length=128, shuffle_buffer_size=50)

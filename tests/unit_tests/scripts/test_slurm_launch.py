@@ -325,6 +325,7 @@ def _write_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_the_real_program_saves_at_the_time_limit_and_goes_on(
     cluster: Cluster, real_data: Callable[[], None]
 ) -> None:

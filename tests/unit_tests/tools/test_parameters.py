@@ -46,6 +46,7 @@ def plan(*argv: str) -> dict[str, list[int]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "pattern", "ep"),
     [
