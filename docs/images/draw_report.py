@@ -13,8 +13,8 @@ from PIL import Image
 from megatron_mimo.cli import main as run
 from megatron_mimo.tools.report.command import run_sections, write_run_page
 
-_WIDTH, _HEIGHT = 1400, 1180
-_COLOURS = 64
+_WIDTH, _HEIGHT = 1400, 1480
+_COLOURS = 200
 _SECTIONS = ("Curves", "Where the time of a step goes", "Timeline")
 # An encoder rank and a language model of three stages, eight microbatches.
 _RUN = """
