@@ -45,10 +45,10 @@ demo: $(INSTALLED)  ## Train a small vision-language model on two grids, 4 ranks
 demo-short: $(INSTALLED)  ## The demo for a few iterations: that it runs, not what it learns
 	@$(BIN)/megatron-mimo demo --train-iters 20 --out runs/demo-short $(DEMO_FLAGS)
 
-test: $(INSTALLED)  ## Run the tests, but for every layout and long runs (about ten minutes)
+test: $(INSTALLED)  ## Run the tests, but for every layout and long runs (about a quarter of an hour)
 	@$(BIN)/pytest -m "not slow" $(PYTEST_FLAGS)
 
-test-all: $(INSTALLED)  ## Run every test (half an hour and more)
+test-all: $(INSTALLED)  ## Run every test (about three quarters of an hour)
 	@$(BIN)/pytest $(PYTEST_FLAGS)
 
 lint: $(INSTALLED)  ## Check style, types and which package imports which
