@@ -1,0 +1,245 @@
+"""Faults of sums and divisors: process groups, gradients, norms, the update."""
+
+from tests.faults.fault import Fault
+
+GRADIENTS = (
+    Fault(
+        "divisor-of-own-lanes",
+        "training/step.py",
+        "    finalize_gradients(\n        engine.model,\n        num_tokens,",
+        "    finalize_gradients(\n        engine.model,\n"
+        "        sum(data.lane_target_tokens.values()),",
+        "Gradients are divided by the target tokens of the lanes that a rank reads, not by "
+        "those of the global batch: wrong where there are several lanes.",
+    ),
+    Fault(
+        "encoder-mean-over-replicas",
+        "optim/mimo_optimizer.py",
+        "scale = encoder_scale if replica is model.encoder else 1.0",
+        "scale = encoder_scale / replica.groups.spec.dp if replica is model.encoder else 1.0",
+        "The encoder's gradients are averaged over its replicas: wrong with encoder dp > 1.",
+    ),
+    Fault(
+        "mean-over-context-ranks",
+        "optim/mimo_optimizer.py",
+        "scale = encoder_scale if replica is model.encoder else 1.0",
+        "scale = encoder_scale if replica is model.encoder else 1.0 / replica.groups.spec.cp",
+        "The language model's gradients are averaged over its cp ranks: wrong with cp > 1.",
+    ),
+    Fault(
+        "loss-over-dp-alone",
+        "training/step.py",
+        "dist.all_reduce(loss_sum, group=topology.llm.pg_collection.dp_cp)",
+        "dist.all_reduce(loss_sum, group=topology.llm.pg_collection.dp)",
+        "The reported loss leaves out the other cp ranks' positions: cp > 1.",
+    ),
+    Fault(
+        "gradients-over-dp-alone",
+        "topology/groups.py",
+        '    ("dp_cp", None, ("cp", "dp")),',
+        '    ("dp_cp", None, ("dp",)),',
+        "Gradients are not summed over cp ranks, whose weights part: cp > 1.",
+    ),
+    Fault(
+        "expert-gradients-over-dense-replicas",
+        "topology/groups.py",
+        '    ("expt_dp", "expert", ("expt_dp",)),',
+        '    ("expt_dp", None, ("dp",)),',
+        "Gradients of experts are summed over the dense dp group, which holds other experts: ep "
+        "> 1 over dp ranks, or tp ranks that replicate experts.",
+    ),
+    Fault(
+        "expert-bias-without-tp",
+        "topology/groups.py",
+        '    ("tp_dp_cp", None, ("tp", "cp", "dp")),',
+        '    ("tp_dp_cp", None, ("cp", "dp")),',
+        "The expert bias follows the tokens of one tp rank: experts with sequence parallelism.",
+    ),
+    Fault(
+        "expert-bias-without-cp",
+        "topology/groups.py",
+        '    ("tp_dp_cp", None, ("tp", "cp", "dp")),',
+        '    ("tp_dp_cp", None, ("tp", "dp")),',
+        "The expert bias follows the tokens of one cp rank: experts with cp > 1.",
+    ),
+    Fault(
+        "balance-loss-without-cp",
+        "topology/groups.py",
+        '    ("tp_cp", None, ("tp", "cp")),',
+        '    ("tp_cp", None, ("tp",)),',
+        "The experts' balance loss sees a part of each sequence: experts with cp > 1.",
+    ),
+    Fault(
+        "balance-loss-without-tp",
+        "topology/groups.py",
+        '    ("tp_cp", None, ("tp", "cp")),',
+        '    ("tp_cp", None, ("cp",)),',
+        "The experts' balance loss sees a part of each sequence: experts with sequence "
+        "parallelism.",
+    ),
+    Fault(
+        "tied-embedding-not-reduced",
+        "model/modules.py",
+        "self.share_embeddings_and_output_weights = model.share_embeddings_and_output_weights",
+        "self.share_embeddings_and_output_weights = False",
+        "The first and the last stage's copies of a tied weight get gradients of their own, and "
+        "start from different weights: tied embeddings with pp > 1.",
+    ),
+    Fault(
+        "replicas-counted-twice-in-the-norm",
+        "optim/mimo_optimizer.py",
+        "[grad for part in parts for grad in part.get_grads_for_grad_norm()]",
+        "[p.grad for part in parts for p in part.get_parameters() if p.grad is not None]",
+        "Weights that tp ranks hold alike, and tied ones, count for each rank in the gradient "
+        "norm: encoder or LLM tp > 1.",
+    ),
+    Fault(
+        "encoder-not-in-the-norm",
+        "optim/mimo_optimizer.py",
+        "total = math.sqrt(sum(norm * norm for norm in norms.values()))",
+        'total = norms["llm"] or norms["encoder"]',
+        "Clipping looks at the language model's norm alone, on every layout alike: only a "
+        "reference of other code shows it.",
+    ),
+    Fault(
+        "norm-of-one-rank",
+        "optim/mimo_optimizer.py",
+        "        dist.all_reduce(numbers, op=dist.ReduceOp.SUM, group=self._control)\n",
+        "        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._control)\n",
+        "The norm is that of the rank with the largest: wrong wherever a module has several ranks.",
+    ),
+    Fault(
+        "norm-weights-not-reduced-over-tp",
+        "runtime/norms.py",
+        "self.weight.sequence_parallel = config.sequence_parallel  # type",
+        "self.weight.sequence_parallel = False  # type",
+        "Each tp rank trains a norm's weight on its own positions: sequence parallelism.",
+    ),
+    Fault(
+        "norm-biases-not-reduced-over-tp",
+        "runtime/norms.py",
+        "self.bias.sequence_parallel = config.sequence_parallel  # type",
+        "self.bias.sequence_parallel = False  # type",
+        "As norm-weights-not-reduced-over-tp, of biases: sequence parallelism with LayerNorm, "
+        "which the dense model alone has.",
+    ),
+    Fault(
+        "input-gradient-not-summed-over-tp",
+        "runtime/host_layers.py",
+        "        if self.allreduce_dgrad:\n",
+        "        if self.allreduce_dgrad and self.tp_group.size() > 2:\n",
+        "Gradients behind a column-parallel layer are those of one tp rank: encoder tp > 1, or "
+        "LLM tp > 1 without sequence parallelism.",
+    ),
+    Fault(
+        "last-microbatch-without-backward",
+        "schedule/actions.py",
+        "        for m in range(self.num_microbatches):\n            order.append(",
+        "        for m in range(max(1, self.num_microbatches - 1)):\n            order.append(",
+        "Every stage leaves out the backward of the last of several microbatches.",
+    ),
+    Fault(
+        "learning-rate-by-microbatches",
+        "training/step.py",
+        "engine.scheduler.step(increment=global_batch_size)",
+        "engine.scheduler.step(increment=2 * len(data.microbatches))",
+        "The learning rate follows the number of microbatches, not of samples: layouts, or "
+        "batch sizes, with another number of microbatches than the reference.",
+    ),
+    Fault(
+        "learning-rate-moves-without-update",
+        "training/step.py",
+        "    if update.applied:\n        engine.scheduler",
+        "    if update is not None:\n        engine.scheduler",
+        "The schedule goes on in steps whose gradients were not finite: fp16, and broken "
+        "gradients.",
+    ),
+    Fault(
+        "decay-of-vectors",
+        "optim/mimo_optimizer.py",
+        "            [replica.ddp],\n            use_gloo",
+        "            [replica.ddp],\n            config_overrides={},\n            use_gloo",
+        "Biases and norms are decayed too, on every layout alike: only a reference of other "
+        "code shows it.",
+    ),
+    Fault(
+        "frozen-projector-trains",
+        "model/modules.py",
+        "self.projector.requires_grad_(not freeze.projector)",
+        "self.projector.requires_grad_(not (freeze.projector and freeze.language))",
+        "A frozen projector trains: freezing.",
+    ),
+    Fault(
+        "frozen-encoder-trains-its-class-tokens",
+        "encoders/radio/vit.py",
+        "        self.requires_grad_(False)\n        self.eval()",
+        "        self.requires_grad_(False)\n"
+        "        if self.is_first:\n"
+        "            self.embedding.class_token.requires_grad_(True)\n"
+        "        self.eval()",
+        "A frozen encoder keeps a trainable weight, which gets no gradient and is decayed: "
+        "freezing.",
+    ),
+    Fault(
+        "stale-weights-behind-overlap",
+        "model/mimo.py",
+        "    ddp.broadcast_params()\n",
+        "    ddp.broadcast_params()\n"
+        "    if reduce.overlap_params:\n"
+        "        ddp.disable_forward_pre_hook(param_sync=False)\n",
+        "Updated weights are not gathered before the next forward: overlap of parameters with "
+        "LLM dp > 1.",
+    ),
+    Fault(
+        "float16-scale-stays-in-the-gradients",
+        "optim/mimo_optimizer.py",
+        "scale / (num_target_tokens * loss_scale)",
+        "scale / num_target_tokens",
+        "Gradients keep the factor of the scaled loss: fp16.",
+    ),
+    Fault(
+        "float16-scale-of-the-balance-loss",
+        "training/step.py",
+        "    scale_auxiliary_losses(loss_scale)\n",
+        "    scale_auxiliary_losses(1.0)\n",
+        "The experts' balance loss is not scaled and vanishes when gradients are unscaled: fp16 "
+        "with experts.",
+    ),
+    Fault(
+        "float16-scale-never-falls",
+        "optim/mimo_optimizer.py",
+        "self._scaler.update(not applied)",
+        "self._scaler.update(False)",
+        "A scale that is too large stays so, and nothing trains: fp16.",
+    ),
+    Fault(
+        "participation-by-images",
+        "training/agreement.py",
+        "found[entry.encoder_rank] = 1",
+        "found[entry.encoder_rank] += 1",
+        "The correction for encoder ranks without images counts images in the place of ranks: "
+        "only with that correction, and more than one image.",
+    ),
+    Fault(
+        "evaluation-over-own-lanes",
+        "training/step.py",
+        "        tokens += agreement.target_tokens\n",
+        "        tokens += sum(data.lane_target_tokens.values())\n",
+        "The held-out loss is divided by the target tokens of a rank's own lanes: evaluation "
+        "with LLM dp > 1.",
+    ),
+    Fault(
+        "expert-load-without-other-stages",
+        "training/experts.py",
+        "dist.all_reduce(found, group=groups.pg_collection.intra_dist_opt)",
+        "dist.all_reduce(found, group=groups.pg_collection.tp_dp_cp)",
+        "The reported load of experts leaves out other stages' layers: experts with pp > 1.",
+    ),
+    Fault(
+        "balance-loss-of-all-lanes",
+        "training/experts.py",
+        "found[:, -1] /= num_microbatches * groups.spec.dp",
+        "found[:, -1] /= num_microbatches",
+        "The reported balance loss is a sum over lanes: experts with LLM dp > 1.",
+    ),
+)
