@@ -7,6 +7,7 @@ a fault.
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,16 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """A failed test, or its set-up, whose fixtures run the reference."""
     if report.failed:
-        errors = [line for line in report.longreprtext.splitlines() if line.startswith("E  ")]
-        why = errors[0].removeprefix("E").strip() if errors else ""
-        _write({"failed": report.nodeid, "when": report.when, "why": why})
+        _write({"failed": report.nodeid, "when": report.when, "why": _why(report.longreprtext)})
+
+
+def _why(text: str) -> str:
+    """The line of a failure that says most: of a rank's error, if ranks failed."""
+    lines = [line[1:].strip() for line in text.splitlines() if line.startswith("E  ")]
+    first = lines[0] if lines else ""
+    if "RanksFailed" not in first:
+        return first
+    return next((line for line in lines[1:] if re.match(r"[\w.]*Error: ", line)), first)
 
 
 def _write(line: dict[str, str | None]) -> None:

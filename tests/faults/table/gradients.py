@@ -36,23 +36,23 @@ GRADIENTS = (
     Fault(
         "gradients-over-dp-alone",
         "topology/groups.py",
-        '    ("dp_cp", None, ("cp", "dp")),',
-        '    ("dp_cp", None, ("dp",)),',
+        '    "dp_cp_gtp_remat": "dp_cp",\n    "intra_dp_cp": "dp_cp",\n',
+        '    "dp_cp": "dp",\n    "dp_cp_gtp_remat": "dp",\n    "intra_dp_cp": "dp",\n',
         "Gradients are not summed over cp ranks, whose weights part: cp > 1.",
     ),
     Fault(
         "expert-gradients-over-dense-replicas",
         "topology/groups.py",
-        '    ("expt_dp", "expert", ("expt_dp",)),',
-        '    ("expt_dp", None, ("dp",)),',
+        '    "expt_dp_gtp_remat": "expt_dp",\n    "intra_expt_dp": "expt_dp",\n',
+        '    "expt_dp": "dp",\n    "expt_dp_gtp_remat": "dp",\n    "intra_expt_dp": "dp",\n',
         "Gradients of experts are summed over the dense dp group, which holds other experts: ep "
         "> 1 over dp ranks, or tp ranks that replicate experts.",
     ),
     Fault(
         "expert-bias-without-tp",
         "topology/groups.py",
-        '    ("tp_dp_cp", None, ("tp", "cp", "dp")),',
-        '    ("tp_dp_cp", None, ("cp", "dp")),',
+        "_SYNONYMS = {\n",
+        '_SYNONYMS = {\n    "tp_dp_cp": "dp_cp",\n',
         "The expert bias follows the tokens of one tp rank: experts with sequence parallelism.",
     ),
     Fault(
@@ -65,15 +65,15 @@ GRADIENTS = (
     Fault(
         "balance-loss-without-cp",
         "topology/groups.py",
-        '    ("tp_cp", None, ("tp", "cp")),',
-        '    ("tp_cp", None, ("tp",)),',
+        "_SYNONYMS = {\n",
+        '_SYNONYMS = {\n    "tp_cp": "tp",\n',
         "The experts' balance loss sees a part of each sequence: experts with cp > 1.",
     ),
     Fault(
         "balance-loss-without-tp",
         "topology/groups.py",
-        '    ("tp_cp", None, ("tp", "cp")),',
-        '    ("tp_cp", None, ("cp",)),',
+        "_SYNONYMS = {\n",
+        '_SYNONYMS = {\n    "tp_cp": "cp",\n',
         "The experts' balance loss sees a part of each sequence: experts with sequence "
         "parallelism.",
     ),
