@@ -6,6 +6,26 @@ from collections.abc import Iterator
 import pytest
 
 from tests.harness import RankPool, RunRanks
+from tests.harness.cost import CostMeter, CostReport
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The suite's own options."""
+    parser.addoption(
+        "--processor-budget",
+        type=float,
+        metavar="SECONDS",
+        help="fail when all tests together cost half as much again in processor time",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure what tests cost where they run, and report it where the user looks."""
+    has_workers = bool(config.getoption("numprocesses", None))
+    if not has_workers:
+        config.pluginmanager.register(CostMeter())
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(CostReport(config.getoption("--processor-budget")))
 
 
 def pytest_collection_finish() -> None:
