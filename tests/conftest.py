@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import properties  # noqa: F401, registers the profiles
 from tests.harness import RankPool, RunRanks
 from tests.harness.cost import CostMeter, CostReport
 
