@@ -1,6 +1,7 @@
 """A part of the slow tests at a time, so that every change meets some and ten changes meet all."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 
@@ -29,3 +30,19 @@ def split(items: Sequence[pytest.Item], number: int) -> tuple[list[pytest.Item],
         (left if is_slow and seen % SLICES != number else kept).append(item)
         seen += is_slow
     return kept, left
+
+
+def slow_but(values: Iterable[Any], *everyday: Any) -> list[Any]:
+    """Values of a parameter, of which all but some are for slow tests.
+
+    Raises:
+        ValueError: One of `everyday` is none of the values.
+    """
+    every = list(values)
+    unknown = [value for value in everyday if value not in every]
+    if unknown:
+        raise ValueError(f"no values: {unknown}; expected some of {every}")
+    return [
+        value if value in everyday else pytest.param(value, marks=pytest.mark.slow)
+        for value in every
+    ]

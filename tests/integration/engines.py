@@ -1,22 +1,8 @@
 """Small engines for tests that train on ranks."""
 
-from collections.abc import Iterable
-from typing import Any
-
-import pytest
-
 from megatron_mimo.topology import Layout, ModuleGridSpec
 
 SEQ_LENGTH = 64
-
-
-def slow_but(names: Iterable[str], *quick: str) -> list[Any]:
-    """Parameters of which only some are for everyday; the others are marked slow."""
-    every = list(names)
-    unknown = set(quick) - set(every)
-    if unknown:
-        raise ValueError(f"no such parameters: {sorted(unknown)}")
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in every]
 
 
 def layout(encoder: dict[str, int] | None, llm: dict[str, int]) -> Layout:

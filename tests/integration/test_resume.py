@@ -9,12 +9,12 @@ import pytest
 
 from megatron_mimo.model.config import FreezeConfig
 from megatron_mimo.topology import Layout
+from tests.harness.slices import slow_but
 from tests.integration.engines import (
     beside,
     layout,
     mock_data,
     mock_loader,
-    slow_but,
     small_engine,
 )
 
