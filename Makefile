@@ -6,13 +6,22 @@ PYTHON ?= $(shell command -v python3.12 || command -v python3)
 UV ?= $(shell command -v uv)
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+FAULTS ?=
+# Number of a slice of the slow tests, 0 to 10: another one with each commit.
+SLICE ?= $(shell echo $$(( $$(git rev-list --count HEAD 2>/dev/null || echo 0) % 11 )))
 BENCH_FLAGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PACKAGE := -e '.[demo,dev]' -c constraints.txt
 
-.PHONY: install demo demo-short test test-all lint docs bench clean help
+# Tests run side by side, each process with ranks of its own. What a tier may cost is counted in
+# seconds of processor time: on two cores half as long.
+PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal
+TEST_BUDGET_S := 1200
+TEST_CI_BUDGET_S := 1600
+
+.PHONY: install demo demo-short test test-ci test-all test-faults lint docs bench clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -45,11 +54,17 @@ demo: $(INSTALLED)  ## Train a small vision-language model on two grids, 4 ranks
 demo-short: $(INSTALLED)  ## The demo for a few iterations: that it runs, not what it learns
 	@$(BIN)/megatron-mimo demo --train-iters 20 --out runs/demo-short $(DEMO_FLAGS)
 
-test: $(INSTALLED)  ## Run the tests, but for every layout and long runs (about a quarter of an hour)
-	@$(BIN)/pytest -m "not slow" $(PYTEST_FLAGS)
+test: $(INSTALLED)  ## Run the tests that find nearly everything (at most 10 minutes on two cores)
+	@$(PYTEST) -m "not slow" --processor-budget $(TEST_BUDGET_S) $(PYTEST_FLAGS)
 
-test-all: $(INSTALLED)  ## Run every test (about three quarters of an hour)
-	@$(BIN)/pytest $(PYTEST_FLAGS)
+test-ci: $(INSTALLED)  ## The same, and a slice of the slow ones: SLICE=3 asks for one
+	@$(PYTEST) --slow-slice $(SLICE) --processor-budget $(TEST_CI_BUDGET_S) $(PYTEST_FLAGS)
+
+test-all: $(INSTALLED)  ## Run every test, and properties on all their examples (for a release)
+	@$(PYTEST) --hypothesis-profile full $(PYTEST_FLAGS)
+
+test-faults: $(INSTALLED)  ## Plant faults one by one and see that the tests find them: FAULTS="NAME ..."
+	@$(BIN)/python -m tests.faults $(FAULTS)
 
 lint: $(INSTALLED)  ## Check style, types and which package imports which
 	$(BIN)/ruff check .

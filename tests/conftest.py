@@ -5,7 +5,49 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import properties  # noqa: F401, registers the profiles
 from tests.harness import RankPool, RunRanks
+from tests.harness.cost import CostMeter, CostReport
+from tests.harness.slices import SLICES, slow_slice, split
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The suite's own options."""
+    parser.addoption(
+        "--processor-budget",
+        type=float,
+        metavar="SECONDS",
+        help="fail when all tests together cost half as much again in processor time",
+    )
+    parser.addoption(
+        "--slow-slice",
+        type=slow_slice,
+        metavar="N",
+        help=f"of the tests marked slow run every {SLICES}th, beginning with number N from 0",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say which slow tests are run, so that the same run can be asked for again."""
+    number = config.getoption("--slow-slice")
+    return None if number is None else f"slow tests: --slow-slice {number} of {SLICES}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave slow tests to other slices."""
+    number = config.getoption("--slow-slice")
+    if number is not None:
+        items[:], left = split(items, number)
+        config.hook.pytest_deselected(items=left)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure what tests cost where they run, and report it where the user looks."""
+    has_workers = bool(config.getoption("numprocesses", None))
+    if not has_workers:
+        config.pluginmanager.register(CostMeter())
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(CostReport(config.getoption("--processor-budget")))
 
 
 def pytest_collection_finish() -> None:

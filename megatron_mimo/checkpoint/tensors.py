@@ -9,9 +9,11 @@ has gathered.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -105,6 +107,8 @@ def local_tensors(replica: Replica) -> list[LocalTensor]:
         # megatron-core looks for a global group where a module was not given one.
         if isinstance(module, MegatronModule) and not hasattr(module, "tp_group"):
             module.tp_group = replica.groups.pg_collection.tp
+        if isinstance(module, LanguageModule):
+            module.tie_embeddings_and_output_weights_state_dict = partial(_tie, module)
     entries = _sharded(replica.module, "", replica.groups.pg_collection.tp, metadata)
     found = []
     for name, entry in entries.items():
@@ -205,6 +209,23 @@ def _sharded(
     for name, child in module.named_children():
         result |= _sharded(child, f"{prefix}{name}.", tp_group, metadata)
     return result
+
+
+def _tie(
+    model: LanguageModule,
+    described: dict[str, Any],
+    output_key: str,
+    embedding_key: str,
+    metadata: dict[str, Any],
+) -> None:
+    """Let the last stage's output layer be a copy of the first stage's embeddings.
+
+    As the method of megatron-core that it stands for, which asks a global group for its rank.
+    """
+    if model.post_process and not model.pre_process:
+        output = described[output_key]
+        output.key = embedding_key
+        output.replica_id = (1, 0, metadata["dp_cp_group"].rank())
 
 
 def _boxes(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Stored]:

@@ -32,7 +32,14 @@ def _warm_up() -> None:
     from megatron_mimo.runtime import prepare_engine, resolve_device
 
     prepare_engine(resolve_device("cpu"))
-    import megatron.core  # noqa: F401
+    # What tests that train import; a worker would pay a second for it, and many workers are made.
+    from megatron.core.models import gpt, hybrid  # noqa: F401
+
+    import megatron_mimo.checkpoint.checkpointer
+    import megatron_mimo.data
+    import megatron_mimo.presets
+    import megatron_mimo.training.engine
+    import megatron_mimo.training.step  # noqa: F401
 
 
 try:

@@ -1,6 +1,7 @@
 """Stop and go on: bit for bit on the same layout, and along the same curve on another one."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,17 @@ import pytest
 
 from megatron_mimo.model.config import FreezeConfig
 from megatron_mimo.topology import Layout
-from tests.integration.engines import beside, layout, mock_data, mock_loader, small_engine
+from tests.harness.slices import slow_but
+from tests.integration.engines import (
+    beside,
+    layout,
+    mock_data,
+    mock_loader,
+    small_engine,
+)
 
-pytestmark = pytest.mark.slow
-
-BEFORE, AFTER = 4, 4
+# The second save uses the plans of the first one.
+BEFORE, AFTER = 3, 3
 GLOBAL_BATCH_SIZE = 4
 TINY = "nemotron-moe-vlm-tiny"
 OVERRIDES = (
@@ -159,6 +166,33 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+Ranks = list[tuple[list[list[float]], dict[str, Any]]]
+Saved = Callable[[str], tuple[Ranks, Path]]
+
+
+@pytest.fixture(scope="module")
+def saved(run_ranks: Callable[..., list], tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """What the ranks of a layout find that never stop, and the folder they save into.
+
+    Each layout trains once, however many others load what it has saved.
+    """
+
+    @cache
+    def run(name: str) -> tuple[Ranks, Path]:
+        root, chosen = tmp_path_factory.mktemp("saved"), LAYOUTS[name]
+        ranks = run_ranks(chosen.world_size, straight, chosen, {}, {}, str(root), {}, timeout=120)
+        return ranks, root
+
+    return run
+
+
+def assert_exact(before: Ranks, after: Ranks) -> None:
+    assert any(points for points, _ in before)
+    for (points, ends), (later_points, later_ends) in zip(before, after, strict=True):
+        assert points[BEFORE:] == later_points
+        assert ends == later_ends
+
+
 def check_exact(
     run_ranks: Callable[..., list], chosen: Layout, root: Path, data: Any, engine: Any, save: Any
 ) -> None:
@@ -166,30 +200,46 @@ def check_exact(
         chosen.world_size, straight, chosen, data, engine, str(root), save, timeout=120
     )
     after = run_ranks(chosen.world_size, resumed, chosen, data, engine, str(root), {}, timeout=120)
-    assert any(points for points, _ in before)
-    for (points, ends), (later_points, later_ends) in zip(before, after, strict=True):
-        assert points[BEFORE:] == later_points
-        assert ends == later_ends
+    assert_exact(before, after)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", slow_but(LAYOUTS, "llm pp 2 ep 2", "colocated"))
 def test_the_same_layout_goes_on_bit_for_bit(
-    name: str, run_ranks: Callable[..., list], tmp_path: Path
+    name: str, run_ranks: Callable[..., list], saved: Saved
 ) -> None:
-    check_exact(run_ranks, LAYOUTS[name], tmp_path, {}, {}, {})
+    chosen = LAYOUTS[name]
+    before, root = saved(name)
+    after = run_ranks(chosen.world_size, resumed, chosen, {}, {}, str(root), {}, timeout=120)
+    assert_exact(before, after)
 
 
+@pytest.mark.slow
 def test_so_does_a_save_in_the_background(run_ranks: Callable[..., list], tmp_path: Path) -> None:
     check_exact(run_ranks, LAYOUTS["llm ep 2"], tmp_path, {}, {}, {"in_background": True})
 
 
+@pytest.mark.slow
 def test_so_does_bf16(run_ranks: Callable[..., list], tmp_path: Path) -> None:
     check_exact(run_ranks, LAYOUTS["llm ep 2 tp 2"], tmp_path, {}, {"bf16": True}, {})
 
 
+DENSE = {"provider": "mock", "overrides": ("language.hidden_size=64",)}
+
+
+@pytest.mark.slow
 def test_so_does_a_dense_model(run_ranks: Callable[..., list], tmp_path: Path) -> None:
-    engine = {"provider": "mock", "overrides": ("language.hidden_size=64",)}
-    check_exact(run_ranks, LAYOUTS["llm tp 2"], tmp_path, {}, engine, {})
+    check_exact(run_ranks, LAYOUTS["llm tp 2"], tmp_path, {}, DENSE, {})
+
+
+def test_embeddings_tied_over_two_stages_are_stored_once(
+    run_ranks: Callable[..., list], tmp_path: Path
+) -> None:
+    tied = DENSE | {"tied_embeddings": True}
+    chosen, root = LAYOUTS["llm pp 2"], str(tmp_path)
+    started = run_ranks(chosen.world_size, straight, chosen, {}, tied, root, {})
+    after = run_ranks(chosen.world_size, resumed, chosen, {}, tied, root, {})
+    assert_exact(started, after)
+    assert_same_curve(started, run_ranks(1, resumed, ONE_RANK, {}, tied, root, {}))
 
 
 STAGES = {
@@ -198,7 +248,7 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", slow_but(STAGES, "stage 1"))
 def test_so_does_a_run_that_trains_a_part(
     stage: str, run_ranks: Callable[..., list], tmp_path: Path
 ) -> None:
@@ -220,6 +270,7 @@ def test_ranks_of_a_frozen_module_own_no_optimizer_state(run_ranks: Callable[...
     assert {name for name, _ in found} == {"encoder", "llm"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("name", ["dp 2 each", "llm pp 2 ep 2"])
 def test_so_does_an_energon_dataset(
@@ -229,28 +280,45 @@ def test_so_does_an_energon_dataset(
     check_exact(run_ranks, LAYOUTS[name], tmp_path, data, {}, {})
 
 
+MOVES = {
+    f"{before} -> {after}": (before, after)
+    for before, layouts in {
+        "one rank": ["llm tp 2", "llm ep 2 tp 2"],
+        "llm tp 2": ["one rank", "llm pp 2"],
+        "llm dp 2": ["dp 2 each"],
+        "dp 2 each": ["llm tp 2"],
+        "llm ep 2": ["one rank"],
+        "llm pp 2 ep 2": ["one rank", "llm ep 2 tp 2", "encoder pp 2, llm cp 2"],
+        "encoder tp 2": ["encoder pp 2, llm cp 2"],
+        "encoder pp 2, llm cp 2": ["encoder tp 2"],
+        "colocated": ["llm ep 2", "encoder tp 2"],
+    }.items()
+    for after in layouts
+}
+
+
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("llm tp 2", "one rank"),
-        ("one rank", "llm tp 2"),
-        ("llm dp 2", "dp 2 each"),
-        ("dp 2 each", "llm tp 2"),
-        ("llm ep 2", "one rank"),
-        ("one rank", "llm ep 2 tp 2"),
-        ("llm pp 2 ep 2", "llm ep 2 tp 2"),
-        ("llm tp 2", "llm pp 2"),
-        ("encoder tp 2", "encoder pp 2, llm cp 2"),
-        ("encoder pp 2, llm cp 2", "encoder tp 2"),
-        ("colocated", "llm ep 2"),
-    ],
+    "move",
+    slow_but(
+        MOVES,
+        "llm pp 2 ep 2 -> one rank",
+        "llm pp 2 ep 2 -> llm ep 2 tp 2",
+        "llm pp 2 ep 2 -> encoder pp 2, llm cp 2",
+        "colocated -> llm ep 2",
+        "colocated -> encoder tp 2",
+    ),
 )
 def test_another_layout_goes_on_along_the_same_curve(
-    before: str, after: str, run_ranks: Callable[..., list], tmp_path: Path
+    move: str, run_ranks: Callable[..., list], saved: Saved
 ) -> None:
-    first, second = LAYOUTS[before], LAYOUTS[after]
-    started = run_ranks(first.world_size, straight, first, {}, {}, str(tmp_path), {}, timeout=120)
-    ended = run_ranks(second.world_size, resumed, second, {}, {}, str(tmp_path), {}, timeout=120)
+    before, after = MOVES[move]
+    started, root = saved(before)
+    second = LAYOUTS[after]
+    ended = run_ranks(second.world_size, resumed, second, {}, {}, str(root), {}, timeout=120)
+    assert_same_curve(started, ended)
+
+
+def assert_same_curve(started: Ranks, ended: Ranks) -> None:
     (wanted, *_) = [points[BEFORE:] for points, _ in started if points]
     curves = [points for points, _ in ended if points]
     assert curves

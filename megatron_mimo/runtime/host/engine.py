@@ -4,12 +4,14 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 _TRITON_KERNELS = "megatron.core.transformer.moe.ops.paged_stash"
 
@@ -23,6 +25,7 @@ def import_engine() -> None:
     with _uncompiled():
         dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     dispatcher.maybe_move_tensor_to_cpu = _move_tensor_to_cpu  # type: ignore[attr-defined]
+    _let_pieces_differ(importlib.import_module("megatron.core.tensor_parallel.mappings"))
 
 
 @contextmanager
@@ -44,6 +47,58 @@ def _uncompiled() -> Iterator[None]:
         torch.compile = compile_
 
 
+def _let_pieces_differ(mappings: Any) -> None:
+    """Gather and scatter pieces of different lengths, which gloo refuses and NCCL does.
+
+    Experts with both expert and tensor parallelism do so: how many tokens each rank brings depends
+    on the router. Pieces travel padded to the longest one.
+    """
+    gather, reduce_scatter = (
+        mappings._gather_along_first_dim,
+        mappings._reduce_scatter_along_first_dim,
+    )
+
+    def gather_pieces(
+        input_: Tensor,
+        group: dist.ProcessGroup,
+        output_split_sizes: Sequence[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> Tensor:
+        if output_split_sizes is None or len(set(output_split_sizes)) == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        longest = max(output_split_sizes)
+        padded = _padded(input_, longest)
+        received = [torch.empty_like(padded) for _ in output_split_sizes]
+        dist.all_gather(received, padded, group=group)
+        pieces = zip(received, output_split_sizes, strict=True)
+        return torch.cat([piece[:length] for piece, length in pieces])
+
+    def reduce_scatter_pieces(
+        input_: Tensor,
+        group: dist.ProcessGroup,
+        input_split_sizes: Sequence[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> Tensor:
+        if input_split_sizes is None or len(set(input_split_sizes)) == 1:
+            return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+        longest = max(input_split_sizes)
+        pieces = torch.split(input_, list(input_split_sizes))
+        padded = [_padded(piece, longest) for piece in pieces]
+        summed = torch.empty_like(padded[0])
+        dist.reduce_scatter(summed, padded, group=group)
+        return summed[: input_split_sizes[group.rank()]]
+
+    mappings._gather_along_first_dim = gather_pieces
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_pieces
+
+
+def _padded(piece: Tensor, length: int) -> Tensor:
+    """[n, ...] -> [length, ...] with zeros behind."""
+    padded = piece.new_zeros(length, *piece.shape[1:])
+    padded[: len(piece)] = piece
+    return padded
+
+
 def _kernels_without_triton() -> ModuleType:
     """The one module of kernels that megatron-core imports without asking whether it can."""
     module = ModuleType(_TRITON_KERNELS, "Stand-ins for triton kernels that a host never calls.")
@@ -62,4 +117,4 @@ def _move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool
 
     The original converts to numpy only what lies on a GPU; here everything is on the host already.
     """
-    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor

@@ -1,10 +1,11 @@
 """Transfers are simulated with plain lists: every row must arrive where the manifest says."""
 
-from hypothesis import given, settings
+from hypothesis import given
 
 from megatron_mimo.bridge.manifest import ManifestEntry
 from megatron_mimo.bridge.plan import BridgePlanner, Message, ModulePlan
 from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding
+from tests.properties import examples
 from tests.unit_tests.bridge.cases import Case, cases
 
 Row = tuple[int, int]
@@ -57,7 +58,7 @@ def deliver(
     assert not parcels, "every message is expected"
 
 
-@settings(max_examples=1500)
+@examples(1500)
 @given(cases())
 def test_every_row_and_gradient_arrives_once_and_nothing_else_moves(case: Case) -> None:
     encoder, language = plans(case)
@@ -69,7 +70,7 @@ def test_every_row_and_gradient_arrives_once_and_nothing_else_moves(case: Case) 
     deliver(language, used, encoder, produced)
 
 
-@settings(max_examples=1000)
+@examples(1000)
 @given(cases())
 def test_holders_of_the_same_rows_share_the_sending(case: Case) -> None:
     encoder, language = plans(case)
@@ -90,7 +91,7 @@ def test_holders_of_the_same_rows_share_the_sending(case: Case) -> None:
         assert max(loads) - min(loads) <= 1
 
 
-@settings(max_examples=500)
+@examples(500)
 @given(cases())
 def test_a_rank_that_holds_its_rows_asks_nobody_for_them(case: Case) -> None:
     encoder, language = plans(case)
@@ -103,7 +104,7 @@ def test_a_rank_that_holds_its_rows_asks_nobody_for_them(case: Case) -> None:
         assert returned == len(mine)
 
 
-@settings(max_examples=500)
+@examples(500)
 @given(cases(arbitrary=False))
 def test_a_rank_needs_only_the_lanes_it_reads(case: Case) -> None:
     """With the row counts of other lanes, which training spreads, where they are needed."""

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mimo.data.batch import StepData
@@ -15,6 +15,7 @@ from megatron_mimo.data.loader import StreamLoader
 from megatron_mimo.data.sample import Drawn, EncodedSample
 from megatron_mimo.data.tokenizer import ByteTokenizer
 from megatron_mimo.images import EncodedImage, ImageConfig
+from tests.properties import examples
 
 TOKENIZER = ByteTokenizer()
 IMAGE = TOKENIZER.image_token_id
@@ -92,7 +93,7 @@ def test_documents_stand_end_to_end_and_padding_by_itself() -> None:
 
 
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=4))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_a_packed_document_has_the_tokens_of_one_alone(texts: list[int]) -> None:
     documents = tuple(document(str(i), text) for i, text in enumerate(texts))
     packed = collate_packed(documents, SEQ_LENGTH, TOKENIZER.pad_id)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mimo.data.batch import StepData
@@ -37,6 +37,7 @@ from megatron_mimo.data.tokenizer import ByteTokenizer
 from megatron_mimo.data.trace import SampleTrace
 from megatron_mimo.images import ImageConfig, pack_images
 from megatron_mimo.topology import Layout, ModuleGridSpec
+from tests.properties import examples
 
 TOKENIZER = ByteTokenizer()
 
@@ -74,7 +75,7 @@ def steps(config: DataConfig, role: DataRole, number: int = 1) -> list[StepData]
 
 
 @given(st.sampled_from([(1, 1), (1, 3), (2, 3), (2, 2), (2, 1), (3, 2)]), st.integers(1, 3))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_both_ends_describe_the_same_images(sizes: tuple[int, int], batch: int) -> None:
     config = DataConfig(
         micro_batch_size=batch, global_batch_size=2 * batch * sizes[1], text_only_fraction=0.3

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mimo.data.config import DataConfig
@@ -148,7 +148,6 @@ words = st.text(st.sampled_from("ab \nusertén"), max_size=12).filter(lambda tex
 talks = st.lists(st.tuples(words, words), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(talks, st.sampled_from([CHATML, MARKED, THINKING]))
 def test_texts_are_those_of_transformers(
     load: Load, talk: list[tuple[str, str]], template: str

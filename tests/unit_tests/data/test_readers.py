@@ -36,6 +36,7 @@ from megatron_mimo.data.sample import Drawn, draw
 from megatron_mimo.data.task_encoder import MimoTaskEncoder
 from megatron_mimo.data.tokenizer import ByteTokenizer
 from megatron_mimo.data.webdataset import prepare, write_shard
+from tests.harness.slices import slow_but
 
 TOKENIZER = ByteTokenizer()
 # Over 32 workers 6 or 7 each, and shards of unequal length.
@@ -44,6 +45,8 @@ NUM_SAMPLES = sum(SHARDS)
 LANES = 16
 # In packed sequences several samples are one draw.
 PACKINGS = (None, 5)
+# Whatever packed readers do right, single samples do too, and every test here starts processes.
+MOSTLY_PACKED = (pytest.param(None, marks=pytest.mark.slow, id="None"), 5)
 Draws = list[str]
 
 
@@ -146,13 +149,14 @@ def of_energon(settings: DataConfig, lane: int, num_lanes: int, number: int) -> 
 
 
 @cache
-def by_energon(path: str, num_lanes: int, num_workers: int, packing: int | None) -> list[Draws]:
-    """Of all lanes, over two epochs."""
+def by_energon(
+    path: str, lane: int, num_lanes: int, num_workers: int, packing: int | None
+) -> Draws:
+    """What a lane gets over two epochs."""
     # Energon gives the same by one worker as by none, see below, and without sixteen processes.
     started = 0 if num_workers == 1 and num_lanes == LANES else num_workers
     settings = config(path, num_workers=started, packing_buffer_size=packing)
-    number = two_epochs(num_lanes, num_workers, packing)
-    return [of_energon(settings, lane, num_lanes, number) for lane in range(num_lanes)]
+    return of_energon(settings, lane, num_lanes, two_epochs(num_lanes, num_workers, packing))
 
 
 def two_epochs(num_lanes: int, num_workers: int, packing: int | None = None) -> int:
@@ -169,7 +173,7 @@ def two_epochs(num_lanes: int, num_workers: int, packing: int | None = None) -> 
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize(
     "lanes",
-    [(5,), (6, 7), (2, 3, 4, 5), pytest.param(tuple(range(LANES)), marks=pytest.mark.slow)],
+    slow_but([(5,), (6, 7), (2, 3, 4, 5), tuple(range(LANES))], (5,), (2, 3, 4, 5)),
 )
 def test_every_lane_sees_what_a_loader_of_its_own_gives(
     path: str, lanes: tuple[int, ...], num_workers: int, packing: int | None
@@ -179,33 +183,32 @@ def test_every_lane_sees_what_a_loader_of_its_own_gives(
     )
     number = two_epochs(LANES, num_workers, packing)
     found = take(train_streams(settings, role(lanes, LANES), TOKENIZER), number)
-    wanted = by_energon(path, LANES, num_workers, packing)
-    assert found == {lane: wanted[lane] for lane in lanes}
+    assert found == {lane: by_energon(path, lane, LANES, num_workers, packing) for lane in lanes}
     assert len({sample for draws in found.values() for sample in keys(draws)}) > 10 * len(lanes)
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", MOSTLY_PACKED)
 def test_uneven_shares_of_lanes(path: str, packing: int | None) -> None:
     settings = config(path, num_workers=2, packing_buffer_size=packing, loader_processes=2)
     number = two_epochs(4, 2, packing)
     found: dict[int, Draws] = {}
     for lanes in ((0, 1, 2), (3,)):
         found |= take(train_streams(settings, role(lanes, 4), TOKENIZER), number)
-    assert list(found.values()) == by_energon(path, 4, 2, packing)
+    assert found == {lane: by_energon(path, lane, 4, 2, packing) for lane in range(4)}
 
 
 @pytest.mark.parametrize("processes", [0, 1, 2, 5, 99])
 def test_the_number_of_processes_decides_nothing(path: str, processes: int) -> None:
     settings = config(path, num_workers=2, loader_processes=processes)
     found = take(train_streams(settings, role((0, 1, 2), 4), TOKENIZER), 30)
-    assert list(found.values()) == [draws[:30] for draws in by_energon(path, 4, 2, None)[:3]]
+    assert found == {lane: by_energon(path, lane, 4, 2, None)[:30] for lane in range(3)}
 
 
 def test_without_workers_reads_as_one_does(path: str) -> None:
     streams = train_streams(config(path, num_workers=0), role((1, 2), 4), TOKENIZER)
-    wanted = by_energon(path, 4, 1, None)
-    assert take(streams, 50) == {lane: wanted[lane][:50] for lane in (1, 2)}
-    assert wanted == by_energon(path, 4, 0, None)
+    wanted = {lane: by_energon(path, lane, 4, 1, None) for lane in (1, 2)}
+    assert take(streams, 50) == {lane: draws[:50] for lane, draws in wanted.items()}
+    assert wanted == {lane: by_energon(path, lane, 4, 0, None) for lane in (1, 2)}
 
 
 def test_large_arrays_cross_whole(tmp_path: Path) -> None:
@@ -247,14 +250,15 @@ def test_an_epoch_ends_without_loss(path: str, num_lanes: int, num_workers: int)
     assert len(shares) == NUM_SAMPLES
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", MOSTLY_PACKED)
 def test_both_grids_stay_aligned_over_epochs(path: str, packing: int | None) -> None:
     settings = config(
         path, num_workers=2, loader_processes=2, packing_buffer_size=packing, global_batch_size=3
     )
     roles = [role((0, 1), 3), role((2,), 3), *(role((lane,), 3, pixels=False) for lane in range(3))]
     loaders = [build_train_loader(settings, given, TOKENIZER) for given in roles]
-    for _ in range(NUM_SAMPLES):  # three epochs without packing
+    # Three epochs or so; packed, three samples are one sequence.
+    for _ in range(NUM_SAMPLES if packing is None else NUM_SAMPLES // 3):
         digests: dict[int, set[int]] = {}
         for loader in loaders:
             for lane, digest in loader.next_step().lane_digest.items():
@@ -298,8 +302,8 @@ def resumed(path: str, states: list[Any], cut: Cut, **fields: Any) -> dict[int, 
     return streams
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("number", [0, 1, 64, 131])
+@pytest.mark.parametrize("packing", MOSTLY_PACKED)
+@pytest.mark.parametrize("number", slow_but([0, 1, 64, 131], 1, 64))
 def test_goes_on_as_if_it_had_not_stopped(path: str, number: int, packing: int | None) -> None:
     data = {"num_workers": 2, "packing_buffer_size": packing}
     wanted = take(train_streams(config(path, **data), role((0, 1), 2), TOKENIZER), number + 90)
@@ -339,7 +343,7 @@ def per_worker(streams: Mapping[int, Any], number: int) -> dict[int, Draws]:
     return found
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", MOSTLY_PACKED)
 @pytest.mark.parametrize(
     ("before", "workers", "after", "workers_after", "number"),
     [

@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
@@ -18,6 +18,7 @@ from megatron_mimo.images import (
     rows_for,
 )
 from megatron_mimo.images import decode as decoding
+from tests.properties import examples
 
 MODES = {
     "PNG": ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"],
@@ -57,7 +58,7 @@ def files(draw: st.DrawFn) -> bytes:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(files(), st.sampled_from([0, 64, 256]), st.booleans())
 def test_rows_by_the_header_are_those_by_the_pixels(
     file: bytes, most: int, pixel_shuffle: bool
@@ -81,7 +82,7 @@ def test_a_file_cut_anywhere_is_broken(kind: str) -> None:
             examine_image(file[:keep])
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.sampled_from(["L", "RGB", "P"]), st.data())
 def test_a_changed_png_is_broken(mode: str, data: st.DataObject) -> None:
     file = bytearray(saved(20, 20, "PNG", mode))

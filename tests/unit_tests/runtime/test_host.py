@@ -127,6 +127,36 @@ def test_plain_code_is_unchanged(run_ranks: RunRanks) -> None:
     run_ranks(1, plain_code_is_unchanged)
 
 
+def pieces_of_different_lengths() -> None:
+    """Gather and scatter, forward and backward, against what every rank can compute alone."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel.mappings import (
+        gather_from_sequence_parallel_region,
+        reduce_scatter_to_sequence_parallel_region,
+    )
+
+    group, rank, sizes = dist.group.WORLD, dist.get_rank(), [3, 0, 1]
+    pieces = [torch.full((size, 2), float(i + 1)) for i, size in enumerate(sizes)]
+    weights = [torch.arange(8.0).view(4, 2) * (i + 1) for i in range(len(sizes))]
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    piece = pieces[rank].requires_grad_()
+    whole = gather_from_sequence_parallel_region(piece, group=group, output_split_sizes=sizes)
+    assert torch.equal(whole, torch.cat([piece.detach() for piece in pieces]))
+    (whole * weights[rank]).sum().backward()
+    # Each rank's piece takes part in every rank's sum.
+    assert torch.equal(piece.grad, sum(weights)[mine])
+    whole = weights[rank].clone().requires_grad_()
+    part = reduce_scatter_to_sequence_parallel_region(whole, group=group, input_split_sizes=sizes)
+    assert torch.equal(part, sum(weights)[mine])
+    (part * pieces[rank].detach()).sum().backward()
+    assert torch.equal(whole.grad, torch.cat([piece.detach() for piece in pieces]))
+
+
+def test_pieces_of_different_lengths_are_gathered_and_scattered(run_ranks: RunRanks) -> None:
+    run_ranks(3, pieces_of_different_lengths)
+
+
 def type_names() -> list[str]:
     """What `Tensor.type()` calls parameters of the three dtypes that megatron-core knows."""
     import torch

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mimo.runtime import ssd
 from megatron_mimo.runtime.ssd import GroupedRMSNorm, causal_conv, split_conv_scan, ssd_scan
+from tests.properties import examples
 
 
 def documents(lengths: list[int]) -> torch.Tensor:
@@ -76,7 +77,7 @@ def test_scan(monkeypatch: pytest.MonkeyPatch, chunk: int, length: int) -> None:
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.sampled_from([4, 8, 64]))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_nothing_leaks_between_documents(lengths: list[int], chunk: int) -> None:
     before, ssd._CHUNK = ssd._CHUNK, chunk
     try:
@@ -86,7 +87,7 @@ def test_nothing_leaks_between_documents(lengths: list[int], chunk: int) -> None
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_convolution_of_each_document_alone(lengths: list[int], width: int) -> None:
     x = torch.randn(1, sum(lengths), 6, dtype=torch.float64)
     weight, bias = torch.randn(6, width, dtype=torch.float64), torch.randn(6, dtype=torch.float64)

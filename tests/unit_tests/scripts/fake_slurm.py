@@ -86,7 +86,8 @@ def _watch(shell: subprocess.Popen[bytes], options: dict[str, str], attempt: int
         if limit and _logged(_logs(attempt), limit):
             shell.send_signal(signal.Signals[f"SIG{kind[2:]}"])
             limit = ""
-        if cancel and _logged(_logs(attempt), cancel):
+        # Tasks may log before srun says that it listens.
+        if cancel and _logged(_logs(attempt), cancel) and _knob("step"):
             shell.terminate()
             os.kill(int(_knob("step")), signal.SIGTERM)
             cancel = ""
@@ -127,7 +128,9 @@ def srun(argv: Sequence[str]) -> int:
         )
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda got, _: [process.send_signal(got) for process in processes])
-    (_state() / "step").write_text(str(os.getpid()))
+    written = _state() / "step-written"
+    written.write_text(str(os.getpid()))
+    written.replace(_state() / "step")
     lost, _, pattern = _knob("lose").partition(" ")
     while any(process.poll() is None for process in processes):
         if pattern and _logged(outputs, pattern):

@@ -1,0 +1,47 @@
+"""Documents made of random tokens and pixels, for tests that say what a sequence holds."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from megatron_mimo.data.sample import EncodedSample
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a document is made of.
+
+    Attributes:
+        text: Number of text tokens, the last five of which are targets.
+        grids: Patch rows and columns of each image, in front of the text.
+        seed: Of tokens and pixels.
+    """
+
+    text: int
+    grids: tuple[tuple[int, int], ...] = ()
+    seed: int = 0
+
+
+def encode(document: Document, name: str) -> "EncodedSample":
+    """The document as the loader gets it: patches of 8 x 8 pixels, four to a row."""
+    from megatron_mimo.data.sample import EncodedSample
+    from megatron_mimo.data.tokenizer import ByteTokenizer
+    from megatron_mimo.images.encode import EncodedImage
+
+    random = np.random.default_rng(document.seed)
+    images = []
+    for height, width in document.grids:
+        pixels = random.integers(0, 256, (height * width, 3 * 8 * 8), dtype=np.uint8)
+        images.append(EncodedImage(((height, width),), height * width // 4, pixels))
+    rows = sum(image.rows for image in images)
+    tokens = np.concatenate(
+        [np.full(rows, ByteTokenizer.image_token_id), random.integers(0, 256, document.text)]
+    )
+    return EncodedSample(
+        key=name,
+        tokens=tokens,
+        targets=np.arange(len(tokens)) >= len(tokens) - 5,
+        images=tuple(images),
+    )

@@ -1,0 +1,166 @@
+"""Runs of few steps in which every two values of any two axes of a layout meet; see `cover`."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_mimo.topology import Layout
+from tests.integration.cover import CASES, Case, Pair, named, pairs, possible_pairs
+from tests.integration.curves import assert_parity
+from tests.integration.documents import Document, encode
+from tests.integration.engines import SEQ_LENGTH, micro_batch_size, small_engine
+from tests.integration.state import Part, assemble, assert_same_state, parts_of
+
+STEPS = 3
+# Divides by 1, 2 and 3 lanes.
+GLOBAL_BATCH_SIZE = 6
+OVERRIDES = {
+    # So large that experts' balance shows in loss and norms within a few steps.
+    "hybrid": (
+        "language.pattern=ME*-ME",
+        "language.moe_aux_loss_coeff=0.1",
+        "language.moe_router_bias_update_rate=0.05",
+        "language.ffn_hidden_size=192",
+        "vision.hidden_size=64",
+    ),
+    "dense": ("language.hidden_size=64", "vision.hidden_size=64"),
+}
+RECOMPUTE = {
+    "": None,
+    "full": ("full",),
+    "selective": ("selective", "core_attn", "moe"),
+}
+# Loss, gradient norm and each module's norm of each step; then all that was learnt.
+Found = tuple[list[list[float]], list[Part]]
+
+
+def sequences(case: Case, step: int) -> list[tuple[Document, ...]]:
+    """The documents of each sequence of a step: several sizes, none without a text."""
+    random = np.random.default_rng([11, step])
+    grids = ((4, 4), (2, 6), (4, 2), (6, 4), (2, 2))
+    found = []
+    for number in range(GLOBAL_BATCH_SIZE):
+        documents = []
+        for place in range(1 + 2 * case.packed):
+            images = int(random.integers(1, 3))
+            # Whole sequences, since microbatches are to be without an image.
+            if case.text_only and number % 2:
+                images = 0
+            chosen = tuple(grids[i] for i in random.integers(0, len(grids), images))
+            seed = 1000 * step + 10 * number + place
+            documents.append(Document(int(random.integers(6, 10)), chosen, seed))
+        found.append(tuple(documents))
+    return found
+
+
+def loader_of(case: Case, chosen: Layout, rank: int) -> Any:
+    """This rank's samples: each lane takes every so manieth sequence of a step."""
+    from megatron_mimo.data import ByteTokenizer, DataConfig, StreamLoader
+    from megatron_mimo.data.sample import Drawn
+    from megatron_mimo.presets import model_config
+    from megatron_mimo.training.engine import data_role
+
+    config = DataConfig(
+        provider="energon",
+        path="fed by hand",
+        seq_length=SEQ_LENGTH,
+        micro_batch_size=1 if case.packed else micro_batch_size(chosen, GLOBAL_BATCH_SIZE),
+        global_batch_size=GLOBAL_BATCH_SIZE,
+        packing_buffer_size=2 if case.packed else None,
+        image=model_config("mock").vision.image_config(),
+    )
+    role = data_role(chosen, rank)
+    streams: dict[int, Any] = {
+        lane: iter(
+            [
+                Drawn(
+                    documents=tuple(
+                        encode(document, f"{step}-{number}-{place}")
+                        for place, document in enumerate(documents)
+                    )
+                )
+                for step in range(STEPS)
+                for number, documents in enumerate(sequences(case, step))
+                if number % role.num_lanes == lane
+            ]
+        )
+        for lane in role.lanes
+    }
+    return StreamLoader(streams, config, role, ByteTokenizer())
+
+
+def train(case: Case) -> Found:
+    """What this rank finds; a curve on the ranks of the language model's last stage only."""
+    import torch.distributed as dist
+
+    from megatron_mimo.model.config import FreezeConfig
+    from megatron_mimo.training.step import train_step
+
+    family = case.model.split()[0]
+    overlap = case.overlap.split("+")
+    engine = small_engine(
+        case.layout,
+        steps=STEPS,
+        provider={"hybrid": "nemotron-moe-vlm-tiny", "dense": "mock"}[family],
+        overrides=OVERRIDES[family],
+        tied_embeddings="tied" in case.model,
+        freeze=FreezeConfig(vision="vision" in case.frozen, language="language" in case.frozen),
+        run_ahead=case.run_ahead,
+        check_bridge=case.check_bridge,
+        sequence_parallel=case.sequence_parallel,
+        recompute=RECOMPUTE[case.recompute],
+        reduce={
+            "overlap_grads": "gradients" in overlap,
+            "overlap_params": "weights" in overlap,
+            "num_buckets": 5 if case.overlap else None,
+        },
+    )
+    loader = loader_of(case, case.layout, dist.get_rank())
+    points = []
+    for step in range(STEPS):
+        metrics = train_step(engine, loader, step + 1, GLOBAL_BATCH_SIZE)
+        update = metrics.update
+        norms = [update.grad_norm, *(update.module_norms[name] for name in ("encoder", "llm"))]
+        points.append([float(metrics.loss), *norms])
+    llm = engine.topology.llm
+    is_last = llm is not None and llm.is_last_stage
+    return points if is_last else [], parts_of(engine)
+
+
+def test_every_two_values_meet_in_some_run() -> None:
+    """`python -m tests.integration.cover` prints another set when an axis or a value is new."""
+    met = set[Pair]().union(*(pairs(asdict(case)) for case in CASES))
+    missing = sorted(map(sorted, possible_pairs() - met))
+    assert not missing
+    assert [named(str(case)) for case in CASES] == CASES
+
+
+@pytest.fixture(scope="session")
+def one_rank(run_ranks: Callable[..., list]) -> Callable[[Case], tuple[Any, Any]]:
+    """What one rank learns of a case's samples; each run is made once."""
+
+    @cache
+    def reference(case: Case) -> tuple[list[list[float]], dict[str, np.ndarray]]:
+        ((points, parts),) = run_ranks(1, train, case)
+        return points, assemble([parts])
+
+    return reference
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_curve_and_every_gradient_are_those_of_one_rank(
+    case: Case, run_ranks: Callable[..., list], one_rank: Callable[[Case], tuple[Any, Any]]
+) -> None:
+    wanted, wanted_state = one_rank(case.reference)
+    found = run_ranks(case.layout.world_size, train, case)
+    curves = [points for points, _ in found if points]
+    assert curves
+    for points in curves:
+        assert_parity(wanted, points)
+        for point, expected in zip(points, wanted, strict=True):
+            assert point[2:] == pytest.approx(expected[2:], rel=1e-4)
+    assert_same_state(assemble(parts for _, parts in found), wanted_state)
