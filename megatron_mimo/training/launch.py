@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -9,19 +10,21 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_mimo.runtime.failfast import EXIT_FAILED, render
-from megatron_mimo.runtime.failfast.report import is_ahead, read_record
+from megatron_mimo.runtime.failfast.report import is_ahead, read_record, with_exit_code
+from megatron_mimo.training.forked_rank import run_rank
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import LogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
 
+_FORK_SERVER = "megatron_mimo.training.fork_server"
 _LOOPBACKS = ("lo", "lo0")
 # Ranks that are told to end may save first.
 _SHUTDOWN_LIMIT_S = "60"
@@ -31,12 +34,11 @@ _RECORD_LIMIT_S = 2.0
 _TALKATIVE = (
     "torch.distributed.elastic.agent.server.api",
     "torch.distributed.elastic.multiprocessing.api",
+    "torch.multiprocessing.spawn",
 )
 
 
-def launch(
-    nproc: int, argv: Sequence[str], target: str, *, log_dir: Path | str | None = None
-) -> int:
+def launch(nproc: int, argv: Sequence[str], target: str, *, fork: bool = False) -> int:
     """Run `target` on `nproc` ranks of this machine and wait for them.
 
     If a rank fails, all end, and the first failure is the last thing on the screen: rank, role
@@ -46,8 +48,9 @@ def launch(
         nproc: Number of ranks.
         argv: The target's arguments.
         target: A module's name, or the path of a `.py` file.
-        log_dir: Each rank's output is also written to files below this folder, as torchrun's
-            `--log-dir` does; None: to the screen alone.
+        fork: Import what training needs once, in a process of its own, and fork the ranks from
+            it; only where `can_fork`. Otherwise each rank is an interpreter of its own, which
+            takes seconds to import it.
 
     Returns:
         The exit code: 0 done, 1 failed or interrupted, 2 the user's input was wrong.
@@ -60,25 +63,24 @@ def launch(
     is_file = target.endswith(".py")
     if is_file and not Path(target).is_file():
         raise ValueError(f"there is no file {target} to start")
-    from torch.distributed.elastic.multiprocessing.api import (
-        DefaultLogsSpecs,
-        SignalException,
-        Std,
-    )
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _prepare_environment(nproc)
-    command = ["-u", *([] if is_file else ["-m"]), target, *argv]
+    entry: Callable[..., None] | str
+    arguments: Sequence[Any]
+    if fork:
+        multiprocessing.set_forkserver_preload([_FORK_SERVER])
+        entry, arguments = run_rank, (target, argv)
+    else:
+        entry, arguments = sys.executable, ["-u", *([] if is_file else ["-m"]), target, *argv]
     with tempfile.TemporaryDirectory(prefix="megatron-mimo-") as folder:
-        logs = DefaultLogsSpecs(
-            log_dir=folder if log_dir is None else str(log_dir),
-            tee=Std.NONE if log_dir is None else Std.ALL,
-        )
+        config = _configure(nproc, DefaultLogsSpecs(log_dir=folder))
         try:
-            elastic_launch(_configure(nproc, logs), sys.executable)(*command)
+            elastic_launch(config, entry)(*arguments)
         except ChildFailedError as error:
             return _conclude(error)
         except SignalException as error:
@@ -113,6 +115,8 @@ def _configure(nproc: int, logs: "LogsSpecs") -> "LaunchConfig":
         local_addr="localhost",
         max_restarts=0,
         logs_specs=logs,
+        # Of ranks that are a function; interpreters of their own know no other.
+        start_method="forkserver",
     )
 
 
@@ -124,6 +128,9 @@ def _conclude(error: "ChildFailedError") -> int:
         how = _how_it_ended(failure)
         _say(f"rank {rank} failed first: {how}, before it could say why. Its output is above.")
         return EXIT_FAILED
+    if first.rank == rank:
+        # A rank that was forked is waited for before its watcher can ask how it ended.
+        first = with_exit_code(first, failure.exitcode)
     _say(render(first))
     return first.exit_code
 

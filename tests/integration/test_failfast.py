@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mimo.runtime.failfast.process import state_and_parent
+
 pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("failfast_worker.py")
@@ -38,10 +40,11 @@ def run_torchrun(how: str, rank: int, folder: Path) -> Outcome:
     return run([[*command, str(WORKER)]], [{}], how, rank, folder)
 
 
-def run_launch(how: str, rank: int, folder: Path) -> Outcome:
+def run_launch(how: str, rank: int, folder: Path, *, fork: bool) -> Outcome:
     program = (
-        "import sys; from megatron_mimo.training.launch import launch; "
-        f"sys.exit(launch({RANKS}, sys.argv[1:], {str(WORKER)!r}))"
+        "import os, sys; from megatron_mimo.training.launch import launch; "
+        "os.environ['LAUNCHER'] = str(os.getpid()); "
+        f"sys.exit(launch({RANKS}, sys.argv[1:], {str(WORKER)!r}, fork={fork}))"
     )
     return run([["-c", program]], [{}], how, rank, folder)
 
@@ -106,6 +109,11 @@ def assert_all_ended(outcome: Outcome) -> None:
     assert 0 < outcome.took_s < LIMIT_S
 
 
+def _is_running(pid: int) -> bool:
+    """Not gone, and no zombie that nobody waits for."""
+    return state_and_parent(pid)[0] not in ("", "Z")
+
+
 def _has_ended(output: str) -> bool:
     """Whether the last line on screen closes a block."""
     lines = output.rstrip().splitlines()
@@ -139,15 +147,29 @@ def test_under_torchrun(how: str, tmp_path: Path) -> None:
     assert CAUSES[how] in root
 
 
-@pytest.mark.parametrize("how", ["exception", "crash"])
-def test_under_our_launcher(how: str, tmp_path: Path) -> None:
-    outcome = run_launch(how, 1, tmp_path)
+@pytest.mark.parametrize(
+    ("how", "fork"), [("exception", False), ("exception", True), ("crash", True), ("kill", True)]
+)
+def test_under_our_launcher(how: str, fork: bool, tmp_path: Path) -> None:
+    outcome = run_launch(how, 1, tmp_path, fork=fork)
     assert_all_ended(outcome)
     assert outcome.codes == [1]
     block = last_block(outcome.output)
     assert block.startswith("rank 1 (encoder dp 0 tp 1) on ")
     assert CAUSES[how] in block
     assert "ChildFailedError" not in outcome.output
+
+
+@pytest.mark.parametrize("fork", [False, True])
+def test_the_launcher_is_killed(fork: bool, tmp_path: Path) -> None:
+    outcome = run_launch("orphan", 1, tmp_path, fork=fork)
+    assert outcome.codes == [-signal.SIGKILL]
+    assert len(outcome.pids) == RANKS
+    deadline = time.monotonic() + LIMIT_S
+    while any(map(_is_running, outcome.pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert "its launcher is gone" in last_block(outcome.output)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +197,7 @@ def test_a_peer_dies_in_the_middle_of_a_transfer(rank: int, tmp_path: Path) -> N
 
 
 def test_wrong_usage_is_one_line_and_code_2(tmp_path: Path) -> None:
-    outcome = run_launch("usage", 0, tmp_path)
+    outcome = run_launch("usage", 0, tmp_path, fork=True)
     assert outcome.codes == [2]
     assert outcome.output == "error: no machine in the Slurm node list '': set MASTER_ADDR\n"
 

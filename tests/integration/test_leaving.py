@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_mimo.checkpoint.folder import latest_iteration
@@ -55,14 +56,11 @@ def read_until_iteration(run: "subprocess.Popen[str]", number: int) -> str:
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """The processes that train: the launcher's own children that carry a rank."""
-    found = {}
-    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        ranks = [e.removeprefix(b"RANK=") for e in environment if e.startswith(b"RANK=")]
-        if ranks:
-            found[int(ranks[0])] = int(child)
-    return [found[rank] for rank in sorted(found)]
+    """The processes that train: named after their rank, as those are that read for one."""
+    children = psutil.Process(launcher).children(recursive=True)
+    named = {child.pid: child.name() for child in children if child.name().startswith("rank ")}
+    trains = [child.pid for child in children if child.pid in named and child.ppid() not in named]
+    return sorted(trains, key=lambda pid: int(named[pid].removeprefix("rank ")))
 
 
 def left_at(output: str, why: str) -> int:
