@@ -13,8 +13,6 @@ import pytest
 
 from megatron_mimo.runtime.failfast.process import state_and_parent
 
-pytestmark = pytest.mark.slow
-
 WORKER = Path(__file__).with_name("failfast_worker.py")
 RANKS = 3
 LIMIT_S = 10.0
@@ -137,6 +135,7 @@ CAUSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["exception", "kill", "stop"])
 def test_under_torchrun(how: str, tmp_path: Path) -> None:
     outcome = run_torchrun(how, 1, tmp_path)
@@ -148,7 +147,13 @@ def test_under_torchrun(how: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "fork"), [("exception", False), ("exception", True), ("crash", True), ("kill", True)]
+    ("how", "fork"),
+    [
+        pytest.param("exception", False, marks=pytest.mark.slow),
+        ("exception", True),
+        pytest.param("crash", True, marks=pytest.mark.slow),
+        ("kill", True),
+    ],
 )
 def test_under_our_launcher(how: str, fork: bool, tmp_path: Path) -> None:
     outcome = run_launch(how, 1, tmp_path, fork=fork)
@@ -160,7 +165,7 @@ def test_under_our_launcher(how: str, fork: bool, tmp_path: Path) -> None:
     assert "ChildFailedError" not in outcome.output
 
 
-@pytest.mark.parametrize("fork", [False, True])
+@pytest.mark.parametrize("fork", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_launcher_is_killed(fork: bool, tmp_path: Path) -> None:
     outcome = run_launch("orphan", 1, tmp_path, fork=fork)
     assert outcome.codes == [-signal.SIGKILL]
@@ -172,6 +177,7 @@ def test_the_launcher_is_killed(fork: bool, tmp_path: Path) -> None:
     assert "its launcher is gone" in last_block(outcome.output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "rank"), [("exception", 1), ("kill", 0), ("stop", 0), ("vanish", 1), ("vanish", 0)]
 )
@@ -187,6 +193,7 @@ def test_without_a_launcher_that_watches(how: str, rank: int, tmp_path: Path) ->
     assert CAUSES[how] in block
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1], ids=["sender", "receiver"])
 def test_a_peer_dies_in_the_middle_of_a_transfer(rank: int, tmp_path: Path) -> None:
     outcome = run_slurm("transfer", rank, tmp_path)
@@ -202,6 +209,7 @@ def test_wrong_usage_is_one_line_and_code_2(tmp_path: Path) -> None:
     assert outcome.output == "error: no machine in the Slurm node list '': set MASTER_ADDR\n"
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_busy_for_long_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

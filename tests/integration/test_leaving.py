@@ -14,8 +14,6 @@ import pytest
 
 from megatron_mimo.checkpoint.folder import latest_iteration
 
-pytestmark = pytest.mark.slow
-
 FLAGS = (
     *("--encoder-dp", "1", "--llm-dp", "2", "--global-batch-size", "4", "--log-interval", "1"),
     *("--train-iters", "1000000", "--lr-decay-iters", "10"),
@@ -86,6 +84,7 @@ def test_a_signal_to_one_rank_has_all_save_and_leave(tmp_path: Path) -> None:
     assert re.search(rf"^ iteration +{last + 1}/", again.stdout, re.MULTILINE), again.stdout
 
 
+@pytest.mark.slow
 def test_ending_the_launcher_saves_first(tmp_path: Path) -> None:
     with started(command("--save", str(tmp_path), "--async-save")) as run:
         read_until_iteration(run, 2)
@@ -95,6 +94,7 @@ def test_ending_the_launcher_saves_first(tmp_path: Path) -> None:
     assert "stopped by SIGTERM" in output
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_a_run_after_a_step(tmp_path: Path) -> None:
     run = subprocess.run(
         command("--save", str(tmp_path), "--exit-duration-in-mins", "0.05"),
