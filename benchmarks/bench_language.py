@@ -20,18 +20,18 @@ import torch
 from benchlib.ranks import own_memory, turns
 from benchlib.report import Row, Size, run_benchmark
 
-# Lengths of a sequence in tokens, and repetitions.
-CASES: dict[Size, tuple[tuple[int, ...], int]] = {
-    "smoke": ((128, 256), 1),
-    "quick": ((256, 1024), 5),
-    "full": ((256, 1024, 4096, 8192), 9),
+# Lengths of a sequence in tokens, sequences and their length of the whole model, and repetitions.
+CASES: dict[Size, tuple[tuple[int, ...], tuple[int, int], int]] = {
+    "smoke": ((64, 128), (1, 128), 1),
+    "quick": ((256, 1024), (4, 512), 5),
+    "full": ((256, 1024, 4096, 8192), (4, 512), 9),
 }
 # (heads, width of a head, groups, state)
 SIZES = {"tiny": (8, 32, 2, 32), "an eighth of large": (8, 64, 1, 128)}
 TARGET, TARGET_TOKENS = 0.5, 1024
 # Twice the time for twice the tokens, and what a noisy host adds.
 GROWTH_TARGET = 1.15
-BATCH, LENGTH, VOCABULARY = 4, 512, 1024
+VOCABULARY = 1024
 Times = dict[str, list[float]]
 Scan = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Any]
 
@@ -113,7 +113,7 @@ def in_turns(
     return times
 
 
-def whole_model(repetitions: int) -> Row:
+def whole_model(batch: int, length: int, repetitions: int) -> Row:
     """The tiny preset, forward and backward, microseconds per token."""
     from transformers import AutoModelForCausalLM, NemotronHConfig
 
@@ -129,7 +129,7 @@ def whole_model(repetitions: int) -> Row:
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         ours = HybridLM.from_pretrained(folder, device="cpu").train()
         peer = AutoModelForCausalLM.from_pretrained(folder).train()
-    ids = torch.randint(VOCABULARY, (BATCH, LENGTH))
+    ids = torch.randint(VOCABULARY, (batch, length))
 
     def step(model: torch.nn.Module, logits: Callable[[torch.Tensor], torch.Tensor]) -> float:
         start = time.perf_counter()
@@ -148,11 +148,11 @@ def whole_model(repetitions: int) -> Row:
     times = in_turns(lambda: step(ours, ours.logits), lambda: step(peer, their_logits), repetitions)
     return row(
         "Whole tiny preset",
-        f"{BATCH} x {LENGTH} tokens, forward and backward",
+        f"{batch} x {length} tokens, forward and backward",
         "by transformers",
         times,
         unit="us per token",
-        scale=1e6 / (BATCH * LENGTH),
+        scale=1e6 / (batch * length),
     )
 
 
@@ -182,7 +182,8 @@ def measure(size: Size) -> Iterator[Row]:
     """The rows of every case."""
     from megatron_mimo.runtime.ssd import ssd_scan
 
-    peer, (lengths, repetitions) = transformers_scan(), CASES[size]
+    lengths, whole, repetitions = CASES[size]
+    peer = transformers_scan()
     for name, widths in SIZES.items():
         for backward in (False, True):
             table = "Scan, forward and backward" if backward else "Scan, forward"
@@ -208,7 +209,7 @@ def measure(size: Size) -> Iterator[Row]:
                 times,
                 target=GROWTH_TARGET,
             )
-    yield whole_model(repetitions)
+    yield whole_model(*whole, repetitions)
 
 
 def twice(scan: Scan, given: list[torch.Tensor], backward: bool) -> float:

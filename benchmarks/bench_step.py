@@ -53,6 +53,7 @@ def measure(size: Size) -> Iterator[Row]:
 def compute_rows(name: str, repetitions: int, pixels: int) -> Iterator[Row]:
     """CPU time and memory of real compute."""
     given = {"layout": name, "repetitions": repetitions, "pixels": pixels}
+    given["warm_up"] = min(2, repetitions - 1)
     ranks, table = num_ranks(name), "Real compute"
     found = run_ranks(compute, ranks, given | {"sides": ["ours", "peer"]})
     for column, unit, key, target in (
@@ -162,7 +163,7 @@ def compute(given: dict[str, Any]) -> dict[str, Any]:
         )
         sides["peer"] = lambda: peer.run(data.microbatches, tokens)
     found: dict[str, dict[str, Any]] = {side: {"cpu": [], "wall": []} for side in sides}
-    for repetition in range(given["repetitions"] + 2):
+    for repetition in range(given["warm_up"] + given["repetitions"]):
         for side in turns(tuple(sides), repetition):
             own_memory(side)
             dist.barrier()
@@ -171,7 +172,7 @@ def compute(given: dict[str, Any]) -> dict[str, Any]:
             spent = torch.tensor([time.process_time() - cpu], dtype=torch.float64)
             wall = time.perf_counter() - wall
             dist.all_reduce(spent)
-            if repetition > 1:
+            if repetition >= given["warm_up"]:
                 found[side]["cpu"].append(float(spent))
                 found[side]["wall"].append(wall)
     peak = torch.tensor([memory("VmHWM") - resting])

@@ -53,7 +53,7 @@ DEMO = (
 
 # Log intervals of each side, steps of each, and samples of a microbatch.
 CASES: dict[Size, tuple[int, int, int]] = {
-    "smoke": (1, 2, 4),
+    "smoke": (1, 1, 4),
     "quick": (4, 10, 16),
     "full": (20, 10, 16),
 }
