@@ -30,10 +30,10 @@ THREADS = 2
 CASES: dict[Size, tuple[tuple[int, ...], int]] = {
     "smoke": ((), 1),
     "quick": ((8, 32), 5),
-    "full": ((8, 32, 64, 128), 9),
+    "full": ((8, 32, 64, 128), 5),
 }
 # Of the largest sets, whose times are steadier.
-FEW_REPETITIONS, MANY_PATCHES = 5, 20_000
+FEW_REPETITIONS, MANY_PATCHES = 3, 20_000
 # A batch as long as its longest image soon takes minutes.
 LARGEST_PADDED = 10_000
 Grids = list[tuple[int, int]]
