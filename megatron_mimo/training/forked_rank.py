@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,15 @@ from typing import TextIO
 from megatron_mimo.training.preload import end_with_parent
 
 
-def run_rank(target: str, argv: Sequence[str]) -> None:
+def run_rank(target: str, argv: Sequence[str], closing: Path) -> None:
     """Run a module by its name, or a `.py` file, as `python -m` or `python FILE` would.
 
     At the head of a session of its own, so that Ctrl-C reaches the launcher alone.
+
+    Args:
+        target: What to run.
+        argv: Its arguments.
+        closing: A file that is there once the launcher ends its ranks.
     """
     os.setsid()
     # torch has it interrupted when its parent ends; its watcher notices that, and says so.
@@ -24,10 +30,21 @@ def run_rank(target: str, argv: Sequence[str]) -> None:
     sys.argv = [target, *argv]
     if not sys.flags.safe_path:
         sys.path[0] = str(Path(target).resolve().parent) if is_file else os.getcwd()
-    if is_file:
-        runpy.run_path(target, run_name="__main__")
-    else:
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    try:
+        if is_file:
+            runpy.run_path(target, run_name="__main__")
+        else:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+    # Behind this, a rank waits for the launcher to have heard of all; one that is ending its ranks
+    # does not listen, but waits for their processes.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if closing.exists():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _by_line(descriptor: int, like: TextIO) -> TextIO:

@@ -10,9 +10,10 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from megatron_mimo.runtime.failfast import EXIT_FAILED, render
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _FORK_SERVER = "megatron_mimo.training.fork_server"
 _LOOPBACKS = ("lo", "lo0")
+# All that the engine would handle, but for one, since it must be given some.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Ranks that are told to end may save first.
 _SHUTDOWN_LIMIT_S = "60"
 _RECORD_LIMIT_S = 2.0
@@ -70,23 +73,43 @@ def launch(nproc: int, argv: Sequence[str], target: str, *, fork: bool = False) 
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _prepare_environment(nproc)
-    entry: Callable[..., None] | str
-    arguments: Sequence[Any]
-    if fork:
-        multiprocessing.set_forkserver_preload([_FORK_SERVER])
-        entry, arguments = run_rank, (target, argv)
-    else:
-        entry, arguments = sys.executable, ["-u", *([] if is_file else ["-m"]), target, *argv]
     with tempfile.TemporaryDirectory(prefix="megatron-mimo-") as folder:
         config = _configure(nproc, DefaultLogsSpecs(log_dir=folder))
+        closing = Path(folder) / "closing"
+        entry: Callable[..., None] | str
+        arguments: Sequence[Any]
+        if fork:
+            multiprocessing.set_forkserver_preload([_FORK_SERVER])
+            entry, arguments = run_rank, (target, argv, closing)
+        else:
+            entry, arguments = sys.executable, ["-u", *([] if is_file else ["-m"]), target, *argv]
         try:
-            elastic_launch(config, entry)(*arguments)
+            with _interrupted(closing):
+                elastic_launch(config, entry)(*arguments)
         except ChildFailedError as error:
             return _conclude(error)
         except SignalException as error:
             _say(f"stopped by {signal.Signals(error.sigval).name}")
             return EXIT_FAILED
     return 0
+
+
+@contextmanager
+def _interrupted(closing: Path) -> Iterator[None]:
+    """Let signals end the ranks, as the engine does, and `closing` tell them that they do."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        closing.touch()
+        name = signal.Signals(number)
+        raise SignalException(f"the launcher was sent {name.name}", sigval=name)
+
+    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _prepare_environment(nproc: int) -> None:
@@ -117,6 +140,7 @@ def _configure(nproc: int, logs: "LogsSpecs") -> "LaunchConfig":
         logs_specs=logs,
         # Of ranks that are a function; interpreters of their own know no other.
         start_method="forkserver",
+        signals_to_handle="SIGQUIT",
     )
 
 
