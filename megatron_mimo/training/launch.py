@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ def launch(nproc: int, argv: Sequence[str], target: str, *, fork: bool = False) 
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _prepare_environment(nproc)
+    fork = fork and _lets_us_handle_signals()
     with tempfile.TemporaryDirectory(prefix="megatron-mimo-") as folder:
         config = _configure(nproc, DefaultLogsSpecs(log_dir=folder))
         closing = Path(folder) / "closing"
@@ -128,6 +130,7 @@ def _configure(nproc: int, logs: "LogsSpecs") -> "LaunchConfig":
     """What `torchrun --standalone` would use."""
     from torch.distributed.launcher.api import LaunchConfig
 
+    ours: dict[str, Any] = {"signals_to_handle": "SIGQUIT"} if _lets_us_handle_signals() else {}
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -140,8 +143,15 @@ def _configure(nproc: int, logs: "LogsSpecs") -> "LaunchConfig":
         logs_specs=logs,
         # Of ranks that are a function; interpreters of their own know no other.
         start_method="forkserver",
-        signals_to_handle="SIGQUIT",
+        **ours,
     )
+
+
+def _lets_us_handle_signals() -> bool:
+    """Whether the engine can be told which signals are not its own: from torch 2.9 on."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return "signals_to_handle" in {field.name for field in fields(LaunchConfig)}
 
 
 def _conclude(error: "ChildFailedError") -> int:
