@@ -10,6 +10,7 @@ FAULTS ?=
 # Number of a slice of the slow tests, 0 to 10: another one with each commit.
 SLICE ?= $(shell echo $$(( $$(git rev-list --count HEAD 2>/dev/null || echo 0) % 11 )))
 BENCH_FLAGS ?=
+BENCH ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -21,11 +22,12 @@ PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal
 TEST_BUDGET_S := 1200
 TEST_CI_BUDGET_S := 1600
 
-.PHONY: install demo demo-short test test-ci test-all test-faults lint docs bench clean help
+.PHONY: install demo demo-short test test-ci test-all test-faults lint docs bench bench-results \
+  clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## Create .venv and install the package with its demo and dev extras
 
@@ -75,10 +77,13 @@ lint: $(INSTALLED)  ## Check style, types and which package imports which
 docs: $(INSTALLED)  ## Write the pages of docs/ that come from the code
 	@$(BIN)/python docs/reference/write_pages.py
 
-bench: $(INSTALLED)  ## Run every benchmark against its peer
+bench: $(INSTALLED)  ## Run every benchmark against its peer (BENCH_FLAGS=--quick for a short round)
 	@found=; for file in benchmarks/bench_*.py; do [ -e "$$file" ] || continue; found=1; \
 	  $(BIN)/python "$$file" $(BENCH_FLAGS) || exit 1; done; \
 	  [ -n "$$found" ] || echo "benchmarks/ holds no bench_*.py yet"
+
+bench-results: $(INSTALLED)  ## Measure and write benchmarks/RESULTS.md (BENCH=bench_step: its tables alone)
+	@$(BIN)/python benchmarks/write_results.py $(BENCH_FLAGS) $(BENCH)
 
 clean:  ## Remove .venv and every cache; runs/ stays
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache \

@@ -9,95 +9,88 @@ rows between the same grids, and both know their peers ahead:
 
 Messages and bytes are counted while one step runs, and must equal the plan's and the lower bound.
 
-    python benchmarks/bench_bridge.py [--quick] [--json FILE]
+    python benchmarks/bench_bridge.py [--smoke | --quick] [--json FILE]
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchlib.ranks import answer, gloo_for_nccl, in_turns, is_rank, run_ranks, task
-from benchlib.report import Row, arguments, median_ratio, show, write
+from benchlib.ranks import gloo_for_nccl, in_turns, run_ranks
+from benchlib.report import Row, Size, run_benchmark
 
 MICROBATCHES = 8
 RUN_AHEAD = 3
 # Of the peer's time, in 1F1B order.
 TARGETS = {16: 0.33, 4096: 0.5}
+# Encoder dp, llm dp, llm tp, and whether the sequence is sharded over it.
+LAYOUTS = [
+    (encoder_dp, llm_dp, tp, sharded)
+    for encoder_dp, llm_dp in ((1, 4), (2, 2), (4, 1))
+    for tp, sharded in ((1, False), (2, False), (2, True))
+]
+QUICK = [(1, 4, 1, False), (2, 2, 1, False), (2, 2, 2, False), (2, 2, 2, True)]
+# Layouts, and sizes of what one encoder rank and one lane exchange: rows, and their width.
+CASES: dict[Size, tuple[list[tuple[int, int, int, bool]], list[tuple[int, int]]]] = {
+    "smoke": ([(1, 2, 1, False)], [(16, 256)]),
+    "quick": (QUICK, [(16, 256), (4096, 256)]),
+    "full": (LAYOUTS, [(rows, width) for rows in (16, 256, 4096) for width in (256, 2688)]),
+}
 
 
-def cases(quick: bool) -> Iterator[tuple[tuple[int, int, int, bool], dict[str, Any]]]:
-    """Layouts, and what to run on each: (encoder dp, llm dp, llm tp, sharded)."""
-    for encoder_dp, llm_dp in ((1, 4), (2, 2), (4, 1)):
-        for tp, sharded in ((1, False), (2, False), (2, True)):
-            if quick and (encoder_dp, llm_dp, tp) not in ((1, 4, 1), (2, 2, 1), (2, 2, 2)):
-                continue
-            sizes = [(16, 256), (4096, 256)] if quick else []
-            if not quick:
-                sizes = [(rows, width) for rows in (16, 256, 4096) for width in (256, 2688)]
-            yield (
-                (encoder_dp, llm_dp, tp, sharded),
-                {
-                    "encoder_dp": encoder_dp,
-                    "llm_dp": llm_dp,
-                    "tp": tp,
-                    "sharded": sharded,
-                    "sizes": sizes,
-                },
-            )
+def measure(size: Size) -> Iterator[Row]:
+    """The rows of every case.
+
+    Raises:
+        RuntimeError: Ours did not send exactly what it must.
+    """
+    layouts, sizes = CASES[size]
+    for encoder_dp, llm_dp, tp, sharded in layouts:
+        given = {
+            "encoder_dp": encoder_dp,
+            "llm_dp": llm_dp,
+            "tp": tp,
+            "sharded": sharded,
+            "sizes": sizes,
+            "repetitions": 3 if size == "smoke" else 15,
+        }
+        of_tp = "" if tp == 1 else f", tp {tp}{' sharded' if sharded else ''}"
+        for found in run_ranks(work, encoder_dp + llm_dp * tp, given):
+            yield from compared(f"{encoder_dp} to {llm_dp}{of_tp}", found)
 
 
-def main() -> None:
-    """Run every case and print the comparison."""
-    flags = arguments(__doc__.splitlines()[0])
-    rows: list[Row] = []
-    wrong: list[str] = []
-    for (encoder_dp, llm_dp, tp, sharded), given in cases(flags.quick):
-        where = f"{encoder_dp} to {llm_dp}, tp {tp}{' sharded' if sharded else ''}"
-        for found in run_ranks(__file__, encoder_dp + llm_dp * tp, given):
-            size = f"{found['rows']} x {found['width']}"
-            for order in ("plain", "1f1b"):
-                ours, peer = median_ratio(found[order]["ours"], found[order]["peer"])
-                target = TARGETS.get(found["rows"]) if order == "1f1b" else None
-                rows.append(
-                    Row(
-                        case=f"{order}: {where}, {size}",
-                        ours=ours * 1e3,
-                        peer=peer * 1e3,
-                        target=target,
-                        unit="ms",
-                    )
-                )
-            for what in ("messages", "bytes"):
-                ours, bound = found["traffic"][what], found["bound"][what]
-                if ours != bound:
-                    wrong.append(f"{where}, {size}: {what} {ours}, expected exactly {bound}")
-                rows.append(
-                    Row(
-                        case=f"{what}: {where}, {size}",
-                        ours=ours,
-                        peer=found["peer_traffic"][what],
-                        target=None,
-                        unit=what,
-                    )
-                )
-    show(__doc__.splitlines()[0], rows)
-    write(rows, flags.json)
-    if wrong:
-        sys.exit("\n".join(wrong))
+def compared(layout: str, found: dict[str, Any]) -> Iterator[Row]:
+    """The rows of one layout and size."""
+    size = f"{found['rows']} x {found['width']}"
+    for order, table in (("1f1b", "1F1B order"), ("plain", "Plain order")):
+        yield Row(
+            table=table,
+            line=layout,
+            column=size,
+            ours=tuple(1e3 * seconds for seconds in found[order]["ours"]),
+            peer=tuple(1e3 * seconds for seconds in found[order]["peer"]),
+            target=TARGETS.get(found["rows"]) if order == "1f1b" else None,
+            unit="ms",
+        )
+    for what in ("messages", "bytes"):
+        ours, bound = found["traffic"][what], found["bound"][what]
+        if ours != bound:
+            raise RuntimeError(f"{layout}, {size}: {what} {ours}, expected exactly {bound}")
+        yield Row(
+            table=f"{what.capitalize()} of {MICROBATCHES} round trips",
+            line=layout,
+            column=size,
+            ours=(ours,),
+            peer=(found["peer_traffic"][what],),
+            unit=what,
+        )
 
 
-def work() -> None:
-    """Measure on this rank."""
-    from megatron_mimo.runtime import initialize, shutdown
-
-    initialize("cpu")
-    given = task()
-    found = [measure(given, rows, width) for rows, width in given["sizes"]]
-    answer(found)
-    shutdown()
+def work(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every size on one layout, on this rank."""
+    return [exchanged(given, rows, width) for rows, width in given["sizes"]]
 
 
-def measure(given: dict[str, Any], rows: int, width: int) -> dict[str, Any]:
+def exchanged(given: dict[str, Any], rows: int, width: int) -> dict[str, Any]:
     """Times and traffic of one size, on one layout."""
     import torch
     from benchlib.traffic import counted
@@ -124,9 +117,9 @@ def measure(given: dict[str, Any], rows: int, width: int) -> dict[str, Any]:
     ours, bound = our_orders(topology, sharding, manifest, width, dtype)
     peer = peer_orders(topology, rows, width, dtype)
     found: dict[str, Any] = {"rows": rows, "width": width, "bound": bound}
+    repetitions = 5 if rows * width > 2**20 else given["repetitions"]
     for order in ("plain", "1f1b"):
-        mine, theirs = in_turns(ours[order], peer[order], 5 if rows * width > 2**20 else 15)
-        found[order] = {"ours": mine, "peer": theirs}
+        found[order] = in_turns(ours[order], peer[order], repetitions)
     for name, call in (("traffic", ours["1f1b"]), ("peer_traffic", peer["1f1b"])):
         with counted() as traffic:
             call()
@@ -267,4 +260,4 @@ def peer_orders(topology: Any, rows: int, width: int, dtype: Any) -> Orders:
 
 
 if __name__ == "__main__":
-    work() if is_rank() else main()
+    run_benchmark(__doc__, measure, threads=1)

@@ -17,7 +17,7 @@ each of these, so that a step's own skew is not counted. *Lost by the steps* is 
 meanwhile take longer than steps just before: the writer needs processors, memory and Python's lock.
 Stall and loss together are what a save costs a run. Foreground and background take turns.
 
-    python benchmarks/bench_checkpoint.py [--quick] [--json FILE]
+    python benchmarks/bench_checkpoint.py [--smoke | --quick] [--json FILE]
 """
 
 import shutil
@@ -28,92 +28,55 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchlib.ranks import answer, is_rank, run_ranks, task
-from benchlib.report import Row, arguments, show, write
+from benchlib.ranks import run_ranks, turns
+from benchlib.report import Row, Size, run_benchmark
 
 # Of our own save in the foreground.
 STALL_TARGET = 0.2
 SEQ_LENGTH = 128
 # Of the language model: width, and width of an expert.
-SIZES = {"small": (256, 256), "large": (512, 1024)}
+MODELS = {"tiny": (64, 64), "small": (256, 256), "large": (512, 1024)}
+# Models, and saves of each.
+CASES: dict[Size, tuple[tuple[str, ...], int]] = {
+    "smoke": (("tiny",), 1),
+    "quick": (("small",), 3),
+    "full": (("small", "large"), 5),
+}
 SIDES = ("sync", "peer sync", "async", "peer async")
 QUIET_STEPS = 3
 # On disk, by the peer's: what a rank's files say of each tensor may differ.
-BYTES_TARGET = 1.02
+BYTES, BYTES_TARGET = "bytes on disk", 1.02
 
 
-def main() -> None:
-    """Run every case and print the comparison."""
-    flags = arguments(__doc__.splitlines()[0])
-    rows: list[Row] = []
-    for size in ("small",) if flags.quick else SIZES:
+def measure(size: Size) -> Iterator[Row]:
+    """The rows of every case."""
+    models, repetitions = CASES[size]
+    for model in models:
         with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as folder:
-            given = {"size": size, "folder": folder, "repetitions": 3 if flags.quick else 5}
-            rows += compared(run_ranks(__file__, 4, given))
-    show(__doc__.splitlines()[0], rows)
-    write(rows, flags.json)
+            given = {"model": model, "folder": folder, "repetitions": repetitions}
+            yield from compared(run_ranks(saved, 4, given))
 
 
 def compared(found: dict[str, Any]) -> Iterator[Row]:
-    """The rows of one size."""
-    stall = {side: statistics.median(found["stall"][side]) for side in SIDES}
-    lost = {side: statistics.median(found["lost"][side]) for side in SIDES}
+    """The rows of one model."""
+    stall = found["stall"]
+    cost = {side: both(found, side) for side in ("async", "peer async")}
     megabytes = {side: found["bytes"][side] / 1e6 for side in SIDES}
-    # The peer writes nothing twice.
-    where = f"{megabytes['peer sync']:.0f} MB"
-    rates = " and ".join(
-        f"{megabytes['peer sync'] / stall[side]:.0f}" for side in ("sync", "peer sync")
-    )
-    yield Row(
-        case=f"{where}: foreground, by DCP's save ({rates} MB/s)",
-        ours=stall["sync"],
-        peer=stall["peer sync"],
-        target=None,
-        unit="s",
-    )
-    yield Row(
-        case=f"{where}: background, by our foreground",
-        ours=stall["async"],
-        peer=stall["sync"],
-        target=STALL_TARGET,
-        unit="s",
-    )
-    yield Row(
-        case=f"{where}: background, by DCP's async_save",
-        ours=stall["async"],
-        peer=stall["peer async"],
-        target=None,
-        unit="s",
-    )
-    yield Row(
-        case=f"{where}: background, lost by the steps meanwhile, by DCP's",
-        ours=lost["async"],
-        peer=lost["peer async"],
-        target=None,
-        unit="s",
-    )
-    cost = {side: statistics.median(both(found, side)) for side in ("async", "peer async")}
-    yield Row(
-        case=f"{where}: background, stall and loss, by our foreground",
-        ours=cost["async"],
-        peer=stall["sync"],
-        target=None,
-        unit="s",
-    )
-    yield Row(
-        case=f"{where}: background, stall and loss, by DCP's",
-        ours=cost["async"],
-        peer=cost["peer async"],
-        target=None,
-        unit="s",
-    )
-    yield Row(
-        case=f"{where}: bytes on disk",
-        ours=megabytes["sync"],
-        peer=megabytes["peer sync"],
-        target=BYTES_TARGET,
-        unit="MB",
-    )
+
+    def row(line: str, ours: list[float], peer: list[float], target: float | None = None) -> Row:
+        # The peer writes nothing twice.
+        column = f"{megabytes['peer sync']:.0f} MB"
+        unit = "MB" if line == BYTES else "s"
+        return Row(
+            line=line, column=column, ours=tuple(ours), peer=tuple(peer), target=target, unit=unit
+        )
+
+    yield row("foreground, stall by DCP's save", stall["sync"], stall["peer sync"])
+    yield row("background, stall by our foreground's", stall["async"], stall["sync"], STALL_TARGET)
+    yield row("background, stall by DCP's async_save", stall["async"], stall["peer async"])
+    yield row("background, stall and loss, by our foreground's stall", cost["async"], stall["sync"])
+    yield row("background, stall and loss, by DCP's", cost["async"], cost["peer async"])
+    yield row(BYTES, [megabytes["sync"]], [megabytes["peer sync"]], BYTES_TARGET)
 
 
 def both(found: dict[str, Any], side: str) -> list[float]:
@@ -121,21 +84,11 @@ def both(found: dict[str, Any], side: str) -> list[float]:
     return [sum(pair) for pair in zip(found["stall"][side], found["lost"][side], strict=True)]
 
 
-def work() -> None:
-    """Measure on this rank."""
-    from megatron_mimo.runtime import initialize, shutdown
-
-    initialize("cpu")
-    given = task()
-    answer(measure(given))
-    shutdown()
-
-
-def measure(given: dict[str, Any]) -> dict[str, Any]:
+def saved(given: dict[str, Any]) -> dict[str, Any]:
     """Seconds of every side, in turns; the first turn is not counted."""
     from megatron_mimo.checkpoint.checkpointer import TrainedParts
 
-    engine, step = trained(*SIZES[given["size"]])
+    engine, step = trained(*MODELS[given["model"]])
     parts = TrainedParts(engine.topology, engine.model, engine.optimizer, engine.scheduler)
     root = Path(given["folder"])
     sides = our_sides(parts, step, root) | peer_sides(parts, step, root)
@@ -145,14 +98,15 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
         "bytes": {},
     }
     for repetition in range(given["repetitions"] + 1):
-        for side in SIDES:
+        for side in turns(SIDES, repetition):
             num_quiet = QUIET_STEPS if "async" in side else 1
             quiet = statistics.median([waited(step) for _ in range(num_quiet)])
             stall, steps, folder = sides[side](repetition + 1)
             found["bytes"][side] = removed(folder)
             if repetition:
                 found["stall"][side].append(stall)
-                found["lost"][side].append(sum(steps) - quiet * len(steps))
+                # Saving gives no time back: what is below zero is noise.
+                found["lost"][side].append(max(0.0, sum(steps) - quiet * len(steps)))
     return found
 
 
@@ -345,4 +299,4 @@ def trained(width: int, expert_width: int) -> tuple[Any, Callable[[], Any]]:
 
 
 if __name__ == "__main__":
-    work() if is_rank() else main()
+    run_benchmark(__doc__, measure, threads=1)

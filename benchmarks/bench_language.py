@@ -7,24 +7,32 @@ set the longest sequence against twice the time of half of it: 1 is linear growt
 Then the whole tiny preset on 4 sequences of 512 tokens in one process: microseconds per token of
 forward and backward, against transformers' NemotronH with the same weights.
 
-    python benchmarks/bench_language.py [--quick] [--json FILE]
+    python benchmarks/bench_language.py [--smoke | --quick] [--json FILE]
 """
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from benchlib.report import Row, arguments, median_ratio, show, write
+from benchlib.ranks import own_memory, turns
+from benchlib.report import Row, Size, run_benchmark
 
-REPETITIONS = 5
+# Lengths of a sequence in tokens, sequences and their length of the whole model, and repetitions.
+CASES: dict[Size, tuple[tuple[int, ...], tuple[int, int], int]] = {
+    "smoke": ((64, 128), (1, 128), 1),
+    "quick": ((256, 1024), (4, 512), 5),
+    "full": ((256, 1024, 4096, 8192), (4, 512), 9),
+}
 # (heads, width of a head, groups, state)
 SIZES = {"tiny": (8, 32, 2, 32), "an eighth of large": (8, 64, 1, 128)}
 TARGET, TARGET_TOKENS = 0.5, 1024
 # Twice the time for twice the tokens, and what a noisy host adds.
 GROWTH_TARGET = 1.15
-BATCH, LENGTH, VOCABULARY = 4, 512, 1024
+VOCABULARY = 1024
+Times = dict[str, list[float]]
 Scan = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Any]
 
 
@@ -74,20 +82,38 @@ def seconds(scan: Scan, given: list[torch.Tensor], backward: bool) -> float:
     return time.perf_counter() - start
 
 
-def compare(ours: Scan, peer: Scan, given: list[torch.Tensor], backward: bool) -> Any:
-    """Medians of both, in turns."""
-    found = ours(*given), peer(*given)
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
-    times: tuple[list[float], list[float]] = ([], [])
-    for repetition in range(REPETITIONS + 1):
-        for side, scan in enumerate((ours, peer)):
-            taken = seconds(scan, given, backward)
+def compare(
+    ours: Scan, peer: Scan, given: list[torch.Tensor], backward: bool, repetitions: int
+) -> Times:
+    """Seconds of both, which must agree."""
+    torch.testing.assert_close(ours(*given), peer(*given), rtol=1e-3, atol=1e-3)
+    return in_turns(
+        lambda: seconds(ours, given, backward), lambda: seconds(peer, given, backward), repetitions
+    )
+
+
+def in_turns(
+    ours: Callable[[], float], peer: Callable[[], float], repetitions: int, *, alike: bool = False
+) -> Times:
+    """What both return, in turns; each one's first is not counted.
+
+    Args:
+        ours: Returns seconds.
+        peer: Returns seconds.
+        repetitions: Of each.
+        alike: The other side is ours, too.
+    """
+    sides, times = {"ours": ours, "peer": peer}, Times(ours=[], peer=[])
+    for repetition in range(repetitions + 1):
+        for side in turns(tuple(sides), repetition):
+            own_memory("ours" if alike else side)
+            taken = sides[side]()
             if repetition:
                 times[side].append(taken)
-    return median_ratio(*times)
+    return times
 
 
-def whole_model() -> Row:
+def whole_model(batch: int, length: int, repetitions: int) -> Row:
     """The tiny preset, forward and backward, microseconds per token."""
     from transformers import AutoModelForCausalLM, NemotronHConfig
 
@@ -103,7 +129,7 @@ def whole_model() -> Row:
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         ours = HybridLM.from_pretrained(folder, device="cpu").train()
         peer = AutoModelForCausalLM.from_pretrained(folder).train()
-    ids = torch.randint(VOCABULARY, (BATCH, LENGTH))
+    ids = torch.randint(VOCABULARY, (batch, length))
 
     def step(model: torch.nn.Module, logits: Callable[[torch.Tensor], torch.Tensor]) -> float:
         start = time.perf_counter()
@@ -119,78 +145,77 @@ def whole_model() -> Row:
 
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(ids), their_logits(ids), rtol=1e-3, atol=1e-3)
-    times: tuple[list[float], list[float]] = ([], [])
-    for repetition in range(REPETITIONS + 1):
-        taken = step(ours, ours.logits), step(peer, their_logits)
-        if repetition:
-            for side in range(2):
-                times[side].append(taken[side])
-    mine, theirs = median_ratio(*times)
-    per_token = 1e6 / (BATCH * LENGTH)
-    return Row(
-        case=f"tiny preset, {BATCH} x {LENGTH} tokens, forward + backward, against transformers",
-        ours=per_token * mine,
-        peer=per_token * theirs,
-        target=None,
+    times = in_turns(lambda: step(ours, ours.logits), lambda: step(peer, their_logits), repetitions)
+    return row(
+        "Whole tiny preset",
+        f"{batch} x {length} tokens, forward and backward",
+        "by transformers",
+        times,
         unit="us per token",
+        scale=1e6 / (batch * length),
     )
 
 
-def main() -> None:
-    """Run every case and print the comparison."""
-    flags = arguments(__doc__.splitlines()[0])
-    from megatron_mimo.runtime.host.memory import keep_freed_memory
+def row(
+    table: str,
+    line: str,
+    column: str,
+    times: Times,
+    *,
+    target: float | None = None,
+    unit: str = "ms",
+    scale: float = 1e3,
+) -> Row:
+    """A row of seconds, in another unit."""
+    return Row(
+        table=table,
+        line=line,
+        column=column,
+        ours=tuple(scale * taken for taken in times["ours"]),
+        peer=tuple(scale * taken for taken in times["peer"]),
+        target=target,
+        unit=unit,
+    )
+
+
+def measure(size: Size) -> Iterator[Row]:
+    """The rows of every case."""
     from megatron_mimo.runtime.ssd import ssd_scan
 
-    keep_freed_memory()
-    peer, rows = transformers_scan(), []
-    lengths = (256, 1024) if flags.quick else (256, 1024, 4096, 8192)
-    for name, size in SIZES.items():
+    lengths, whole, repetitions = CASES[size]
+    peer = transformers_scan()
+    for name, widths in SIZES.items():
         for backward in (False, True):
-            order = "forward + backward" if backward else "forward"
+            table = "Scan, forward and backward" if backward else "Scan, forward"
             for length in lengths:
-                given = tensors(size, length)
-                mine, theirs = compare(ssd_scan, peer, given, backward)
+                line, given = f"{name}, {length} tokens", tensors(widths, length)
+                times = compare(ssd_scan, peer, given, backward, repetitions)
                 target = TARGET if length == TARGET_TOKENS else None
-                case = f"{name}, {length} tokens, {order}"
-                rows.append(
-                    Row(
-                        case=f"{case}, against transformers",
-                        ours=1000 * mine,
-                        peer=1000 * theirs,
-                        target=target,
-                        unit="ms",
-                    )
-                )
+                yield row(table, line, "by transformers", times, target=target)
                 if length <= TARGET_TOKENS:
-                    mine, theirs = compare(ssd_scan, token_by_token, given, backward)
-                    rows.append(
-                        Row(
-                            case=f"{case}, against a loop over tokens",
-                            ours=1000 * mine,
-                            peer=1000 * theirs,
-                            target=None,
-                            unit="ms",
-                        )
-                    )
-            longest, half = (tensors(size, length) for length in (lengths[-1], lengths[-1] // 2))
-            long, short = median_ratio(
-                [seconds(ssd_scan, longest, backward) for _ in range(REPETITIONS)],
-                [seconds(ssd_scan, half, backward) for _ in range(REPETITIONS)],
+                    times = compare(ssd_scan, token_by_token, given, backward, repetitions)
+                    yield row(table, line, "by a loop over tokens", times)
+            longest, half = (tensors(widths, length) for length in (lengths[-1], lengths[-1] // 2))
+            times = in_turns(
+                partial(seconds, ssd_scan, longest, backward),
+                partial(twice, ssd_scan, half, backward),
+                repetitions,
+                alike=True,
             )
-            rows.append(
-                Row(
-                    case=f"{name}, {lengths[-1]} tokens, {order}, against twice half of them",
-                    ours=1000 * long,
-                    peer=2000 * short,
-                    target=GROWTH_TARGET,
-                    unit="ms",
-                )
+            yield row(
+                table,
+                f"{name}, {lengths[-1]} tokens",
+                "by twice half of them",
+                times,
+                target=GROWTH_TARGET,
             )
-    rows.append(whole_model())
-    show(__doc__.splitlines()[0], rows)
-    write(rows, flags.json)
+    yield whole_model(*whole, repetitions)
+
+
+def twice(scan: Scan, given: list[torch.Tensor], backward: bool) -> float:
+    """Twice the seconds of one call."""
+    return 2 * seconds(scan, given, backward)
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(__doc__, measure, threads=1)

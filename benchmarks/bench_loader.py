@@ -17,7 +17,7 @@ batch counts from imported modules and closed files.
 Reading images by their headers, and packing, are measured by `loader_reading.py` and
 `loader_packing.py`.
 
-    python benchmarks/bench_loader.py [--quick] [--json FILE]
+    python benchmarks/bench_loader.py [--smoke | --quick] [--json FILE]
 """
 
 import contextlib
@@ -25,7 +25,6 @@ import io
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,35 +36,43 @@ from typing import Any
 
 import loader_packing
 import loader_reading
-from benchlib.ranks import is_rank, task
-from benchlib.report import Row, arguments, show, write
+from benchlib.ranks import turns
+from benchlib.report import Row, Size, run_benchmark
 
-# Lanes of a rank, and processes that read them.
-CASES = ((4, 2), (16, 4))
-SHARDS, PER_SHARD = 8, 300
+# Lanes of a rank and processes that read them; repetitions; samples of a shard; and samples of
+# each lane before and while time is taken.
+CASES: dict[Size, tuple[tuple[tuple[int, int], ...], int, int, int, int]] = {
+    "smoke": (((2, 1),), 1, 20, 2, 4),
+    "quick": (((4, 2), (16, 4)), 1, 300, 20, 15),
+    "full": (((4, 2), (16, 4)), 3, 300, 20, 60),
+}
+SHARDS = 8
 FIRST_TARGET, MEMORY_TARGET, SAMPLES_TARGET = 0.35, 0.45, 1 / 1.1
 JUDGED = 16
 KINDS = ("shards", "indices of shards", "metadata")
-# Of each lane, before and while time is taken.
-WARM_UP, TIMED = 20, 60
+# What the process of a side is to do, in its environment.
+TASK = "BENCH_LOADER_TASK"
 
 
-def main() -> None:
-    """Run every case and print the comparison."""
-    flags = arguments(__doc__.splitlines()[0])
-    rows: list[Row] = []
+def measure(size: Size) -> Iterator[Row]:
+    """The rows of every case."""
+    cases, repetitions, per_shard, warm_up, timed = CASES[size]
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as folder:
-        write_dataset(Path(folder))
-        for lanes, processes in CASES:
-            given = {"path": folder, "lanes": lanes, "processes": processes, "quick": flags.quick}
-            rows += compared(lanes, processes, measured(given, 1 if flags.quick else 3))
-    rows += loader_reading.rows(quick=flags.quick)
-    rows += loader_packing.rows(quick=flags.quick)
-    show(__doc__.splitlines()[0], rows)
-    write(rows, flags.json)
+        write_dataset(Path(folder), per_shard)
+        for lanes, processes in cases:
+            given = {
+                "path": folder,
+                "lanes": lanes,
+                "processes": processes,
+                "warm_up": warm_up,
+                "timed": timed,
+            }
+            yield from compared(lanes, processes, measured(given, repetitions))
+    yield from loader_reading.rows(size)
+    yield from loader_packing.rows(size)
 
 
-def write_dataset(folder: Path) -> None:
+def write_dataset(folder: Path, per_shard: int) -> None:
     """Noise that compresses like photographs."""
     import numpy as np
     from PIL import Image
@@ -86,17 +93,17 @@ def write_dataset(folder: Path) -> None:
     (folder / "train").mkdir()
     shards = [f"train/{shard}.tar" for shard in range(SHARDS)]
     for shard, name in enumerate(shards):
-        first = shard * PER_SHARD
-        write_shard(folder / name, [sample(n) for n in range(first, first + PER_SHARD)])
+        first = shard * per_shard
+        write_shard(folder / name, [sample(n) for n in range(first, first + per_shard)])
     prepare(folder, shards)
 
 
 def measured(given: dict[str, Any], repetitions: int) -> dict[str, list[dict[str, Any]]]:
     """Both sides in turns, each time in new processes."""
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
-    for _ in range(repetitions):
-        for side, results in found.items():
-            results.append(run_side(given | {"side": side}))
+    for repetition in range(repetitions):
+        for side in turns(tuple(found), repetition):
+            found[side].append(run_side(given | {"side": side}))
     assert found["ours"][0]["seen"] == found["peer"][0]["seen"], "the two read other samples"
     return found
 
@@ -105,10 +112,10 @@ def run_side(given: dict[str, Any]) -> dict[str, Any]:
     """What `work` measures in a new process; nothing that it started is left running."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        environment = {"BENCH_TASK": json.dumps(given | {"answer": str(answer)})}
+        environment = {TASK: json.dumps(given | {"answer": str(answer)})}
         ran = subprocess.Popen(
             [sys.executable, __file__],
-            env=os.environ | environment | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | environment,
             start_new_session=True,
         )
         code = ran.wait()
@@ -125,11 +132,11 @@ def compared(lanes: int, processes: int, found: dict[str, list[dict[str, Any]]])
     """The rows of one case."""
 
     def row(what: str, name: str, target: float | None, unit: str) -> Row:
-        ours, peer = (
-            statistics.median(result[name] for result in found[side]) for side in ("ours", "peer")
-        )
+        ours, peer = (tuple(result[name] for result in found[side]) for side in ("ours", "peer"))
         return Row(
-            case=f"{lanes} lanes, {processes} processes: {what}",
+            table="All lanes of a rank",
+            line=what,
+            column=f"{lanes} lanes, {processes} processes",
             ours=ours,
             peer=peer,
             target=target if lanes == JUDGED else None,
@@ -156,7 +163,7 @@ def work() -> None:
 
     import megatron_mimo.data.readers  # noqa: F401
 
-    given = task()
+    given = json.loads(os.environ[TASK])
     opened = count_opened(given["path"])
     draw = {"ours": our_draws, "peer": peer_draws}[given["side"]](given)
     lanes = range(given["lanes"])
@@ -164,15 +171,14 @@ def work() -> None:
     began = time.perf_counter()
     seen = [[draw(lane)] for lane in lanes]
     first = time.perf_counter() - began
-    rounds = TIMED // 4 if given["quick"] else TIMED
-    for _ in range(WARM_UP):
+    for _ in range(given["warm_up"]):
         for lane in lanes:
             seen[lane].append(draw(lane))
     began, busy = time.perf_counter(), processor_s()
-    for _ in range(rounds):
+    for _ in range(given["timed"]):
         for lane in lanes:
             seen[lane].append(draw(lane))
-    samples = rounds * len(lanes)
+    samples = given["timed"] * len(lanes)
     answer = {
         "first": first,
         "sample": 1e3 * (time.perf_counter() - began) / samples,
@@ -307,4 +313,4 @@ def family() -> set[int]:
 
 
 if __name__ == "__main__":
-    work() if is_rank() else main()
+    work() if TASK in os.environ else run_benchmark(__doc__, measure, threads=1)

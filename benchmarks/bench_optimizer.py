@@ -10,7 +10,7 @@ Collectives are those that a rank takes part in, in groups of more than one rank
 dispatches them, whoever calls; the figure is that of the rank that has most. Both sides must find
 the same gradient norm and end with the same weights, or the benchmark fails.
 
-    python benchmarks/bench_optimizer.py [--quick] [--json FILE]
+    python benchmarks/bench_optimizer.py [--smoke | --quick] [--json FILE]
 """
 
 import math
@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from benchlib.ranks import answer, is_rank, run_ranks, task
-from benchlib.report import Row, arguments, median_ratio, show, write
+from benchlib.ranks import own_memory, run_ranks, turns
+from benchlib.report import Row, Size, run_benchmark
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,46 +47,48 @@ CASES: dict[str, dict[str, Any]] = {
         "zeros": True,
     },
 }
-QUICK = ("dense, dp 2 | dp 2", "experts, dp 2 | dp 2 ep 2")
+# Names of cases, and repetitions of each.
+SIZES: dict[Size, tuple[tuple[str, ...], int]] = {
+    "smoke": (("dense, dp 2 | dp 2",), 3),
+    "quick": (("dense, dp 2 | dp 2", "experts, dp 2 | dp 2 ep 2"), 20),
+    "full": (tuple(CASES), 40),
+}
 SIDES = ("ours", "peer")
 
 
-def main() -> None:
-    """Run every case and print the comparison."""
-    flags = arguments(__doc__.splitlines()[0])
-    rows: list[Row] = []
-    names = QUICK if flags.quick else tuple(CASES)
-    given = {"cases": names, "repetitions": 20 if flags.quick else 40}
-    for name, found in zip(names, run_ranks(__file__, 4, given), strict=True):
-        rows += compared(name, found)
-    show(__doc__.splitlines()[0], rows)
-    write(rows, flags.json)
+def measure(size: Size) -> Iterator[Row]:
+    """The rows of every case."""
+    names, repetitions = SIZES[size]
+    given = {"cases": names, "repetitions": repetitions}
+    for name, found in zip(names, run_ranks(work, 4, given), strict=True):
+        yield from compared(name, found)
 
 
 def compared(name: str, found: dict[str, Any]) -> Iterator[Row]:
     """The rows of one case."""
     yield Row(
-        case=f"{name}: collectives",
-        ours=found["collectives"]["ours"],
-        peer=found["collectives"]["peer"],
+        line=name,
+        column="collectives",
+        ours=(found["collectives"]["ours"],),
+        peer=(found["collectives"]["peer"],),
         target=COLLECTIVES_TARGET,
         unit="collectives",
     )
-    ours, peer = median_ratio(found["seconds"]["ours"], found["seconds"]["peer"])
-    yield Row(case=f"{name}: step", ours=ours * 1e3, peer=peer * 1e3, target=None, unit="ms")
+    yield Row(
+        line=name,
+        column="time of a step",
+        ours=tuple(1e3 * seconds for seconds in found["seconds"]["ours"]),
+        peer=tuple(1e3 * seconds for seconds in found["seconds"]["peer"]),
+        unit="ms",
+    )
 
 
-def work() -> None:
-    """Measure on this rank."""
-    from megatron_mimo.runtime import initialize, shutdown
-
-    initialize("cpu")
-    given = task()
-    answer([measure(CASES[name], given["repetitions"]) for name in given["cases"]])
-    shutdown()
+def work(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every case on this rank."""
+    return [stepped(CASES[name], given["repetitions"]) for name in given["cases"]]
 
 
-def measure(given: dict[str, Any], repetitions: int) -> dict[str, Any]:
+def stepped(given: dict[str, Any], repetitions: int) -> dict[str, Any]:
     """Collectives of one step, and seconds of steps in turns."""
     from megatron_mimo.topology.groups import build_topology
 
@@ -102,19 +104,20 @@ def measure(given: dict[str, Any], repetitions: int) -> dict[str, Any]:
     counts: dict[str, int] = {}
     times = torch.zeros(len(SIDES), repetitions, dtype=torch.float64)
     for repetition in range(-1, repetitions):
-        for index, (side, step) in enumerate(steps.items()):
+        for side in turns(SIDES, repetition):
+            own_memory(side)
             # Clipping scales them in place.
             for buffer, gradient in zip(buffers(models[side]), gradients, strict=True):
                 buffer.copy_(gradient)
             if repetition < 0:
                 with counted() as found:
-                    norms[side] = step()
+                    norms[side] = steps[side]()
                 counts[side] = found.number
                 continue
             dist.barrier()
             start = time.perf_counter()
-            norms[side] = step()
-            times[index, repetition] = time.perf_counter() - start
+            norms[side] = steps[side]()
+            times[SIDES.index(side), repetition] = time.perf_counter() - start
     require_equal(norms, models)
     most = torch.tensor([counts[side] for side in SIDES])
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
@@ -284,4 +287,4 @@ def require_equal(norms: dict[str, float], models: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    work() if is_rank() else main()
+    run_benchmark(__doc__, measure, threads=1)

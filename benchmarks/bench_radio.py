@@ -7,22 +7,31 @@ megatron-core's `RADIOViTModel` with dynamic resolution, over the attention that
 as its own refuses packed sequences. The floor does the matrix products and the attention of each
 image, and nothing else: no bias, norm, activation, residual or position.
 
-    python benchmarks/bench_radio.py [--quick] [--json FILE]
+    python benchmarks/bench_radio.py [--smoke | --quick] [--json FILE]
 """
 
 import multiprocessing as mp
+import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchlib.report import Row, arguments, median_ratio, show, write
+from benchlib.ranks import turns
+from benchlib.report import Row, Size, run_benchmark
 
 WIDTH, LAYERS, HEADS, PATCH, CLASS_TOKENS = 256, 4, 4, 16, 10
-REPETITIONS = 5
+# The products of several threads, as on a rank that has its host to itself.
+THREADS = 2
+# Numbers of mixed images, and repetitions.
+CASES: dict[Size, tuple[tuple[int, ...], int]] = {
+    "smoke": ((), 1),
+    "quick": ((8, 32), 5),
+    "full": ((8, 32, 64, 128), 5),
+}
 # Of the largest sets, whose times are steadier.
 FEW_REPETITIONS, MANY_PATCHES = 3, 20_000
 # A batch as long as its longest image soon takes minutes.
@@ -30,11 +39,11 @@ LARGEST_PADDED = 10_000
 Grids = list[tuple[int, int]]
 Contender = Callable[[Path, Grids], tuple[Callable[[], Any], Callable[[], Any]]]
 # Of the floor's time, and of transformers' packed one's.
-FLOOR_TARGETS = {"forward": 1.05, "forward + backward": 1.15}
+FLOOR_TARGETS = {"Forward": 1.05, "Forward and backward": 1.15}
 PACKED_TARGETS = {"32 small": 0.5, "64 mixed": 0.75}
 
 
-def image_sets(quick: bool) -> dict[str, Grids]:
+def image_sets(numbers: Sequence[int]) -> dict[str, Grids]:
     """Patch grids of the images: sizes as on the web, about 400 patches in the mean; and icons."""
     import numpy as np
 
@@ -53,7 +62,7 @@ def image_sets(quick: bool) -> dict[str, Grids]:
     # 4 to 64 patches.
     sides = (2 * random.integers(1, 5, (32, 2))).tolist()
     sets = {"32 small": [(high, wide) for high, wide in sides]}
-    for number in (8, 32) if quick else (8, 32, 64, 128):
+    for number in numbers:
         sets[f"{number} mixed"] = mixed(number)
     return sets
 
@@ -262,8 +271,11 @@ def work(name: str, folder: Path, grids: Grids, channel: Connection) -> None:
     """A contender's process: runs what it is asked for and answers with seconds."""
     import logging
 
+    import torch
+
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     runs = CONTENDERS[name](folder, grids)
     while (which := channel.recv()) is not None:
         start = time.perf_counter()
@@ -271,11 +283,13 @@ def work(name: str, folder: Path, grids: Grids, channel: Connection) -> None:
         channel.send(time.perf_counter() - start)
 
 
-def measure(
+def timed_in_turns(
     names: Sequence[str], folder: Path, grids: Grids, repetitions: int
 ) -> dict[str, list[list[float]]]:
     """Contender -> seconds of its forwards, and of its forwards with backwards."""
-    context = mp.get_context("spawn")
+    # Nobody has another's memory settings: whoever needs our engine or megatron-core imports them
+    # after the fork, and nothing has computed here in more than one thread.
+    context = mp.get_context("fork")
     channels, processes = {}, []
     for name in names:
         channels[name], end = context.Pipe()
@@ -286,9 +300,9 @@ def measure(
     seconds: dict[str, list[list[float]]] = {name: [[], []] for name in names}
     for repetition in range(repetitions + 1):
         for which in (0, 1):
-            for name, channel in channels.items():
-                channel.send(which)
-                taken = channel.recv()
+            for name in turns(names, repetition):
+                channels[name].send(which)
+                taken = channels[name].recv()
                 # The first round warms up.
                 if repetition:
                     seconds[name][which].append(taken)
@@ -305,7 +319,7 @@ def write_weights(folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = RadioConfig(
         hidden_size=WIDTH,
@@ -318,36 +332,34 @@ def write_weights(folder: Path) -> None:
     RadioModel(config).save_pretrained(folder)
 
 
-def main() -> None:
-    """Run every set of images and print the comparison."""
-    flags = arguments(__doc__.splitlines()[0])
-    rows: list[Row] = []
+def measure(size: Size) -> Iterator[Row]:
+    """The rows of every set of images."""
+    numbers, repetitions = CASES[size]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         write_weights(folder)
-        for case, grids in image_sets(flags.quick).items():
+        for case, grids in image_sets(numbers).items():
             patches = sum(high * wide for high, wide in grids)
             names = [name for name in CONTENDERS if name != "padded" or patches <= LARGEST_PADDED]
-            repetitions = FEW_REPETITIONS if patches > MANY_PATCHES else REPETITIONS
-            seconds = measure(names, folder, grids, repetitions)
-            for which, order in enumerate(("forward", "forward + backward")):
+            fewer = min(repetitions, FEW_REPETITIONS)
+            seconds = timed_in_turns(
+                names, folder, grids, fewer if patches > MANY_PATCHES else repetitions
+            )
+            for which, order in enumerate(FLOOR_TARGETS):
                 for peer in names[1:]:
-                    mine, theirs = median_ratio(seconds["ours"][which], seconds[peer][which])
                     target = FLOOR_TARGETS[order] if peer == "floor" else None
                     if peer == "transformers packed" and which == 1:
                         target = PACKED_TARGETS.get(case)
-                    rows.append(
-                        Row(
-                            case=f"{case} ({patches} patches), {order}, against {peer}",
-                            ours=1000 * mine,
-                            peer=1000 * theirs,
-                            target=target,
-                            unit="ms",
-                        )
+                    yield Row(
+                        table=order,
+                        line=f"{case} ({patches} patches)",
+                        column=peer,
+                        ours=tuple(1e3 * taken for taken in seconds["ours"][which]),
+                        peer=tuple(1e3 * taken for taken in seconds[peer][which]),
+                        target=target,
+                        unit="ms",
                     )
-    show("The vision encoder", rows)
-    write(rows, flags.json)
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(__doc__, measure, threads=THREADS)

@@ -7,7 +7,7 @@
   encoder's take 0.7 of that, always or on average (lognormal, sigma 1, three draws of a step, the
   same for both). Ours is also held against the critical path of its schedule under these draws.
 
-    python benchmarks/bench_step.py [--quick] [--json FILE]
+    python benchmarks/bench_step.py [--smoke | --quick] [--json FILE]
 """
 
 import time
@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchlib.ranks import answer, in_turns, is_rank, run_ranks, task
-from benchlib.report import Row, arguments, median_ratio, show, write
+from benchlib.ranks import in_turns, own_memory, run_ranks, turns
+from benchlib.report import Row, Size, run_benchmark
 
 LAYOUTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "1 to 1": ({}, {}),
@@ -31,37 +31,53 @@ ENCODER_SHARE = 0.7
 SIGMA = 1.0
 DRAWS = 3
 MICROBATCHES = 16
+# Layouts of real compute, repetitions of each, and pixels of an image's side; then layouts of
+# emulated compute.
+CASES: dict[Size, tuple[tuple[str, ...], int, int, tuple[str, ...]]] = {
+    "smoke": (("1 to 1",), 1, 64, ("1 to 1",)),
+    "quick": (("2 to 2",), 3, 256, ("1 to 1",)),
+    "full": (("2 to 2", "1 to 2"), 7, 256, tuple(LAYOUTS)),
+}
 
 
-def main() -> None:
-    """Run every case and print the comparison."""
-    flags = arguments(__doc__.splitlines()[0])
-    rows: list[Row] = []
-    for name in ("2 to 2",) if flags.quick else ("2 to 2", "1 to 2"):
-        rows += compute_rows(name, 3 if flags.quick else 7)
-    for name in ("1 to 1",) if flags.quick else LAYOUTS:
-        for kind in ("steady", "varying"):
-            rows += emulated_rows(name, kind, 3)
-    show(__doc__.splitlines()[0], rows)
-    write(rows, flags.json)
+def measure(size: Size) -> Iterator[Row]:
+    """The rows of every case."""
+    computed, repetitions, pixels, emulated_layouts = CASES[size]
+    for name in computed:
+        yield from compute_rows(name, repetitions, pixels)
+    for name in emulated_layouts:
+        for kind in ("steady",) if size == "smoke" else ("steady", "varying"):
+            yield from emulated_rows(name, kind, 1 if size == "smoke" else 3)
 
 
-def compute_rows(name: str, repetitions: int) -> Iterator[Row]:
+def compute_rows(name: str, repetitions: int, pixels: int) -> Iterator[Row]:
     """CPU time and memory of real compute."""
-    given = {"what": "compute", "layout": name, "repetitions": repetitions}
-    size = num_ranks(name)
-    found = run_ranks(__file__, size, given | {"sides": ["ours", "peer"]})
-    for unit, key, target in (("CPU s", "cpu", 0.8), ("s", "wall", None)):
-        ours, peer = median_ratio(found["ours"][key], found["peer"][key])
-        label = f"compute: {name}, {'CPU time of all ranks' if key == 'cpu' else 'wall time'}"
-        yield Row(case=label, ours=ours, peer=peer, target=target, unit=unit)
+    given = {"layout": name, "repetitions": repetitions, "pixels": pixels}
+    given["warm_up"] = min(2, repetitions - 1)
+    ranks, table = num_ranks(name), "Real compute"
+    found = run_ranks(compute, ranks, given | {"sides": ["ours", "peer"]})
+    for column, unit, key, target in (
+        ("CPU time of all ranks", "CPU s", "cpu", 0.8),
+        ("wall time", "s", "wall", None),
+    ):
+        yield Row(
+            table=table,
+            line=name,
+            column=column,
+            ours=tuple(found["ours"][key]),
+            peer=tuple(found["peer"][key]),
+            target=target,
+            unit=unit,
+        )
     peaks = {}
     for side in ("ours", "peer"):
-        peaks[side] = run_ranks(__file__, size, given | {"sides": [side]})[side]["peak"]
+        peaks[side] = run_ranks(compute, ranks, given | {"sides": [side]})[side]["peak"] / 2**20
     yield Row(
-        case=f"compute: {name}, peak memory of all ranks",
-        ours=peaks["ours"] / 2**20,
-        peer=peaks["peer"] / 2**20,
+        table=table,
+        line=name,
+        column="peak memory of all ranks",
+        ours=(peaks["ours"],),
+        peer=(peaks["peer"],),
         target=1.0,
         unit="MiB",
     )
@@ -69,21 +85,33 @@ def compute_rows(name: str, repetitions: int) -> Iterator[Row]:
 
 def emulated_rows(name: str, kind: str, repetitions: int) -> Iterator[Row]:
     """Wall time where compute is a wait."""
-    given = {"what": "emulated", "layout": name, "kind": kind, "repetitions": repetitions}
-    found = run_ranks(__file__, num_ranks(name), given)
-    ours, peer = median_ratio(found["ours"], found["peer"])
+    given = {"layout": name, "kind": kind, "repetitions": repetitions}
+    found = run_ranks(emulated, num_ranks(name), given)
+    ours, peer, table = tuple(found["ours"]), tuple(found["peer"]), "Emulated compute"
     yield Row(
-        case=f"emulated: {name}, {kind} encoder, against the critical path",
+        table=table,
+        line=name,
+        column=f"{kind}: by the critical path",
         ours=ours,
-        peer=found["critical"],
+        peer=(found["critical"],) * len(ours),
         target=1.05,
         unit="s",
     )
     yield Row(
-        case=f"emulated: {name}, {kind} encoder, against the peer",
+        table=table,
+        line=name,
+        column=f"{kind}: by the peer",
         ours=ours,
         peer=peer,
         target=0.85 if kind == "varying" else None,
+        unit="s",
+    )
+    yield Row(
+        table=table,
+        line=name,
+        column=f"{kind}: bound by the peer",
+        ours=(found["bound"],) * len(peer),
+        peer=peer,
         unit="s",
     )
 
@@ -103,26 +131,15 @@ def layout_of(name: str) -> Any:
     return Layout(encoder=encoder, llm=llm, world_size=encoder.size + llm.size)
 
 
-def work() -> None:
-    """Measure on this rank."""
-    from megatron_mimo.runtime import initialize, shutdown
-
-    initialize("cpu")
-    given = task()
-    answer(compute(given) if given["what"] == "compute" else emulated(given))
-    shutdown()
-
-
 def compute(given: dict[str, Any]) -> dict[str, Any]:
     """Steps of real models; the sides run in turns."""
     import torch
     import torch.distributed as dist
 
     from megatron_mimo.data import ByteTokenizer
-    from megatron_mimo.runtime.host.memory import keep_freed_memory, return_freed_memory
 
     layout, sides = layout_of(given["layout"]), {}
-    data, tokens = drawn(layout)
+    data, tokens = drawn(layout, given["pixels"])
     resting = memory("VmRSS")
     if "ours" in given["sides"]:
         sides["ours"] = our_step(layout, data)
@@ -146,17 +163,16 @@ def compute(given: dict[str, Any]) -> dict[str, Any]:
         )
         sides["peer"] = lambda: peer.run(data.microbatches, tokens)
     found: dict[str, dict[str, Any]] = {side: {"cpu": [], "wall": []} for side in sides}
-    for repetition in range(given["repetitions"] + 2):
-        for side, step in sides.items():
-            # Keeping memory is ours; the peer gets it as it comes.
-            (keep_freed_memory if side == "ours" else return_freed_memory)()
+    for repetition in range(given["warm_up"] + given["repetitions"]):
+        for side in turns(tuple(sides), repetition):
+            own_memory(side)
             dist.barrier()
             cpu, wall = time.process_time(), time.perf_counter()
-            step()
+            sides[side]()
             spent = torch.tensor([time.process_time() - cpu], dtype=torch.float64)
             wall = time.perf_counter() - wall
             dist.all_reduce(spent)
-            if repetition > 1:
+            if repetition >= given["warm_up"]:
                 found[side]["cpu"].append(float(spent))
                 found[side]["wall"].append(wall)
     peak = torch.tensor([memory("VmHWM") - resting])
@@ -185,8 +201,8 @@ def architecture() -> Any:
     )
 
 
-def drawn(layout: Any) -> tuple[Any, int]:
-    """One step's samples of this rank, four microbatches a lane, two images of 256 rows each."""
+def drawn(layout: Any, pixels: int) -> tuple[Any, int]:
+    """One step's samples of this rank, four microbatches a lane, two square images each."""
     import numpy as np
     import torch.distributed as dist
 
@@ -194,13 +210,13 @@ def drawn(layout: Any) -> tuple[Any, int]:
     from megatron_mimo.data.loader import build_list_loader
     from megatron_mimo.training.engine import data_role
 
-    random = np.random.default_rng(5)
+    random, shape = np.random.default_rng(5), (pixels, pixels, 3)
     samples = [
         RawSample.asking(
             key=str(i),
             question="<image> and <image>: which one?",
             answer=f"the answer to question number {i} is the first image",
-            images=tuple(random.integers(0, 256, (256, 256, 3), dtype=np.uint8) for _ in range(2)),
+            images=tuple(random.integers(0, 256, shape, dtype=np.uint8) for _ in range(2)),
         )
         for i in range(4)
     ]
@@ -258,20 +274,22 @@ def our_step(layout: Any, data: Any) -> Any:
 
 def emulated(given: dict[str, Any]) -> dict[str, Any]:
     """Steps of waits."""
-    from benchlib.emulated import our_emulated, peer_emulated
+    from benchlib.emulated import BACKWARD, our_emulated, peer_emulated
 
     from megatron_mimo.topology.groups import build_topology
 
     layout = layout_of(given["layout"])
     topology = build_topology(layout)
-    found: dict[str, Any] = {"ours": [], "peer": [], "critical": 0.0}
+    found: dict[str, Any] = {"ours": [], "peer": [], "critical": 0.0, "bound": 0.0}
     for draw in range(DRAWS if given["kind"] == "varying" else 1):
         waits = draws(layout, given["kind"], draw)
         ours, critical = our_emulated(topology, waits, RUN_AHEAD)
-        mine, theirs = in_turns(ours, peer_emulated(topology, waits), given["repetitions"])
+        times = in_turns(ours, peer_emulated(topology, waits), given["repetitions"])
         found["critical"] += critical
-        found["ours"].append(mine)
-        found["peer"].append(theirs)
+        # The language model's own compute: its busiest rank never waits.
+        found["bound"] += max((1 + BACKWARD) * sum(waits[rank]) for rank in layout.llm.ranks)
+        for side, seconds in times.items():
+            found[side].append(seconds)
     # Seconds of all draws together, by repetition.
     for side in ("ours", "peer"):
         found[side] = [sum(times) for times in zip(*found[side], strict=True)]
@@ -306,4 +324,4 @@ def memory(field: str) -> int:
 
 
 if __name__ == "__main__":
-    work() if is_rank() else main()
+    run_benchmark(__doc__, measure, threads=1)

@@ -18,12 +18,11 @@ wall time first, then in CPU time. *The calls alone* counts the CPU time of the 
 inside the calls that watch, log and write, on the rank where it is most, less that without
 watching, and adds it to the time without: this hardly depends on the machine's other work.
 
-    python benchmarks/bench_watching.py [--quick] [--json FILE]
+    python benchmarks/bench_watching.py [--smoke | --quick] [--json FILE]
 """
 
 import gc
 import io
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,87 +30,87 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchlib.ranks import answer, is_rank, run_ranks, task
-from benchlib.report import Row, arguments, show, write
+from benchlib.ranks import run_ranks, turns
+from benchlib.report import Row, Size, run_benchmark
 
 TARGET = 1.02
-INTERVAL = 10
+# With the folder that each writes into after them.
 SIDES: dict[str, tuple[str, ...]] = {
     "nothing": (),
     "curves": ("--tensorboard-dir",),
     "timeline": (
         *("--timeline-profile", "--timeline-ranks", "all", "--profile-step-start", "1"),
-        *("--profile-step-end", str(INTERVAL + 1), "--timeline-dir"),
+        *("--profile-step-end", "{after}", "--timeline-dir"),
     ),
 }
 DEMO = (
     *("--encoder-dp", "2", "--llm-dp", "2", "--llm-ep", "2"),
     *("--model-provider", "nemotron-moe-vlm-tiny", "--seq-length", "64"),
-    *("--micro-batch-size", "16", "--lr", "1e-4", "--train-iters", str(INTERVAL)),
-    *("--log-interval", str(INTERVAL), "--lr-decay-style", "constant"),
+    *("--micro-batch-size", "{samples}", "--lr", "1e-4", "--train-iters", "{interval}"),
+    *("--log-interval", "{interval}", "--lr-decay-style", "constant"),
 )
 
 
-def main() -> None:
-    """Run every case and print the comparison."""
-    flags = arguments(__doc__.splitlines()[0])
+# Log intervals of each side, steps of each, and samples of a microbatch.
+CASES: dict[Size, tuple[int, int, int]] = {
+    "smoke": (1, 1, 4),
+    "quick": (4, 10, 16),
+    "full": (20, 10, 16),
+}
+
+
+def measure(size: Size) -> Iterator[Row]:
+    """The rows of every side."""
     with tempfile.TemporaryDirectory(prefix="bench-watching-") as folder:
         from megatron_mimo.data.digits import DigitsConfig, write_digits_dataset
 
         digits = DigitsConfig(num_train=256, num_val=16, val_fraction=16 / 1797)
         write_digits_dataset(Path(folder) / "digits", digits)
-        given = {"folder": folder, "rounds": 4 if flags.quick else 20}
-        rows = list(compared(run_ranks(__file__, 4, given)))
-    show(__doc__.splitlines()[0], rows)
-    write(rows, flags.json)
+        rounds, interval, samples = CASES[size]
+        given = {"folder": folder, "rounds": rounds, "interval": interval, "samples": samples}
+        yield from compared(run_ranks(watched, 4, given), interval)
 
 
-def compared(found: dict[str, dict[str, list[float]]]) -> Iterator[Row]:
+def compared(found: dict[str, dict[str, list[float]]], interval: int) -> Iterator[Row]:
     """The rows, of a step."""
     for side in SIDES:
-        for kind, name in (("wall", "step"), ("cpu", "CPU time of a step, all ranks")):
-            off = found[f"{side} off"][kind]
-            ratios = [one / other for one, other in zip(found[side][kind], off, strict=True)]
-            peer = statistics.median(off) * 1e3 / INTERVAL
-            spread = statistics.quantiles(ratios, n=4)
+        on, off = found[side], found[f"{side} off"]
+        # What the calls cost beside those of a step that nobody watches.
+        calls = [
+            own + more - less
+            for own, more, less in zip(off["own cpu"], on["calls"], off["calls"], strict=True)
+        ]
+        for line, unit, ours, peer in (
+            ("wall time", "ms", on["wall"], off["wall"]),
+            ("CPU time of all ranks", "CPU ms", on["cpu"], off["cpu"]),
+            ("CPU time inside the calls alone", "CPU ms", calls, off["own cpu"]),
+        ):
             yield Row(
-                case=f"{side}: {name} ({len(ratios)} pairs, {spread[0]:.3f} to {spread[2]:.3f})",
-                ours=peer * statistics.median(ratios),
-                peer=peer,
+                line=line,
+                column=side,
+                ours=tuple(1e3 * seconds / interval for seconds in ours),
+                peer=tuple(1e3 * seconds / interval for seconds in peer),
                 target=TARGET if SIDES[side] else None,
-                unit="ms",
+                unit=unit,
             )
-        if not SIDES[side]:
-            continue
-        off = [own / INTERVAL * 1e3 for own in found[f"{side} off"]["own cpu"]]
-        spent = (statistics.median(found[name]["calls"]) for name in (side, f"{side} off"))
-        calls = (next(spent) - next(spent)) / INTERVAL * 1e3
-        yield Row(
-            case=f"{side}: the calls alone, CPU time of a rank's step",
-            ours=statistics.median(off) + calls,
-            peer=statistics.median(off),
-            target=TARGET,
-            unit="ms",
-        )
 
 
-def work() -> None:
-    """Measure on this rank."""
-    from megatron_mimo.runtime import initialize, shutdown
-
-    context = initialize("cpu")
-    given = task()
-    answer(measure(context, Path(given["folder"]), given["rounds"]))
-    shutdown()
-
-
-def measure(context: Any, folder: Path, rounds: int) -> dict[str, dict[str, list[float]]]:
+def watched(given: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     """Seconds of every interval; the first round is not counted."""
     import torch.distributed as dist
 
+    from megatron_mimo.runtime import RuntimeContext, resolve_device
     from megatron_mimo.training.setup import build_trainer
 
-    trainer = build_trainer(resolved(()), context)
+    folder = Path(given["folder"])
+    rank = dist.get_rank()
+    context = RuntimeContext(
+        rank=rank,
+        local_rank=rank,
+        world_size=dist.get_world_size(),
+        device=resolve_device("cpu"),
+    )
+    trainer = build_trainer(resolved((), given), context)
     loader = drawn(trainer, folder / "digits")
     # As a run does: else what is collected depends on how much was made in between.
     gc.collect()
@@ -121,16 +120,14 @@ def measure(context: Any, folder: Path, rounds: int) -> dict[str, dict[str, list
         for side in SIDES
         for name in (side, f"{side} off")
     }
-    for repetition in range(rounds + 1):
+    for repetition in range(given["rounds"] + 1):
         for side, flags in SIDES.items():
-            turns = [side, f"{side} off"]
-            for name in turns if repetition % 2 else reversed(turns):
+            for name in turns([side, f"{side} off"], repetition):
                 out = folder / f"{side} {repetition}"
-                given = (*flags, str(out)) if flags and name == side else ()
-                observer, metrics = watching(given, context, trainer, out)
+                watch = (*flags, str(out)) if flags and name == side else ()
+                observer, metrics = watching(watch, given, context, trainer)
                 dist.barrier()
-                interval = partial(trained, trainer, loader, observer, metrics)
-                seconds = timed(interval, observer)
+                seconds = timed(partial(trained, trainer, loader, observer, metrics), observer)
                 if repetition:
                     for kind, value in seconds.items():
                         found[name][kind].append(value)
@@ -169,25 +166,30 @@ def trained(trainer: Any, loader: Any, observer: Any, metrics: Any) -> None:
         observer.spent += metrics.spent
 
 
-def resolved(flags: Sequence[str]) -> Any:
-    """The demo's training, and more flags."""
+def resolved(flags: Sequence[str], given: dict[str, Any]) -> Any:
+    """The demo's training, and more flags, with the numbers of this size."""
     from megatron_mimo.training.flags import CommandLine, parse
     from megatron_mimo.training.resolve import resolve
 
-    return resolve(parse([*DEMO, *flags], CommandLine, prog="bench").train, 4)
+    numbers = {name: given[name] for name in ("interval", "samples")}
+    numbers["after"] = given["interval"] + 1
+    line = [flag.format(**numbers) for flag in (*DEMO, *flags)]
+    return resolve(parse(line, CommandLine, prog="bench").train, 4)
 
 
-def watching(flags: Sequence[str], context: Any, trainer: Any, out: Path) -> tuple[Any, Any]:
+def watching(
+    flags: Sequence[str], given: dict[str, Any], context: Any, trainer: Any
+) -> tuple[Any, Any]:
     """What watches this rank with these flags, and on the logging rank what writes."""
     from megatron_mimo.training.observe import Unobserved
     from megatron_mimo.training.setup import build_observer
 
-    settings = resolved(flags)
+    settings = resolved(flags, given)
     built = build_observer(settings, context, trainer.engine, None, trainer.tokenizer)
     metrics = None
     if context.rank == settings.layout.logging_rank:
         folder = settings.config.watching.tensorboard_dir
-        metrics = counted_metrics(folder)
+        metrics = counted_metrics(given["interval"], folder)
     return counted(built or Unobserved()), metrics
 
 
@@ -231,7 +233,7 @@ def counted(observer: Any) -> Any:
     return Counted()
 
 
-def counted_metrics(folder: str | None) -> Any:
+def counted_metrics(interval: int, folder: str | None) -> Any:
     """What writes on the logging rank, with the CPU time that it takes."""
     from megatron_mimo.training.metrics import MetricsLogger
 
@@ -243,7 +245,7 @@ def counted_metrics(folder: str | None) -> Any:
             super().log_iteration(metrics)
             self.spent += time.thread_time() - start
 
-    return Counted(INTERVAL, folder, io.StringIO())
+    return Counted(interval, folder, io.StringIO())
 
 
 def drawn(trainer: Any, digits: Path) -> Any:
@@ -265,4 +267,4 @@ def drawn(trainer: Any, digits: Path) -> Any:
 
 
 if __name__ == "__main__":
-    work() if is_rank() else main()
+    run_benchmark(__doc__, measure, threads=1)

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from benchlib.report import Row, arguments, median_ratio, show, write
+from benchlib.report import Row, Size
 
 from megatron_mimo.data.packing import Round, plan_round
 
@@ -78,54 +78,49 @@ def run(
     return 1 - used / (sequences * SEQ_LENGTH), seconds / samples * 1e6
 
 
-def rows(quick: bool) -> list[Row]:
-    """Padding and time of ours and of the peers on the same lengths.
+# Sequences, seeds, and sizes of the buffer.
+_CASES: dict[Size, tuple[int, int, tuple[int, ...]]] = {
+    "smoke": (100, 1, (128,)),
+    "quick": (1000, 3, (128,)),
+    "full": (10_000, 5, (128, 512, 2048)),
+}
+
+
+def rows(size: Size) -> Iterator[Row]:
+    """Padding and time of ours and of the peers on the same lengths; a pair for each seed.
 
     Args:
-        quick: Fewer sequences and buffer sizes.
+        size: How many sequences, seeds and buffer sizes.
     """
-    found = []
-    num_sequences, rounds = (1000, 3) if quick else (10_000, 5)
+    num_sequences, seeds, buffers = _CASES[size]
     for mean in (700, 2500):
-        for buffer_size in (128,) if quick else (128, 512, 2048):
-            where = f"samples of {mean} on average, buffer {buffer_size}"
-            measured = {
-                packer: [run(packer, mean, buffer_size, num_sequences, i) for i in range(rounds)]
+        for buffer_size in buffers:
+            runs = {
+                packer: [run(packer, mean, buffer_size, num_sequences, i) for i in range(seeds)]
                 for packer in (plan_round, knapsack, next_fit)
             }
-            padding = {p: sum(share for share, _ in runs) / rounds for p, runs in measured.items()}
-            ours = padding[plan_round]
-            limit = 1 - TARGET_FILL
-            found += [
-                _padding(f"padding, {where}, to the limit", ours, limit, 1.0),
-                _padding(f"padding, {where}, to knapsack", ours, padding[knapsack], 0.9),
-                _padding(f"padding, {where}, to next fit", ours, padding[next_fit], 0.5),
-            ]
-            times = ([time for _, time in measured[p]] for p in (plan_round, knapsack))
-            mine, theirs = median_ratio(*times)
-            found.append(
-                Row(
-                    case=f"time, {where}, to knapsack",
-                    ours=mine,
-                    peer=theirs,
-                    target=None,
-                    unit="us/sample",
+            padding = {packer: tuple(share for share, _ in found) for packer, found in runs.items()}
+            times = {packer: tuple(time for _, time in found) for packer, found in runs.items()}
+            line = f"{mean} tokens a sample, buffer {buffer_size}"
+            for column, peer, target in (
+                ("padding by the limit", (1 - TARGET_FILL,) * seeds, 1.0),
+                ("padding by knapsack's", padding[knapsack], 0.9),
+                ("padding by next fit's", padding[next_fit], 0.5),
+            ):
+                yield Row(
+                    table="Packing",
+                    line=line,
+                    column=column,
+                    ours=padding[plan_round],
+                    peer=peer,
+                    target=target,
+                    unit="share of padding",
                 )
+            yield Row(
+                table="Packing",
+                line=line,
+                column="time by knapsack's",
+                ours=times[plan_round],
+                peer=times[knapsack],
+                unit="us/sample",
             )
-    return found
-
-
-def _padding(case: str, ours: float, peer: float, target: float) -> Row:
-    return Row(case=case, ours=ours, peer=peer, target=target, unit="share of padding")
-
-
-def main() -> None:
-    """Print and write the rows."""
-    args = arguments(__doc__ or "")
-    found = rows(args.quick)
-    show("packing", found)
-    write(found, args.json)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from benchlib.report import Row, median_ratio
+from benchlib.ranks import turns
+from benchlib.report import Row, Size
 from PIL import Image
 
 from megatron_mimo.data import ByteTokenizer, DataConfig, DataRole, RawSample
@@ -24,18 +25,21 @@ _ANSWER_BYTES = 1200
 _OPTIONS: dict[str, dict[str, int]] = {"JPEG": {"quality": 90}, "PNG": {}, "WEBP": {"quality": 85}}
 
 
-def rows(*, quick: bool) -> list[Row]:
+_ROUNDS: dict[Size, int] = {"smoke": 1, "quick": 5, "full": 15}
+
+
+def rows(size: Size) -> list[Row]:
     """Time of a sample on ranks of the language model.
 
     The peer does the same and decodes the images, as a reader does that knows no roles; it throws
     the pixels away. In the last row both read shards through energon, and the peer cuts patches.
 
     Args:
-        quick: Few repetitions.
+        size: How many repetitions.
     """
     config = DataConfig(seq_length=16384, image=ImageConfig(patch_dim=16, max_patches=0))
     tokenizer = ByteTokenizer()
-    rounds = 3 if quick else 15
+    rounds = _ROUNDS[size]
     found = []
     for kind in _OPTIONS:
         samples = list(_samples(kind))
@@ -47,8 +51,7 @@ def rows(*, quick: bool) -> list[Row]:
                     for image in sample.images:
                         decode_image(image)
 
-        case = f"a sample with a {kind} picture: header only against decoded"
-        found.append(_row(case, read, rounds, len(samples)))
+        found.append(_row(f"a sample with a {kind} picture", "decoded", read, rounds, len(samples)))
     with tempfile.TemporaryDirectory() as folder:
         path = _write(Path(folder))
         energon = replace(config, provider="energon", path=str(path), shuffle_buffer_size=0)
@@ -60,22 +63,29 @@ def rows(*, quick: bool) -> list[Row]:
             for _ in range(len(_OPTIONS) * len(_SIZES)):
                 next(streams[decoding])
 
-        case = "a sample from shards: header only against patches"
-        found.append(_row(case, read_shards, rounds, len(_OPTIONS) * len(_SIZES)))
+        number = len(_OPTIONS) * len(_SIZES)
+        found.append(_row("a sample from shards", "cut into patches", read_shards, rounds, number))
     return found
 
 
-def _row(case: str, read: Callable[..., None], rounds: int, samples: int) -> Row:
-    read(decoding=False)
-    read(decoding=True)
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(rounds):
-        for decoding, taken in seconds.items():
+def _row(line: str, otherwise: str, read: Callable[..., None], rounds: int, samples: int) -> Row:
+    milliseconds: dict[str, list[float]] = {"headers": [], "images": []}
+    for repetition in range(rounds + 1):
+        for way in turns(tuple(milliseconds), repetition):
             start = time.perf_counter()
-            read(decoding=decoding)
-            taken.append(time.perf_counter() - start)
-    ours, peer = (1e3 * median / samples for median in median_ratio(seconds[False], seconds[True]))
-    return Row(case=case, ours=ours, peer=peer, target=1 / 3, unit="ms")
+            read(decoding=way == "images")
+            # The first round warms up.
+            if repetition:
+                milliseconds[way].append(1e3 * (time.perf_counter() - start) / samples)
+    return Row(
+        table="Image headers alone",
+        line=line,
+        column=f"by the same {otherwise}",
+        ours=tuple(milliseconds["headers"]),
+        peer=tuple(milliseconds["images"]),
+        target=1 / 3,
+        unit="ms",
+    )
 
 
 def _write(folder: Path) -> Path:

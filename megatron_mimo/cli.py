@@ -78,8 +78,10 @@ def _train(argv: Sequence[str]) -> int:
         sys.stdout.write(to_yaml(resolved.config))
         return 0
     from megatron_mimo.training.launch import launch
+    from megatron_mimo.training.preload import can_fork
 
-    return launch(line.nproc, _without_nproc(argv), "megatron_mimo.training")
+    fork = can_fork(resolved.config.runtime.device)
+    return launch(line.nproc, _without_nproc(argv), "megatron_mimo.training", fork=fork)
 
 
 def _without_nproc(argv: Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,11 +18,12 @@ from megatron_mimo.schedule.actions import (
     Action,
     GradientFlow,
     Kind,
+    Module,
     build_schedule,
 )
 from megatron_mimo.schedule.channels import BoundaryConfig
 from megatron_mimo.schedule.crossing import StepManifest
-from megatron_mimo.schedule.executor import Executor
+from megatron_mimo.schedule.executor import Executor, StepProgram
 from megatron_mimo.schedule.timeline import timeline
 from megatron_mimo.topology import Layout, SequenceSharding
 from megatron_mimo.topology.groups import Topology
@@ -74,18 +74,7 @@ def our_emulated(
         for i, dp in enumerate(layout.serving(lane))
     )
     crossings = [executor.plan(StepManifest(entries=manifest))] * num
-    leaf = torch.ones(_rows_held(layout), WIDTH, requires_grad=True)
-
-    def encode(m: int, hidden: Tensor | None) -> Tensor:
-        output: Tensor = _Wait.apply(leaf, waits[rank][m])  # type: ignore[no-untyped-call]
-        return output
-
-    def forward(m: int, inputs: Tensor | None) -> Tensor:
-        output: Tensor = _Wait.apply(inputs, waits[rank][m])  # type: ignore[no-untyped-call]
-        last = topology.llm is not None and topology.llm.is_last_stage
-        return output.sum() if last else output
-
-    program = SimpleNamespace(encode=encode, forward=forward, hidden_rows=lambda module, m: ROWS)
+    program = _Program(topology, waits[rank])
 
     def duration(of: int, action: Action) -> float:
         return waits[of][action.microbatch] * (BACKWARD if action.kind is Kind.BACKWARD else 1)
@@ -99,6 +88,29 @@ def our_emulated(
     )
     critical = timeline(layout, schedule, duration).makespan
     return lambda: executor.run(program, crossings, gradients=True), critical
+
+
+class _Program(StepProgram):
+    """The model's part of our step."""
+
+    def __init__(self, topology: Topology, waits: list[float]) -> None:
+        self._waits = waits
+        self._last = topology.llm is not None and topology.llm.is_last_stage
+        self._leaf = torch.ones(_rows_held(topology.layout), WIDTH, requires_grad=True)
+
+    def encode(self, microbatch: int, hidden: Tensor | None) -> Tensor:
+        output: Tensor = _Wait.apply(self._leaf, self._waits[microbatch])  # type: ignore[no-untyped-call]
+        return output
+
+    def forward(self, microbatch: int, inputs: Tensor | None) -> Tensor:
+        output: Tensor = _Wait.apply(inputs, self._waits[microbatch])  # type: ignore[no-untyped-call]
+        return output.sum() if self._last else output
+
+    def hidden_rows(self, module: Module, microbatch: int) -> int:
+        return ROWS
+
+    def begin_last_backward(self, module: Module) -> None:
+        """No gradients are reduced."""
 
 
 def _rows_held(layout: Layout) -> int:

@@ -1,13 +1,18 @@
 """Start ranks on this machine, and time what they do together."""
 
+import gc
 import json
+import multiprocessing as mp
 import os
-import subprocess
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +20,100 @@ import torch
 import torch.distributed as dist
 
 
-def is_rank() -> bool:
-    """Whether this process was started as a rank, not by the user."""
-    return "BENCH_TASK" in os.environ
+def run_ranks(work: Callable[[dict[str, Any]], Any], num_ranks: int, task: dict[str, Any]) -> Any:
+    """Run a function on gloo ranks with one thread each; what it returned on rank 0, as JSON.
 
-
-def run_ranks(script: str, num_ranks: int, task: dict[str, Any]) -> Any:
-    """Run a script on gloo ranks with one thread each; what its rank 0 `answer`ed.
+    Torch and megatron-core are imported here once, and the ranks forked, so that starting them
+    costs milliseconds. What they print is shown if one of them fails.
 
     Args:
-        script: The benchmark's own `__file__`.
-        num_ranks: Ranks to start, by torchrun.
-        task: Read by the ranks with `task`; JSON.
+        work: Called on each rank, in a process group of all.
+        num_ranks: Ranks to start.
+        task: What `work` is given.
 
     Raises:
-        RuntimeError: The ranks failed; their output has been shown.
+        RuntimeError: A rank failed; its output has been shown, and the others have been ended.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        started = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc-per-node", str(num_ranks), script),
-            ],
-            env=os.environ
-            | {
-                "BENCH_TASK": json.dumps(task),
-                "BENCH_ANSWER": str(answer),
-                "OMP_NUM_THREADS": "1",
-                "GLOO_SOCKET_IFNAME": "lo",
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if started.returncode:
-            sys.stderr.write(started.stdout + started.stderr)
-            raise RuntimeError(f"{Path(script).name} failed on {num_ranks} ranks with {task}")
-        return json.loads(answer.read_text())
+    from megatron_mimo.runtime import prepare_engine, resolve_device
+
+    torch.set_num_threads(1)
+    prepare_engine(resolve_device("cpu"))
+    # Collecting what was imported would copy its pages in every rank.
+    gc.collect()
+    gc.freeze()
+    context = mp.get_context("fork")
+    with tempfile.TemporaryDirectory() as made, socket.socket() as held:
+        folder = Path(made)
+        held.bind(("127.0.0.1", 0))
+        place = {
+            "WORLD_SIZE": str(num_ranks),
+            "LOCAL_WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(held.getsockname()[1]),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        held.close()
+        ranks = [
+            context.Process(target=_rank, args=(work, task, rank, place, folder))
+            for rank in range(num_ranks)
+        ]
+        for process in ranks:
+            process.start()
+        failed = _first_failure(ranks)
+        if failed is not None:
+            sys.stderr.write(_output(folder, failed).read_text())
+            raise RuntimeError(f"rank {failed} of {num_ranks} failed, given {task}")
+        return json.loads((folder / "answer.json").read_text())
 
 
-def task() -> dict[str, Any]:
-    """What `run_ranks` gave to this rank."""
-    given: dict[str, Any] = json.loads(os.environ["BENCH_TASK"])
-    return given
+def _rank(
+    work: Callable[[dict[str, Any]], Any],
+    task: dict[str, Any],
+    rank: int,
+    place: dict[str, str],
+    folder: Path,
+) -> None:
+    """One rank's process."""
+    from megatron_mimo.runtime import initialize, shutdown
+
+    with _output(folder, rank).open("w") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    os.environ |= place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    try:
+        initialize("cpu")
+        found = work(task)
+        if rank == 0:
+            (folder / "answer.json").write_text(json.dumps(found))
+        shutdown()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        # Threads of a broken group may not end.
+        os._exit(1)
 
 
-def answer(value: Any) -> None:
-    """Give `run_ranks` its result; on rank 0."""
-    if dist.get_rank() == 0:
-        Path(os.environ["BENCH_ANSWER"]).write_text(json.dumps(value))
+def _output(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.txt"
+
+
+def _first_failure(ranks: Sequence[ForkProcess]) -> int | None:
+    """Wait for all; the rank that failed first, whereupon the others are ended, or None."""
+    try:
+        running = dict(enumerate(ranks))
+        while running:
+            wait([process.sentinel for process in running.values()])
+            for rank, process in list(running.items()):
+                if process.is_alive():
+                    continue
+                del running[rank]
+                if process.exitcode:
+                    return rank
+        return None
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
 
 
 @contextmanager
@@ -87,20 +136,37 @@ def gloo_for_nccl() -> Iterator[None]:
         dist.new_group, dist.new_subgroups_by_enumeration = new_group, new_subgroups
 
 
+def own_memory(side: str) -> None:
+    """Handle memory as a side does by itself: ours keeps what is freed, the peer's gives it back.
+
+    Where both run in one process this comes before each turn; else the peer would gain by what
+    only ours sets up.
+    """
+    from megatron_mimo.runtime.host.memory import keep_freed_memory, return_freed_memory
+
+    (keep_freed_memory if side == "ours" else return_freed_memory)()
+
+
+def turns(names: Sequence[str], repetition: int) -> Sequence[str]:
+    """Who goes when in a repetition: every other time backwards, so that nobody is always first."""
+    return names if repetition % 2 else names[::-1]
+
+
 def in_turns(
     ours: Callable[[], None], peer: Callable[[], None], repetitions: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of each call on the rank that took longest; the first call of each is not timed.
+) -> dict[str, list[float]]:
+    """Seconds of each call of "ours" and "peer" on the slowest rank; each one's first is not timed.
 
     Both run in turns, so that a busy machine is busy for both.
     """
+    calls = {"ours": ours, "peer": peer}
     times = torch.zeros(2, repetitions + 1, dtype=torch.float64)
     for repetition in range(repetitions + 1):
-        for which, call in enumerate((ours, peer)):
+        for side in turns(tuple(calls), repetition):
+            own_memory(side)
             dist.barrier()
             start = time.perf_counter()
-            call()
-            times[which, repetition] = time.perf_counter() - start
+            calls[side]()
+            times[tuple(calls).index(side), repetition] = time.perf_counter() - start
     dist.all_reduce(times, op=dist.ReduceOp.MAX)
-    mine, theirs = times[:, 1:].tolist()
-    return mine, theirs
+    return dict(zip(calls, times[:, 1:].tolist(), strict=True))

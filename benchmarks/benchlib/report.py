@@ -1,86 +1,190 @@
-"""Rows of a benchmark, as a table and as JSON."""
+"""Rows of a benchmark, its command line, and what it prints and writes."""
 
 import argparse
 import json
+import math
+import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
+from benchlib.machine import Circumstances, circumstances
+
+Size = Literal["smoke", "quick", "full"]
+"""How much is measured: seconds that show that it runs, minutes for a first look, everything."""
+
+Verdict = Literal["met", "missed", "unclear"]
+
+FEWEST_PAIRS = 3
+"""Fewer measurements have no spread."""
+NOTCH = 1.57
+"""Interquartile ranges, by the square root of the pairs, that a median may be off: the notch of a
+box plot, which holds the median of many more pairs 19 times in 20."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One comparison.
+    """One comparison: a cell of a table.
 
     Attributes:
-        case: What was run.
-        ours: Our figure, lower is better.
+        table: Title of the table; empty where a benchmark has only one.
+        line: What was run.
+        column: What was measured of it, or against whom.
+        ours: Our figures, lower is better; one of each pair that was measured in turns.
         peer: The peer's, or the limit's.
         target: Largest ratio that meets the target; None where there is none.
         unit: Of both figures.
+
+    Raises:
+        ValueError: There are not as many figures of the peer's as of ours, or none.
     """
 
-    case: str
-    ours: float
-    peer: float
-    target: float | None
+    table: str = ""
+    line: str
+    column: str
+    ours: tuple[float, ...]
+    peer: tuple[float, ...]
+    target: float | None = None
     unit: str
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.ours) == len(self.peer):
+            raise ValueError(
+                f"{self.case}: {len(self.ours)} figures of ours and {len(self.peer)} of the "
+                f"peer's, expected pairs and at least one"
+            )
+
+    @property
+    def case(self) -> str:
+        """All its names in one."""
+        return ", ".join(name for name in (self.table, self.line, self.column) if name)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Ours by the peer's, of each pair."""
+        return [_ratio(one, other) for one, other in zip(self.ours, self.peer, strict=True)]
 
     @property
     def ratio(self) -> float:
-        """Ours by the peer's."""
-        if self.peer == 0:
-            return 1.0 if self.ours == 0 else float("inf")
-        return self.ours / self.peer
+        """The median of the pairs' ratios."""
+        return statistics.median(self.ratios)
 
     @property
-    def met(self) -> bool:
-        """Whether the target is met; true without one."""
-        return self.target is None or self.ratio <= self.target
+    def margin(self) -> float | None:
+        """How far the ratio may be off; None with too few pairs to tell."""
+        ratios = self.ratios
+        if len(ratios) < FEWEST_PAIRS or not all(map(math.isfinite, ratios)):
+            return None
+        first, _, third = statistics.quantiles(ratios, n=4, method="inclusive")
+        return NOTCH * (third - first) / math.sqrt(len(ratios))
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether the target is met; unclear where the margin reaches it, None without one."""
+        if self.target is None:
+            return None
+        if abs(self.ratio - self.target) < (self.margin or 0.0):
+            return "unclear"
+        return "met" if self.ratio <= self.target else "missed"
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """The flags that every benchmark has."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="few cases and repetitions")
+def _ratio(ours: float, peer: float) -> float:
+    if peer == 0:
+        return 1.0 if ours == 0 else math.inf
+    return ours / peer
+
+
+def run_benchmark(
+    description: str, measure: Callable[[Size], Iterable[Row]], *, threads: int
+) -> None:
+    """The command line that every benchmark has: measure, print, and write with `--json`.
+
+    Args:
+        description: The benchmark's docstring; its first line is the title.
+        measure: Yields the rows of a size.
+        threads: That each process computes with; one in a smoke run.
+    """
+    title = description.splitlines()[0]
+    parser = argparse.ArgumentParser(description=title)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--smoke", action="store_const", const="smoke", dest="size", help="seconds: that it runs"
+    )
+    size.add_argument(
+        "--quick", action="store_const", const="quick", dest="size", help="few cases and turns"
+    )
+    parser.set_defaults(size="full")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
-    return parser.parse_args()
-
-
-def median_ratio(ours: Sequence[float], peer: Sequence[float]) -> tuple[float, float]:
-    """Medians of both; they were measured in turns, so that noise hits both alike."""
-    return statistics.median(ours), statistics.median(peer)
+    flags = parser.parse_args()
+    threads = 1 if flags.size == "smoke" else threads
+    # Processes that are started from here have as many, too.
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    found = circumstances(flags.size, threads)
+    rows = list(measure(flags.size))
+    show(title, rows)
+    if flags.json is not None:
+        flags.json.write_text(written(found, rows))
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
     """Print the rows, and how many meet their target."""
     table = Table(title=title, title_justify="left")
-    for name in ("case", "ours", "peer", "unit", "ratio", "target", ""):
+    for name in ("case", "ours", "peer", "unit", "ratio", "+-", "target", ""):
         justify: Literal["left", "right"] = "left" if name in ("case", "unit", "") else "right"
         table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(
             row.case,
-            f"{row.ours:.4g}",
-            f"{row.peer:.4g}",
+            f"{statistics.median(row.ours):.4g}",
+            f"{statistics.median(row.peer):.4g}",
             row.unit,
             f"{row.ratio:.3f}",
+            "" if row.margin is None else f"{row.margin:.3f}",
             "" if row.target is None else f"{row.target:.2f}",
-            "" if row.target is None else ("met" if row.met else "missed"),
+            row.verdict or "",
         )
     # A file has no width; keep each case on one line.
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
-    judged = [row for row in rows if row.target is not None]
-    console.print(f"{sum(row.met for row in judged)} of {len(judged)} targets met")
+    console.print(targets_met(rows))
 
 
-def write(rows: Sequence[Row], path: Path | None) -> None:
-    """Write the rows as a JSON list of {case, ours, peer, ratio, target, unit}."""
-    if path is not None:
-        path.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in rows], indent=1))
+def targets_met(rows: Sequence[Row]) -> str:
+    """How many of those rows that have a target meet it."""
+    verdicts = [row.verdict for row in rows if row.target is not None]
+    unclear = verdicts.count("unclear")
+    return f"{verdicts.count('met')} of {len(verdicts)} targets met" + (
+        f", {unclear} unclear" if unclear else ""
+    )
+
+
+def written(found: Circumstances, rows: Sequence[Row]) -> str:
+    """A run as JSON: its circumstances, and its rows with the ratio of each."""
+    return json.dumps(
+        {
+            "circumstances": asdict(found),
+            "rows": [asdict(row) | {"ratio": row.ratio, "margin": row.margin} for row in rows],
+        },
+        indent=1,
+    )
+
+
+def read(text: str) -> tuple[Circumstances, list[Row]]:
+    """What `written` wrote."""
+    given: dict[str, Any] = json.loads(text)
+    rows = [
+        Row(
+            **{key: value for key, value in row.items() if key not in ("ratio", "margin")}
+            | {side: tuple(row[side]) for side in ("ours", "peer")}
+        )
+        for row in given["rows"]
+    ]
+    return Circumstances(**given["circumstances"]), rows

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -9,20 +10,26 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from megatron_mimo.runtime.failfast import EXIT_FAILED, render
-from megatron_mimo.runtime.failfast.report import is_ahead, read_record
+from megatron_mimo.runtime.failfast.report import is_ahead, read_record, with_exit_code
+from megatron_mimo.training.forked_rank import run_rank
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import LogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
 
+_FORK_SERVER = "megatron_mimo.training.fork_server"
 _LOOPBACKS = ("lo", "lo0")
+# All that the engine would handle, but for one, since it must be given some.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Ranks that are told to end may save first.
 _SHUTDOWN_LIMIT_S = "60"
 _RECORD_LIMIT_S = 2.0
@@ -31,12 +38,11 @@ _RECORD_LIMIT_S = 2.0
 _TALKATIVE = (
     "torch.distributed.elastic.agent.server.api",
     "torch.distributed.elastic.multiprocessing.api",
+    "torch.multiprocessing.spawn",
 )
 
 
-def launch(
-    nproc: int, argv: Sequence[str], target: str, *, log_dir: Path | str | None = None
-) -> int:
+def launch(nproc: int, argv: Sequence[str], target: str, *, fork: bool = False) -> int:
     """Run `target` on `nproc` ranks of this machine and wait for them.
 
     If a rank fails, all end, and the first failure is the last thing on the screen: rank, role
@@ -46,8 +52,9 @@ def launch(
         nproc: Number of ranks.
         argv: The target's arguments.
         target: A module's name, or the path of a `.py` file.
-        log_dir: Each rank's output is also written to files below this folder, as torchrun's
-            `--log-dir` does; None: to the screen alone.
+        fork: Import what training needs once, in a process of its own, and fork the ranks from
+            it; only where `can_fork`. Otherwise each rank is an interpreter of its own, which
+            takes seconds to import it.
 
     Returns:
         The exit code: 0 done, 1 failed or interrupted, 2 the user's input was wrong.
@@ -60,31 +67,51 @@ def launch(
     is_file = target.endswith(".py")
     if is_file and not Path(target).is_file():
         raise ValueError(f"there is no file {target} to start")
-    from torch.distributed.elastic.multiprocessing.api import (
-        DefaultLogsSpecs,
-        SignalException,
-        Std,
-    )
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _prepare_environment(nproc)
-    command = ["-u", *([] if is_file else ["-m"]), target, *argv]
+    fork = fork and _lets_us_handle_signals()
     with tempfile.TemporaryDirectory(prefix="megatron-mimo-") as folder:
-        logs = DefaultLogsSpecs(
-            log_dir=folder if log_dir is None else str(log_dir),
-            tee=Std.NONE if log_dir is None else Std.ALL,
-        )
+        config = _configure(nproc, DefaultLogsSpecs(log_dir=folder))
+        closing = Path(folder) / "closing"
+        entry: Callable[..., None] | str
+        arguments: Sequence[Any]
+        if fork:
+            multiprocessing.set_forkserver_preload([_FORK_SERVER])
+            entry, arguments = run_rank, (target, argv, closing)
+        else:
+            entry, arguments = sys.executable, ["-u", *([] if is_file else ["-m"]), target, *argv]
         try:
-            elastic_launch(_configure(nproc, logs), sys.executable)(*command)
+            with _interrupted(closing):
+                elastic_launch(config, entry)(*arguments)
         except ChildFailedError as error:
             return _conclude(error)
         except SignalException as error:
             _say(f"stopped by {signal.Signals(error.sigval).name}")
             return EXIT_FAILED
     return 0
+
+
+@contextmanager
+def _interrupted(closing: Path) -> Iterator[None]:
+    """Let signals end the ranks, as the engine does, and `closing` tell them that they do."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        closing.touch()
+        name = signal.Signals(number)
+        raise SignalException(f"the launcher was sent {name.name}", sigval=name)
+
+    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _prepare_environment(nproc: int) -> None:
@@ -103,6 +130,7 @@ def _configure(nproc: int, logs: "LogsSpecs") -> "LaunchConfig":
     """What `torchrun --standalone` would use."""
     from torch.distributed.launcher.api import LaunchConfig
 
+    ours: dict[str, Any] = {"signals_to_handle": "SIGQUIT"} if _lets_us_handle_signals() else {}
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -113,7 +141,17 @@ def _configure(nproc: int, logs: "LogsSpecs") -> "LaunchConfig":
         local_addr="localhost",
         max_restarts=0,
         logs_specs=logs,
+        # Of ranks that are a function; interpreters of their own know no other.
+        start_method="forkserver",
+        **ours,
     )
+
+
+def _lets_us_handle_signals() -> bool:
+    """Whether the engine can be told which signals are not its own: from torch 2.9 on."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return "signals_to_handle" in {field.name for field in fields(LaunchConfig)}
 
 
 def _conclude(error: "ChildFailedError") -> int:
@@ -124,6 +162,9 @@ def _conclude(error: "ChildFailedError") -> int:
         how = _how_it_ended(failure)
         _say(f"rank {rank} failed first: {how}, before it could say why. Its output is above.")
         return EXIT_FAILED
+    if first.rank == rank:
+        # A rank that was forked is waited for before its watcher can ask how it ended.
+        first = with_exit_code(first, failure.exitcode)
     _say(render(first))
     return first.exit_code
 

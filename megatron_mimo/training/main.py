@@ -4,6 +4,8 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mimo.language.config import HybridConfig
@@ -41,6 +43,7 @@ def main(argv: Sequence[str], after: "Callable[[Trainer, TrainResult], None] | N
         # Without a rank there is nobody to guard.
         os.write(2, f"error: {error}\n".encode())
         return EXIT_USAGE
+    _name_process(f"rank {environment.rank}")
     resolved: Resolved | None = None
     wrong: ValueError | None = None
     role = f"rank {environment.rank}"
@@ -64,6 +67,12 @@ def main(argv: Sequence[str], after: "Callable[[Trainer, TrainResult], None] | N
         _train(resolved, context, argv, guard.training_starts, after)
         shutdown()
     return 0
+
+
+def _name_process(name: str) -> None:
+    """For ps, top and pgrep: forked ranks share the command line of their launcher. Linux alone."""
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(name)
 
 
 def _train(

@@ -49,6 +49,10 @@ def vanish() -> None:
     kill_myself()
 
 
+def kill_the_launcher() -> None:
+    os.kill(int(os.environ["LAUNCHER"]), signal.SIGKILL)
+
+
 def hold_the_lock() -> None:
     """Keep Python's lock, so that no thread of this process runs, for longer than the limit."""
     ctypes.PyDLL(None).usleep(4_000_000)
@@ -65,6 +69,7 @@ FAILURES = {
     "stop": stop_myself,
     "crash": crash,
     "vanish": vanish,
+    "orphan": kill_the_launcher,
 }
 
 

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from tests.harness import RanksFailed
+from tests.harness.slices import slow_but
 from tests.integration.engines import beside, small_engine
 from tests.integration.test_resume import weights
-
-pytestmark = pytest.mark.slow
 
 LAYOUT = beside({}, {"dp": 2})
 MOCK = {"overrides": ("language.hidden_size=32", "language.num_layers=2", "vision.hidden_size=32")}
@@ -90,7 +89,7 @@ def load_after_kill(root: str) -> int:
     return iteration
 
 
-@pytest.mark.parametrize("attempt", range(KILLS))
+@pytest.mark.parametrize("attempt", slow_but(range(KILLS), 0, 1))
 def test_a_kill_while_saving_loses_nothing_that_was_announced(
     attempt: int, run_ranks: Callable[..., list], tmp_path: Path
 ) -> None:
@@ -150,6 +149,7 @@ def _damage(file: Path, how: str) -> None:
         file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
 
+@pytest.mark.slow
 def test_each_damaged_file_is_named_and_no_weight_changes(
     run_ranks: Callable[..., list], tmp_path: Path
 ) -> None:
@@ -183,6 +183,7 @@ def load_with(root: str, model: dict[str, Any], settings: dict[str, Any]) -> str
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "settings", "words"),
     [
@@ -249,6 +250,7 @@ def small_disk(tmp_path: Path) -> Any:
     subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_full_disk_is_one_error_and_the_checkpoint_before_stays(
     in_background: bool, run_ranks: Callable[..., list], small_disk: Path
@@ -304,6 +306,7 @@ def train_while_files_wait(root: str) -> None:
     assert loaded.progress == progress(1)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_what_there_was_when_it_was_taken(
     run_ranks: Callable[..., list], tmp_path: Path
 ) -> None:
@@ -348,6 +351,7 @@ def watch_it_being_published(root: str) -> list[str]:
     return [line.split(" to ")[0] for line in said]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_announced_on_every_rank_once_it_is_published(
     run_ranks: Callable[..., list], tmp_path: Path
 ) -> None:

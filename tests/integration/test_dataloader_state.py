@@ -9,8 +9,6 @@ import pytest
 
 from megatron_mimo.checkpoint.folder import LOADER, TRACKER, latest_iteration
 
-pytestmark = pytest.mark.slow
-
 MOCK = [
     *("--override", "language.num_layers=1", "--override", "language.hidden_size=32"),
     *("--override", "vision.num_layers=1", "--override", "vision.hidden_size=32"),
@@ -96,6 +94,7 @@ def source(provider: str, digits: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "provider"),
     [
@@ -171,6 +170,7 @@ def test_positions_stand_beside_checkpoints(run_ranks: Callable[..., list], tmp_
         assert samples(trace)[rank] == steps[6:7]
 
 
+@pytest.mark.slow
 def test_weights_alone_and_the_rest_of_the_data(
     run_ranks: Callable[..., list], tmp_path: Path
 ) -> None:
@@ -201,6 +201,7 @@ def refusals(run_ranks: Callable[..., list], *flags: str) -> set[str]:
     return set(run_ranks(size, refused, line, timeout=120))
 
 
+@pytest.mark.slow
 def test_positions_that_do_not_fit_are_refused(
     digits: str, run_ranks: Callable[..., list], tmp_path: Path
 ) -> None:
@@ -223,6 +224,7 @@ def test_positions_that_do_not_fit_are_refused(
             assert message in said
 
 
+@pytest.mark.slow
 def test_damaged_positions_are_refused(run_ranks: Callable[..., list], tmp_path: Path) -> None:
     positions = tmp_path / "positions"
     layout, flags = "one encoder rank, two lanes", ["--dataloader-load", str(positions)]
@@ -250,6 +252,7 @@ def test_damaged_positions_are_refused(run_ranks: Callable[..., list], tmp_path:
     assert "iter_0000009 is not there" in said
 
 
+@pytest.mark.slow
 def test_a_folder_without_positions_changes_nothing(
     run_ranks: Callable[..., list], tmp_path: Path
 ) -> None:
@@ -263,6 +266,7 @@ def test_a_folder_without_positions_changes_nothing(
     assert samples(trace) == samples(straight)
 
 
+@pytest.mark.slow
 def test_a_run_that_leaves_early_says_where_the_data_stood(
     run_ranks: Callable[..., list], tmp_path: Path
 ) -> None:
@@ -306,6 +310,7 @@ def save_until_the_disk_is_full(save: str, positions: str) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_the_position_of_the_last_checkpoint_outlives_a_save_that_fails(
     run_ranks: Callable[..., list], tmp_path: Path
 ) -> None:
@@ -335,6 +340,7 @@ def two_savers(folder: str) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_save_into_one_folder(
     run_ranks: Callable[..., list], tmp_path: Path
 ) -> None:

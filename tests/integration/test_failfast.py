@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from megatron_mimo.runtime.failfast.process import state_and_parent
 
 WORKER = Path(__file__).with_name("failfast_worker.py")
 RANKS = 3
@@ -38,10 +38,11 @@ def run_torchrun(how: str, rank: int, folder: Path) -> Outcome:
     return run([[*command, str(WORKER)]], [{}], how, rank, folder)
 
 
-def run_launch(how: str, rank: int, folder: Path) -> Outcome:
+def run_launch(how: str, rank: int, folder: Path, *, fork: bool) -> Outcome:
     program = (
-        "import sys; from megatron_mimo.training.launch import launch; "
-        f"sys.exit(launch({RANKS}, sys.argv[1:], {str(WORKER)!r}))"
+        "import os, sys; from megatron_mimo.training.launch import launch; "
+        "os.environ['LAUNCHER'] = str(os.getpid()); "
+        f"sys.exit(launch({RANKS}, sys.argv[1:], {str(WORKER)!r}, fork={fork}))"
     )
     return run([["-c", program]], [{}], how, rank, folder)
 
@@ -106,6 +107,11 @@ def assert_all_ended(outcome: Outcome) -> None:
     assert 0 < outcome.took_s < LIMIT_S
 
 
+def _is_running(pid: int) -> bool:
+    """Not gone, and no zombie that nobody waits for."""
+    return state_and_parent(pid)[0] not in ("", "Z")
+
+
 def _has_ended(output: str) -> bool:
     """Whether the last line on screen closes a block."""
     lines = output.rstrip().splitlines()
@@ -129,6 +135,7 @@ CAUSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["exception", "kill", "stop"])
 def test_under_torchrun(how: str, tmp_path: Path) -> None:
     outcome = run_torchrun(how, 1, tmp_path)
@@ -139,9 +146,17 @@ def test_under_torchrun(how: str, tmp_path: Path) -> None:
     assert CAUSES[how] in root
 
 
-@pytest.mark.parametrize("how", ["exception", "crash"])
-def test_under_our_launcher(how: str, tmp_path: Path) -> None:
-    outcome = run_launch(how, 1, tmp_path)
+@pytest.mark.parametrize(
+    ("how", "fork"),
+    [
+        pytest.param("exception", False, marks=pytest.mark.slow),
+        ("exception", True),
+        pytest.param("crash", True, marks=pytest.mark.slow),
+        ("kill", True),
+    ],
+)
+def test_under_our_launcher(how: str, fork: bool, tmp_path: Path) -> None:
+    outcome = run_launch(how, 1, tmp_path, fork=fork)
     assert_all_ended(outcome)
     assert outcome.codes == [1]
     block = last_block(outcome.output)
@@ -150,6 +165,19 @@ def test_under_our_launcher(how: str, tmp_path: Path) -> None:
     assert "ChildFailedError" not in outcome.output
 
 
+@pytest.mark.parametrize("fork", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_the_launcher_is_killed(fork: bool, tmp_path: Path) -> None:
+    outcome = run_launch("orphan", 1, tmp_path, fork=fork)
+    assert outcome.codes == [-signal.SIGKILL]
+    assert len(outcome.pids) == RANKS
+    deadline = time.monotonic() + LIMIT_S
+    while any(map(_is_running, outcome.pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert "its launcher is gone" in last_block(outcome.output)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "rank"), [("exception", 1), ("kill", 0), ("stop", 0), ("vanish", 1), ("vanish", 0)]
 )
@@ -165,6 +193,7 @@ def test_without_a_launcher_that_watches(how: str, rank: int, tmp_path: Path) ->
     assert CAUSES[how] in block
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1], ids=["sender", "receiver"])
 def test_a_peer_dies_in_the_middle_of_a_transfer(rank: int, tmp_path: Path) -> None:
     outcome = run_slurm("transfer", rank, tmp_path)
@@ -175,11 +204,12 @@ def test_a_peer_dies_in_the_middle_of_a_transfer(rank: int, tmp_path: Path) -> N
 
 
 def test_wrong_usage_is_one_line_and_code_2(tmp_path: Path) -> None:
-    outcome = run_launch("usage", 0, tmp_path)
+    outcome = run_launch("usage", 0, tmp_path, fork=True)
     assert outcome.codes == [2]
     assert outcome.output == "error: no machine in the Slurm node list '': set MASTER_ADDR\n"
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_busy_for_long_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_mimo.topology import Layout
+from tests.harness.slices import slow_but
 from tests.integration.engines import SEQ_LENGTH, beside, layout, small_engine
-
-pytestmark = pytest.mark.slow
 
 GLOBAL_BATCH_SIZE = 4
 # Patch rows and columns of each sample's images.
@@ -566,7 +565,7 @@ def test_features_rows_and_logits_are_those_of_megatron_core(
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", slow_but(LAYOUTS, "one rank", "llm ep 2"))
 def test_every_layout_has_their_loss(
     name: str, run_ranks: Callable[..., list], written: Written
 ) -> None:
@@ -578,6 +577,7 @@ def test_every_layout_has_their_loss(
     assert losses == pytest.approx([wanted["loss"]] * len(losses), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_so_has_a_pipeline_with_layers_by_themselves(
     run_ranks: Callable[..., list], written: Written
 ) -> None:
@@ -588,6 +588,7 @@ def test_so_has_a_pipeline_with_layers_by_themselves(
     assert losses == pytest.approx([wanted["loss"]] * len(losses), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_main_parameters_are_those_of_the_checkpoint(
     run_ranks: Callable[..., list], written: Written
 ) -> None:
@@ -599,6 +600,7 @@ def test_main_parameters_are_those_of_the_checkpoint(
     assert forgotten == [(False, False)] * chosen.world_size
 
 
+@pytest.mark.slow
 def test_the_vision_encoder_alone(
     run_ranks: Callable[..., list], tmp_path: Path, written: Written
 ) -> None:
@@ -618,6 +620,7 @@ def test_the_vision_encoder_alone(
             torch.testing.assert_close(features, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_flags_load_what_they_name_and_a_checkpoint_of_the_run_wins(
     run_ranks: Callable[..., list], tmp_path: Path, written: Written
 ) -> None:
@@ -647,6 +650,7 @@ def test_flags_load_what_they_name_and_a_checkpoint_of_the_run_wins(
     assert unchanged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "load", "expected"),
     [
@@ -684,6 +688,7 @@ def test_refuses_what_does_not_fit_and_changes_nothing(
     assert unchanged
 
 
+@pytest.mark.slow
 def test_every_rank_refuses_what_one_lacks(
     run_ranks: Callable[..., list], written: Written
 ) -> None:
@@ -696,6 +701,7 @@ def test_every_rank_refuses_what_one_lacks(
     assert all(unchanged for _, unchanged in found)
 
 
+@pytest.mark.slow
 def test_refuses_what_is_no_checkpoint(
     run_ranks: Callable[..., list], tmp_path: Path, written: Written
 ) -> None:

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from megatron_mimo.topology import Layout
+from tests.harness.slices import slow_but
 from tests.integration.engines import beside, layout, mock_data, mock_loader, small_engine
-
-pytestmark = pytest.mark.slow
 
 STEPS, GLOBAL_BATCH_SIZE = 24, 4
 OVERRIDES = (
@@ -51,7 +50,7 @@ def curve(found: list[list[list[float]]]) -> list[list[float]]:
     return next(points for points in found if points[0][0])
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", slow_but(LAYOUTS, "one rank"))
 def test_a_fixed_scale_changes_nothing_but_rounding(
     name: str, run_ranks: Callable[..., list]
 ) -> None:
@@ -82,6 +81,7 @@ def test_the_scale_comes_down_to_what_float16_holds(run_ranks: Callable[..., lis
     assert found[-1][0] < found[0][0]
 
 
+@pytest.mark.slow
 def test_a_scale_that_is_too_large_everywhere_changes_nothing(
     run_ranks: Callable[..., list],
 ) -> None:

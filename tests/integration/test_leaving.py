@@ -9,11 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_mimo.checkpoint.folder import latest_iteration
-
-pytestmark = pytest.mark.slow
 
 FLAGS = (
     *("--encoder-dp", "1", "--llm-dp", "2", "--global-batch-size", "4", "--log-interval", "1"),
@@ -55,14 +54,11 @@ def read_until_iteration(run: "subprocess.Popen[str]", number: int) -> str:
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """The processes that train: the launcher's own children that carry a rank."""
-    found = {}
-    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        ranks = [e.removeprefix(b"RANK=") for e in environment if e.startswith(b"RANK=")]
-        if ranks:
-            found[int(ranks[0])] = int(child)
-    return [found[rank] for rank in sorted(found)]
+    """The processes that train: named after their rank, as those are that read for one."""
+    children = psutil.Process(launcher).children(recursive=True)
+    named = {child.pid: child.name() for child in children if child.name().startswith("rank ")}
+    trains = [child.pid for child in children if child.pid in named and child.ppid() not in named]
+    return sorted(trains, key=lambda pid: int(named[pid].removeprefix("rank ")))
 
 
 def left_at(output: str, why: str) -> int:
@@ -88,15 +84,18 @@ def test_a_signal_to_one_rank_has_all_save_and_leave(tmp_path: Path) -> None:
     assert re.search(rf"^ iteration +{last + 1}/", again.stdout, re.MULTILINE), again.stdout
 
 
+@pytest.mark.slow
 def test_ending_the_launcher_saves_first(tmp_path: Path) -> None:
     with started(command("--save", str(tmp_path), "--async-save")) as run:
         read_until_iteration(run, 2)
         run.send_signal(signal.SIGTERM)
-        output, _ = run.communicate(timeout=120)
+        # Ranks that have saved do not wait to be killed, which would be after a minute.
+        output, _ = run.communicate(timeout=40)
     assert latest_iteration(tmp_path) == left_at(output, "after receiving SIGTERM")
     assert "stopped by SIGTERM" in output
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_a_run_after_a_step(tmp_path: Path) -> None:
     run = subprocess.run(
         command("--save", str(tmp_path), "--exit-duration-in-mins", "0.05"),

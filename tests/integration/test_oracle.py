@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_mimo.topology import Layout
+from tests.harness.slices import slow_but
 from tests.integration.engines import beside, layout
-
-pytestmark = pytest.mark.slow
 
 STEPS = 20
 GLOBAL_BATCH_SIZE = 6
@@ -246,7 +245,7 @@ def plain(run_ranks: Callable[..., list], tmp_path_factory: pytest.TempPathFacto
     return root / "first", root / "trained", points
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", slow_but(LAYOUTS, "one rank"))
 def test_losses_norms_and_weights_are_those_of_transformers(
     name: str, run_ranks: Callable[..., list], plain: Found, tmp_path: Path
 ) -> None:

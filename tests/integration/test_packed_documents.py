@@ -1,16 +1,16 @@
 """Documents that share a sequence must not know of each other: losses, gradients, and leaks."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from megatron_mimo.topology import Layout
+from tests.harness.slices import slow_but
+from tests.integration.documents import Document, encode
 from tests.integration.engines import SEQ_LENGTH, beside, layout, small_engine
-
-pytestmark = pytest.mark.slow
 
 if TYPE_CHECKING:
     from megatron_mimo.data.sample import EncodedSample
@@ -37,21 +37,6 @@ LAYOUTS = {
 }
 
 
-@dataclass(frozen=True)
-class Document:
-    """What a document is made of.
-
-    Attributes:
-        text: Tokens of text, the last five of which are targets.
-        grids: Patch rows and columns of each image, in front of the text.
-        seed: Of both.
-    """
-
-    text: int
-    grids: tuple[tuple[int, int], ...] = ()
-    seed: int = 0
-
-
 # 60 of 64 positions: the rest is padding. Two documents have the same length.
 DOCUMENTS = (
     Document(8, ((4, 4), (2, 6)), 1),
@@ -60,29 +45,6 @@ DOCUMENTS = (
     Document(7, ((4, 4),), 4),
     Document(11, (), 5),
 )
-
-
-def encode(document: Document, number: int) -> "EncodedSample":
-    """Random tokens and pixels."""
-    from megatron_mimo.data.sample import EncodedSample
-    from megatron_mimo.data.tokenizer import ByteTokenizer
-    from megatron_mimo.images.encode import EncodedImage
-
-    random = np.random.default_rng(document.seed)
-    images = []
-    for height, width in document.grids:
-        pixels = random.integers(0, 256, (height * width, 3 * 8 * 8), dtype=np.uint8)
-        images.append(EncodedImage(((height, width),), height * width // 4, pixels))
-    rows = sum(image.rows for image in images)
-    tokens = np.concatenate(
-        [np.full(rows, ByteTokenizer.image_token_id), random.integers(0, 256, document.text)]
-    )
-    return EncodedSample(
-        key=f"document-{number}",
-        tokens=tokens,
-        targets=np.arange(len(tokens)) >= len(tokens) - 5,
-        images=tuple(images),
-    )
 
 
 def only_targets_of(sample: "EncodedSample", wanted: bool) -> "EncodedSample":
@@ -147,7 +109,7 @@ def differences(
 ) -> tuple[list[list[float]], dict[str, float]]:
     """Packed and alone: the loss of each document, then of all; and how far gradients part."""
     engine = small_engine(chosen, recompute=recompute, **model)
-    samples = [encode(document, i) for i, document in enumerate(DOCUMENTS)]
+    samples = [encode(document, f"document-{i}") for i, document in enumerate(DOCUMENTS)]
     losses = []
     for i, sample in enumerate(samples):
         marked = tuple(only_targets_of(other, other is sample) for other in samples)
@@ -173,7 +135,7 @@ def assert_alike(found: list[tuple[list[list[float]], dict[str, float]]]) -> Non
     assert seen >= len(DOCUMENTS) + 1
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", slow_but(LAYOUTS, "one rank"))
 def test_documents_are_learnt_as_if_they_were_alone(
     name: str, run_ranks: Callable[..., list]
 ) -> None:
@@ -181,12 +143,13 @@ def test_documents_are_learnt_as_if_they_were_alone(
     assert_alike(run_ranks(chosen.world_size, differences, chosen, HYBRID))
 
 
-@pytest.mark.parametrize("name", ["one rank", "llm tp 2", "llm pp 2"])
+@pytest.mark.parametrize("name", slow_but(["one rank", "llm tp 2", "llm pp 2"], "one rank"))
 def test_positions_begin_anew(name: str, run_ranks: Callable[..., list]) -> None:
     chosen = LAYOUTS[name]
     assert_alike(run_ranks(chosen.world_size, differences, chosen, GPT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recompute", [("full",), ("selective", "core_attn", "mlp", "moe")], ids=",".join
 )
@@ -205,7 +168,7 @@ def leaks(chosen: Layout, model: dict[str, Any]) -> list[list[float]]:
         samples = []
         for i, document in enumerate(DOCUMENTS):
             other = replace(document, seed=document.seed + 100 * (i == changed))
-            samples.append(encode(other, i))
+            samples.append(encode(other, f"document-{i}"))
         rows.append(
             [
                 run(

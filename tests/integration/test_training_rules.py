@@ -15,8 +15,6 @@ from tests.integration.engines import (
     small_engine,
 )
 
-pytestmark = pytest.mark.slow
-
 FAN_OUT = beside({}, {"dp": 2})
 PARTS = ("vision", "projector", "model")
 
@@ -71,6 +69,7 @@ def test_exactly_what_is_not_frozen_moves(
     assert lanes == [trains & {"model"}] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("freeze", "trains"),
     [
@@ -214,6 +213,7 @@ def learn_and_answer(chosen: Layout, bf16: bool) -> tuple[float, dict | None]:
     return loss, {key: (answer.expected, answer.generated) for key, answer in answers.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chosen",
     [layout({}, {}), FAN_OUT, beside({}, {"tp": 2}), layout({"dp": 2}, {"tp": 2})],
@@ -229,6 +229,7 @@ def test_a_learned_batch_is_answered_exactly(
         assert generated == expected
 
 
+@pytest.mark.slow
 def test_bf16_learns_too(run_ranks: Callable[..., list]) -> None:
     found = run_ranks(3, learn_and_answer, FAN_OUT, True)
     assert found[FAN_OUT.logging_rank][0] < 0.05

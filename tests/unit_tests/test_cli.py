@@ -9,6 +9,7 @@ import yaml
 
 from megatron_mimo import __version__
 from megatron_mimo.cli import main
+from megatron_mimo.training.preload import can_fork
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,13 +74,14 @@ def test_train_starts_ranks_with_the_flags_as_typed(
 ) -> None:
     started = []
 
-    def launch(*args: object) -> int:
-        started.append(args)
+    def launch(*args: object, fork: bool) -> int:
+        started.append((*args, fork))
         return 7
 
     monkeypatch.setattr("megatron_mimo.training.launch.launch", launch)
     assert main(["train", "--lr", "0.5", *nproc, "--train-iters", "3"]) == 7
-    assert started == [(2, ["--lr", "0.5", "--train-iters", "3"], "megatron_mimo.training")]
+    typed = ["--lr", "0.5", "--train-iters", "3"]
+    assert started == [(2, typed, "megatron_mimo.training", can_fork("auto"))]
 
 
 def test_print_config_shows_the_resolved_flags(capsys: pytest.CaptureFixture[str]) -> None:

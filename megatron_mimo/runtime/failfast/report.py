@@ -18,6 +18,7 @@ _TRACEBACK_LIMIT = 16_000  # characters; fits the buffer of a socket
 _UNKNOWN_TIME = 4_102_444_800  # 2100-01-01: later than any failure whose time is known
 _RECORD_KEY = "megatron_mimo"
 _AHEAD_KEY = "megatron_mimo_ahead"
+_NOBODY_KNOWS = "killed by a signal (kill -9, out of memory) or os._exit"
 _OWN_THREAD = "in _obey"  # the thread of `guard_rank`, of no interest in a crash
 
 _CONSEQUENCE = re.compile(
@@ -132,7 +133,7 @@ def died(
         exit_code: Negative for a signal; None if nobody knows.
         crash: What faulthandler wrote.
     """
-    summary = "killed by a signal (kill -9, out of memory) or os._exit"
+    summary = _NOBODY_KNOWS
     if crash:
         summary = crash.partition("\n")[0]
     elif exit_code is not None and exit_code < 0:
@@ -153,6 +154,18 @@ def died(
         traceback="\n\n".join(blocks),
         seconds=seconds,
     )
+
+
+def with_exit_code(report: FailureReport, exit_code: int) -> FailureReport:
+    """The report of a death of which only the launcher knows how it came; others stay.
+
+    Args:
+        report: Of any failure.
+        exit_code: Of its rank's process, negative for a signal.
+    """
+    if report.summary != _NOBODY_KNOWS:
+        return report
+    return died(report.rank, report.role, report.host, report.seconds, exit_code=exit_code)
 
 
 def write_record(path: str, first: FailureReport, *, rank: int, role: str, host: str) -> None:

@@ -65,7 +65,8 @@ def _let_pieces_differ(mappings: Any) -> None:
         use_global_buffer: bool = False,
     ) -> Tensor:
         if output_split_sizes is None or len(set(output_split_sizes)) == 1:
-            return gather(input_, group, output_split_sizes, use_global_buffer)
+            whole: Tensor = gather(input_, group, output_split_sizes, use_global_buffer)
+            return whole
         longest = max(output_split_sizes)
         padded = _padded(input_, longest)
         received = [torch.empty_like(padded) for _ in output_split_sizes]
@@ -80,7 +81,8 @@ def _let_pieces_differ(mappings: Any) -> None:
         use_global_buffer: bool = False,
     ) -> Tensor:
         if input_split_sizes is None or len(set(input_split_sizes)) == 1:
-            return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+            part: Tensor = reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+            return part
         longest = max(input_split_sizes)
         pieces = torch.split(input_, list(input_split_sizes))
         padded = [_padded(piece, longest) for piece in pieces]

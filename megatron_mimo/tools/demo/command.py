@@ -21,6 +21,7 @@ from megatron_mimo.data.digits import read_digits_split, write_digits_dataset
 from megatron_mimo.tools.demo.page import STYLE, Example, examples_section, results_section
 from megatron_mimo.tools.report.command import run_sections, write_run_page
 from megatron_mimo.training.launch import launch
+from megatron_mimo.training.preload import can_fork
 
 _EXAMPLES = 48
 
@@ -88,6 +89,7 @@ def run_demo(config: DemoConfig) -> int:
             config.encoder_dp + config.llm_dp,
             _training_flags(config, dataset, out),
             "megatron_mimo.tools.demo.worker",
+            fork=can_fork(config.device),
         )
         if code != 0:
             return code

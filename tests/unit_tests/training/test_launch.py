@@ -1,11 +1,15 @@
 """Starting ranks, with targets that need no process group."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_mimo.training.launch import launch
+from megatron_mimo.training.preload import can_fork
 
 INHERITED = ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "GLOO_SOCKET_IFNAME")
 
@@ -51,16 +55,59 @@ def test_a_rank_without_a_report_is_named(target: Path, capfd: pytest.CaptureFix
     assert capfd.readouterr().err.endswith(expected)
 
 
-def test_output_is_also_written_to_files(
-    target: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_rank_that_does_not_end_when_told_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    logs = tmp_path / "logs"
-    assert launch(2, [], str(target), log_dir=logs) == 0
-    written = sorted(path.read_text() for path in logs.rglob("stdout.log"))
-    assert written == ["said by 0\n", "said by 1\n"]
-    shown = capfd.readouterr().out
-    assert "said by 0" in shown
-    assert "said by 1" in shown
+    script = tmp_path / "target.py"
+    script.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "ready = pathlib.Path(__file__).parent / 'ready'\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    ready.touch()\n"
+        "    time.sleep(600)\n"
+        "while not ready.exists():\n"
+        "    time.sleep(0.01)\n"
+        "sys.exit(3)\n"
+    )
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
+    assert launch(2, [], str(script)) == 1
+    assert "rank 1 failed first: exit code 3" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not can_fork("cpu"), reason="ranks are forked on Linux alone")
+def test_a_forked_rank_finds_what_a_new_interpreter_would(tmp_path: Path) -> None:
+    (tmp_path / "forked_target.py").write_text(
+        "import json, os, pathlib, sys\n"
+        "ready = 'megatron.core' in sys.modules\n"
+        "import torch\n"
+        # Threads and CUDA would not survive a fork.
+        "parent = len(os.listdir(f'/proc/{os.getppid()}/task')), torch.cuda.is_initialized()\n"
+        "seen = [__name__, sys.argv, ready, torch.get_num_threads(), os.getsid(0) == os.getpid()]\n"
+        "print(json.dumps([os.environ['RANK'], seen, parent]))\n"
+        "sys.exit(3 if os.environ['RANK'] == '1' else 0)\n"
+    )
+    launcher = (
+        "import sys\n"
+        "from megatron_mimo.training.launch import launch\n"
+        "sys.exit(launch(2, ['--lr', '1'], 'forked_target', fork=True))\n"
+    )
+    environment = {"PATH": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", launcher],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
+    )
+    expected = ["__main__", [str(tmp_path / "forked_target.py"), "--lr", "1"], True, 1, True]
+    found = sorted(map(json.loads, run.stdout.splitlines()))
+    assert found == [[rank, expected, [1, False]] for rank in "01"], run.stderr
+    assert run.stderr.endswith(
+        "rank 1 failed first: exit code 3, before it could say why. Its output is above.\n"
+    )
+    assert run.returncode == 1
 
 
 @pytest.mark.parametrize("nproc", [0, -2])
