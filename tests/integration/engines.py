@@ -82,8 +82,9 @@ def small_parts(
     overrides=("language.hidden_size=64", "vision.hidden_size=64"),
     recompute=None,
     reduce=None,
+    init="topology-invariant",
 ):
-    """Architecture, what is frozen, and how to build; every weight is drawn by name."""
+    """Architecture, what is frozen, and how to build."""
     import torch
 
     from megatron_mimo.data import ByteTokenizer
@@ -102,7 +103,7 @@ def small_parts(
     build = BuildConfig(
         params_dtype=torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32,
         seed=7,
-        init="topology-invariant",
+        init=init,
         vocab_size=ByteTokenizer.vocab_size,
         seq_length=seq_length,
         sequence_parallel=sequence_parallel,
@@ -152,7 +153,7 @@ def mock_loader(chosen, config):
 
 
 def list_loader(chosen, *, seq_length, micro_batch_size, global_batch_size):
-    """Samples of which every other has no image, and the others one of 500 rows."""
+    """Samples of which every other has no image, and the others two of 240 and 260 rows."""
     import numpy as np
     import torch.distributed as dist
 
@@ -165,7 +166,7 @@ def list_loader(chosen, *, seq_length, micro_batch_size, global_batch_size):
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
-        # Patches of 8 x 8 pixels, four to a row: 320 x 400 pixels make 500.
+        # Patches of 8 x 8 pixels, four to a row.
         image=model_config("mock").vision.image_config(max_patches=2000),
     )
     random = np.random.default_rng(3)
@@ -174,9 +175,11 @@ def list_loader(chosen, *, seq_length, micro_batch_size, global_batch_size):
         if i % 2
         else RawSample.asking(
             key=f"image-{i}",
-            question="<image> what?",
+            question="<image><image> what?",
             answer=f"this is {i}",
-            images=(random.integers(0, 256, (320, 400, 3), dtype=np.uint8),),
+            images=tuple(
+                random.integers(0, 256, (320, width, 3), dtype=np.uint8) for width in (192, 208)
+            ),
         )
         for i in range(8)
     ]

@@ -34,8 +34,9 @@ RECOMPUTE = {
     "full": ("full",),
     "selective": ("selective", "core_attn", "moe"),
 }
-# Loss, gradient norm and each module's norm of each step; then all that was learnt.
-Found = tuple[list[list[float]], list[Part]]
+# Loss, gradient norm and each module's norm of each step; the loss of an evaluation behind the
+# last step; all that was learnt.
+Found = tuple[list[list[float]], float, list[Part]]
 
 
 def sequences(case: Case, step: int) -> list[tuple[Document, ...]]:
@@ -52,7 +53,9 @@ def sequences(case: Case, step: int) -> list[tuple[Document, ...]]:
                 images = 0
             chosen = tuple(grids[i] for i in random.integers(0, len(grids), images))
             seed = 1000 * step + 10 * number + place
-            documents.append(Document(int(random.integers(6, 10)), chosen, seed))
+            # Little padding either way: it is all alike, and hides what single tokens do.
+            text = random.integers(6, 10) if case.packed else random.integers(30, 50)
+            documents.append(Document(int(text), chosen, seed))
         found.append(tuple(documents))
     return found
 
@@ -98,7 +101,7 @@ def train(case: Case) -> Found:
     import torch.distributed as dist
 
     from megatron_mimo.model.config import FreezeConfig
-    from megatron_mimo.training.step import train_step
+    from megatron_mimo.training.step import evaluate, train_step
 
     family = case.model.split()[0]
     overlap = case.overlap.split("+")
@@ -126,9 +129,11 @@ def train(case: Case) -> Found:
         update = metrics.update
         norms = [update.grad_norm, *(update.module_norms[name] for name in ("encoder", "llm"))]
         points.append([float(metrics.loss), *norms])
+    learnt = parts_of(engine)
+    held_out = float(evaluate(engine, loader_of(case, case.layout, dist.get_rank()), 1))
     llm = engine.topology.llm
     is_last = llm is not None and llm.is_last_stage
-    return points if is_last else [], parts_of(engine)
+    return points if is_last else [], held_out, learnt
 
 
 def test_every_two_values_meet_in_some_run() -> None:
@@ -139,28 +144,32 @@ def test_every_two_values_meet_in_some_run() -> None:
     assert [named(str(case)) for case in CASES] == CASES
 
 
+Learnt = tuple[list[list[float]], float, dict[str, np.ndarray]]
+
+
 @pytest.fixture(scope="session")
-def one_rank(run_ranks: Callable[..., list]) -> Callable[[Case], tuple[Any, Any]]:
+def one_rank(run_ranks: Callable[..., list]) -> Callable[[Case], Learnt]:
     """What one rank learns of a case's samples; each run is made once."""
 
     @cache
-    def reference(case: Case) -> tuple[list[list[float]], dict[str, np.ndarray]]:
-        ((points, parts),) = run_ranks(1, train, case)
-        return points, assemble([parts])
+    def reference(case: Case) -> Learnt:
+        ((points, held_out, parts),) = run_ranks(1, train, case)
+        return points, held_out, assemble([parts])
 
     return reference
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_curve_and_every_gradient_are_those_of_one_rank(
-    case: Case, run_ranks: Callable[..., list], one_rank: Callable[[Case], tuple[Any, Any]]
+    case: Case, run_ranks: Callable[..., list], one_rank: Callable[[Case], Learnt]
 ) -> None:
-    wanted, wanted_state = one_rank(case.reference)
-    found = run_ranks(case.layout.world_size, train, case)
-    curves = [points for points, _ in found if points]
+    wanted, wanted_held_out, wanted_state = one_rank(case.reference)
+    found: list[Found] = run_ranks(case.layout.world_size, train, case)
+    curves = [(points, held_out) for points, held_out, _ in found if points]
     assert curves
-    for points in curves:
+    for points, held_out in curves:
         assert_parity(wanted, points)
+        assert held_out == pytest.approx(wanted_held_out, rel=1e-5)
         for point, expected in zip(points, wanted, strict=True):
             assert point[2:] == pytest.approx(expected[2:], rel=1e-4)
-    assert_same_state(assemble(parts for _, parts in found), wanted_state)
+    assert_same_state(assemble(parts for *_, parts in found), wanted_state)

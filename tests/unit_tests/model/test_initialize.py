@@ -104,3 +104,43 @@ def test_the_last_stage_copies_tied_embeddings(run_ranks: Callable[..., list]) -
     first, second = run_ranks(2, stage_weights, True)
     embedding = first["model.embedding.word_embeddings.weight"]
     assert torch.equal(second["model.output_layer.weight"], embedding)
+
+
+def drawn_by_megatron(grid: dict[str, int]) -> dict[str, torch.Tensor]:
+    """This rank's weights of a language model that `--init megatron` has drawn."""
+    from megatron_mimo.topology import Layout, ModuleGridSpec
+    from megatron_mimo.topology.groups import build_topology
+    from tests.integration.engines import small_model
+
+    llm = ModuleGridSpec(name="llm", **grid)
+    topology = build_topology(Layout(encoder=None, llm=llm, world_size=llm.size))
+    language = small_model(
+        topology, provider="nemotron-moe-vlm-tiny", overrides=HYBRID, init="megatron"
+    ).language
+    return {name: value.detach().clone() for name, value in language.module.named_parameters()}
+
+
+HYBRID = ("language.pattern=ME*-ME*-", "language.ffn_hidden_size=192", "vision.hidden_size=64")
+
+
+def test_megatron_draws_each_shard_by_itself_and_replicas_alike(
+    run_ranks: Callable[..., list],
+) -> None:
+    first, second = run_ranks(2, drawn_by_megatron, {"tp": 2})
+    shards = ("linear_fc1.weight", "linear_qkv.weight", "in_proj.weight", "word_embeddings.weight")
+    for name, value in first.items():
+        if name.endswith(shards) and "experts" not in name:
+            assert not torch.equal(value, second[name]), name
+        elif name.endswith(("router.weight", "norm.weight")) and "mixer.norm" not in name:
+            assert torch.equal(value, second[name]), name
+    for name, value in (replicas := run_ranks(2, drawn_by_megatron, {"dp": 2}))[0].items():
+        assert torch.equal(value, replicas[1][name]), name
+
+
+def test_megatron_draws_each_stage_by_itself(run_ranks: Callable[..., list]) -> None:
+    first, second = run_ranks(2, drawn_by_megatron, {"pp": 2})
+    # Both stages have the same layers, in the same order.
+    same = [name for name, value in first.items() if name in second and value.ndim > 1]
+    assert len(same) > 5
+    for name in same:
+        assert not torch.equal(first[name], second[name]), name
