@@ -31,6 +31,8 @@ _QUESTIONS: dict[Kind, str] = {
     "leftmost": "Leftmost digit?",
     "rightmost": "Rightmost digit?",
 }
+KINDS: tuple[Kind, ...] = tuple(_QUESTIONS)
+"""Every kind of question."""
 _SEVERAL: tuple[Kind, ...] = ("list", "count", "leftmost", "rightmost")
 _PLACEHOLDER = "<image>"
 _MOST_DIGITS = 4

@@ -46,7 +46,7 @@ class DemoConfig:
     llm_dp: int = 2
     llm_ep: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None
     model_provider: Literal["nemotron-moe-vlm-tiny", "mock"] = "nemotron-moe-vlm-tiny"
-    train_iters: int = 1500
+    train_iters: int = 700
     device: Literal["cpu", "auto", "cuda"] = "cpu"
 
 
@@ -87,7 +87,7 @@ def run_demo(config: DemoConfig) -> int:
         os.environ["MIMO_DEMO_ANSWERS"] = str(answers)
         code = launch(
             config.encoder_dp + config.llm_dp,
-            _training_flags(config, dataset, out),
+            training_flags(config, dataset, out),
             "megatron_mimo.tools.demo.worker",
             fork=can_fork(config.device),
         )
@@ -97,7 +97,14 @@ def run_demo(config: DemoConfig) -> int:
     return _conclude(config, out, dataset, run)
 
 
-def _training_flags(config: DemoConfig, dataset: Path, out: Path) -> list[str]:
+def training_flags(config: DemoConfig, dataset: Path, out: Path) -> list[str]:
+    """The command line of the training run.
+
+    Args:
+        config: Of the demo.
+        dataset: Folder of the digits.
+        out: Folder of the run.
+    """
     flags = {
         "encoder-dp": config.encoder_dp,
         "llm-dp": config.llm_dp,
@@ -105,12 +112,12 @@ def _training_flags(config: DemoConfig, dataset: Path, out: Path) -> list[str]:
         "model-provider": config.model_provider,
         "dataset-provider": "energon",
         "data-path": dataset,
-        "seq-length": 64,
+        "seq-length": 48,
         "micro-batch-size": 16,
         "global-batch-size": 16 * config.llm_dp,
         "train-iters": config.train_iters,
-        "lr": 2e-3,
-        "min-lr": 1e-4,
+        "lr": 8e-4,
+        "min-lr": 4e-5,
         "lr-decay-style": "cosine",
         "lr-warmup-iters": min(50, config.train_iters // 10),
         "weight-decay": 0.05,
@@ -139,10 +146,10 @@ def _conclude(config: DemoConfig, out: Path, dataset: Path, run: Mapping[str, An
     single = read_digits_split(dataset, "val", kind="single")
     mixed = read_digits_split(dataset, "val")
     scores = Scores(
-        single=exact_match(single, run["single"]),
+        single=exact_match(single, run["answers"]),
         shuffled=exact_match(single, run["single_shuffled_images"]),
         text_only=most_frequent_answer(read_digits_split(dataset, "train", kind="single"), single),
-        mixed=exact_match(mixed, run["mixed"]),
+        mixed=exact_match(mixed, run["answers"]),
     )
     rows = [
         ("held-out single digits", f"{scores.single:.1%}"),
@@ -169,7 +176,7 @@ def _conclude(config: DemoConfig, out: Path, dataset: Path, run: Mapping[str, An
         f"digit below was seen in training.",
         parts=(
             results_section(rows),
-            examples_section(_examples(mixed, run["mixed"])),
+            examples_section(_examples(mixed, run["answers"])),
             *run_sections(out / "tensorboard"),
         ),
         style=STYLE,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -11,13 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_mimo.data import RawSample
-from megatron_mimo.data.digits import read_digits_split
+from megatron_mimo.data.digits import KINDS, read_digits_split
 from megatron_mimo.training.main import main
 
 if TYPE_CHECKING:
     from megatron_mimo.training.loop import TrainResult
     from megatron_mimo.training.setup import Trainer
 
+# By name: this module runs as `__main__`.
+_logger = logging.getLogger("megatron_mimo.tools.demo.worker")
 # Where the logging rank writes; the parent process names it, as the flags are those of training.
 ANSWERS_VARIABLE = "MIMO_DEMO_ANSWERS"
 _SHUFFLE_SEED = 0
@@ -33,33 +36,34 @@ def shuffle_images(samples: Sequence[RawSample]) -> list[RawSample]:
 
 
 def answer_held_out(trainer: "Trainer", result: "TrainResult") -> None:
-    """Answer the held-out single digits, seen and with shuffled images, and some of every kind."""
+    """Answer the held-out questions of every kind, and single digits also with shuffled images."""
     # It imports megatron-core, which training has prepared by now.
     from megatron_mimo.training.exact_match import write_answers
 
     path = trainer.data.path
     assert path is not None
-    single = read_digits_split(path, "val", kind="single")
-    mixed = read_digits_split(path, "val")
-    asked = {
-        "single": single,
-        "single_shuffled_images": shuffle_images(single),
-        "mixed": mixed,
-    }
-    report: dict[str, object] = {
-        "train_seconds": result.train_seconds,
-        "final_lm_loss": result.lm_loss,
-        "world_size": trainer.engine.topology.layout.world_size,
-    }
-    for name, samples in asked.items():
+
+    def ask(samples: Sequence[RawSample]) -> dict[str, str]:
         answers = write_answers(
             trainer.engine, samples, trainer.data, trainer.role, trainer.tokenizer
         )
-        if answers is not None:
-            report[name] = {
-                key: trainer.tokenizer.decode(list(answer.generated))
-                for key, answer in answers.items()
-            }
+        return {
+            key: trainer.tokenizer.decode(list(answer.generated))
+            for key, answer in (answers or {}).items()
+        }
+
+    # Kind by kind: most are answered by one token, and those of a batch wait for the longest.
+    kinds = {kind: read_digits_split(path, "val", kind=kind) for kind in KINDS}
+    count = sum(map(len, kinds.values())) + len(kinds["single"])
+    _logger.info("asking %d questions about images that it has not seen", count)
+    answered = {key: text for samples in kinds.values() for key, text in ask(samples).items()}
+    report = {
+        "train_seconds": result.train_seconds,
+        "final_lm_loss": result.lm_loss,
+        "world_size": trainer.engine.topology.layout.world_size,
+        "answers": answered,
+        "single_shuffled_images": ask(shuffle_images(kinds["single"])),
+    }
     if trainer.engine.topology.is_logging_rank:
         Path(os.environ[ANSWERS_VARIABLE]).write_text(json.dumps(report), encoding="utf-8")
 

@@ -1,9 +1,18 @@
+from pathlib import Path
+
 import pytest
 
 from megatron_mimo.data import RawSample
-from megatron_mimo.tools.demo.command import exact_match, most_frequent_answer
+from megatron_mimo.tools.demo.command import (
+    DemoConfig,
+    exact_match,
+    most_frequent_answer,
+    training_flags,
+)
 from megatron_mimo.tools.demo.page import Example, examples_section, results_section
 from megatron_mimo.tools.demo.worker import shuffle_images
+from megatron_mimo.training.flags import CommandLine, parse
+from megatron_mimo.training.resolve import resolve
 
 
 def sample(key: str, answer: str, question: str = "<image>Which?", image: bytes = b"") -> RawSample:
@@ -43,3 +52,23 @@ def test_the_report_shows_results_and_answers() -> None:
     assert "1 of 2 shown are right" in answers
     assert answers.count("<figure") == 2 and answers.count('class="wrong"') == 1
     assert "Which &lt;digit&gt;?" in answers and "&lt;b&gt;" in answers
+
+
+@pytest.mark.parametrize(
+    ("config", "shared"),
+    [
+        (DemoConfig(), 2),
+        (DemoConfig(train_iters=1), 2),
+        (DemoConfig(encoder_dp=1, llm_dp=3), 1),
+        (DemoConfig(model_provider="mock"), 1),
+    ],
+    ids=["as it is", "one iteration", "three replicas", "dense"],
+)
+def test_the_training_flags_fit_together(config: DemoConfig, shared: int, tmp_path: Path) -> None:
+    (tmp_path / "digits" / ".nv-meta").mkdir(parents=True)
+    flags = training_flags(config, tmp_path / "digits", tmp_path)
+    world_size = config.encoder_dp + config.llm_dp
+    resolved = resolve(parse(flags, CommandLine, prog="megatron-mimo train").train, world_size)
+    assert resolved.layout.llm.ep == shared
+    assert resolved.train_iters == config.train_iters
+    assert resolved.global_batch_size == 16 * config.llm_dp
