@@ -17,11 +17,14 @@ class Document:
         text: Number of text tokens, the last five of which are targets.
         grids: Patch rows and columns of each image, in front of the text.
         seed: Of tokens and pixels.
+        apart: Whether two thirds of the text lie between the first image and the others, so that
+            rows are spread over the sequence's shards.
     """
 
     text: int
     grids: tuple[tuple[int, int], ...] = ()
     seed: int = 0
+    apart: bool = False
 
 
 def encode(document: Document, name: str) -> "EncodedSample":
@@ -35,10 +38,12 @@ def encode(document: Document, name: str) -> "EncodedSample":
     for height, width in document.grids:
         pixels = random.integers(0, 256, (height * width, 3 * 8 * 8), dtype=np.uint8)
         images.append(EncodedImage(((height, width),), height * width // 4, pixels))
-    rows = sum(image.rows for image in images)
-    tokens = np.concatenate(
-        [np.full(rows, ByteTokenizer.image_token_id), random.integers(0, 256, document.text)]
-    )
+    text = random.integers(0, 256, document.text)
+    first, *others = [np.full(image.rows, ByteTokenizer.image_token_id) for image in images] or [
+        text[:0]
+    ]
+    between = 2 * len(text) // 3 if document.apart else 0
+    tokens = np.concatenate([first, text[:between], *others, text[between:]])
     return EncodedSample(
         key=name,
         tokens=tokens,

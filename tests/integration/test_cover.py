@@ -55,7 +55,7 @@ def sequences(case: Case, step: int) -> list[tuple[Document, ...]]:
             seed = 1000 * step + 10 * number + place
             # Little padding either way: it is all alike, and hides what single tokens do.
             text = random.integers(6, 10) if case.packed else random.integers(30, 50)
-            documents.append(Document(int(text), chosen, seed))
+            documents.append(Document(int(text), chosen, seed, apart=not case.packed))
         found.append(tuple(documents))
     return found
 
