@@ -16,8 +16,6 @@ from tests.integration.engines import SEQ_LENGTH, micro_batch_size, small_engine
 from tests.integration.state import Part, assemble, assert_same_state, parts_of
 
 STEPS = 3
-# Divides by 1, 2 and 3 lanes.
-GLOBAL_BATCH_SIZE = 6
 OVERRIDES = {
     # So large that experts' balance shows in loss and norms within a few steps.
     "hybrid": (
@@ -39,12 +37,20 @@ RECOMPUTE = {
 Found = tuple[list[list[float]], float, list[Part]]
 
 
+def global_batch_size(case: Case) -> int:
+    """Divides by 1, 2 and 3 lanes, mostly with several sequences to a microbatch.
+
+    A packed sequence is a microbatch.
+    """
+    return 6 if case.packed else 12
+
+
 def sequences(case: Case, step: int) -> list[tuple[Document, ...]]:
     """The documents of each sequence of a step: several sizes, none without a text."""
     random = np.random.default_rng([11, step])
     grids = ((4, 4), (2, 6), (4, 2), (6, 4), (2, 2))
     found = []
-    for number in range(GLOBAL_BATCH_SIZE):
+    for number in range(global_batch_size(case)):
         documents = []
         for place in range(1 + 2 * case.packed):
             images = int(random.integers(1, 3))
@@ -52,7 +58,7 @@ def sequences(case: Case, step: int) -> list[tuple[Document, ...]]:
             if case.text_only and number % 2:
                 images = 0
             chosen = tuple(grids[i] for i in random.integers(0, len(grids), images))
-            seed = 1000 * step + 10 * number + place
+            seed = 1000 * step + 20 * number + place
             # Little padding either way: it is all alike, and hides what single tokens do.
             text = random.integers(6, 10) if case.packed else random.integers(30, 50)
             documents.append(Document(int(text), chosen, seed, apart=not case.packed))
@@ -67,12 +73,13 @@ def loader_of(case: Case, chosen: Layout, rank: int) -> Any:
     from megatron_mimo.presets import model_config
     from megatron_mimo.training.engine import data_role
 
+    batch = global_batch_size(case)
     config = DataConfig(
         provider="energon",
         path="fed by hand",
         seq_length=SEQ_LENGTH,
-        micro_batch_size=1 if case.packed else micro_batch_size(chosen, GLOBAL_BATCH_SIZE),
-        global_batch_size=GLOBAL_BATCH_SIZE,
+        micro_batch_size=1 if case.packed else micro_batch_size(chosen, batch),
+        global_batch_size=batch,
         packing_buffer_size=2 if case.packed else None,
         image=model_config("mock").vision.image_config(),
     )
@@ -125,7 +132,7 @@ def train(case: Case) -> Found:
     loader = loader_of(case, case.layout, dist.get_rank())
     points = []
     for step in range(STEPS):
-        metrics = train_step(engine, loader, step + 1, GLOBAL_BATCH_SIZE)
+        metrics = train_step(engine, loader, step + 1, global_batch_size(case))
         update = metrics.update
         norms = [update.grad_norm, *(update.module_norms[name] for name in ("encoder", "llm"))]
         points.append([float(metrics.loss), *norms])
