@@ -116,7 +116,7 @@ def _run(arguments: Sequence[str], folder: Path) -> Outcome:
         try:
             code = process.wait()
         finally:
-            end_descendants(process.pid)
+            end_descendants()
     text = log.read_text(encoding="utf-8", errors="replace")[-4000:]
     found_by, why = _found_by(watch, code, command, text)
     return Outcome(found_by, why, _cpu_seconds() - cpu, time.perf_counter() - start, text)
