@@ -24,6 +24,7 @@ OVERRIDES = {
         "language.moe_router_bias_update_rate=0.05",
         "language.ffn_hidden_size=192",
         "vision.hidden_size=64",
+        "vision.layer_scale=true",
     ),
     "dense": ("language.hidden_size=64", "vision.hidden_size=64"),
 }

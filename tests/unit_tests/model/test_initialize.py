@@ -127,7 +127,9 @@ def test_megatron_draws_each_shard_by_itself_and_replicas_alike(
     run_ranks: Callable[..., list],
 ) -> None:
     first, second = run_ranks(2, drawn_by_megatron, {"tp": 2})
-    shards = ("linear_fc1.weight", "linear_qkv.weight", "in_proj.weight", "word_embeddings.weight")
+    # On a host, megatron-core cuts most shards from a whole that every rank draws; of a convolution
+    # each rank draws its own.
+    shards = ("linear_fc1.weight", "linear_qkv.weight", "in_proj.weight", "conv1d_weight")
     for name, value in first.items():
         if name.endswith(shards) and "experts" not in name:
             assert not torch.equal(value, second[name]), name
