@@ -270,9 +270,15 @@ def test_ranks_of_a_frozen_module_own_no_optimizer_state(run_ranks: Callable[...
     assert {name for name, _ in found} == {"encoder", "llm"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("name", ["dp 2 each", "llm pp 2 ep 2"])
+@pytest.mark.parametrize(
+    ("name", "num_workers"),
+    [
+        ("dp 2 each", 0),
+        pytest.param("dp 2 each", 2, marks=pytest.mark.slow),
+        pytest.param("llm pp 2 ep 2", 0, marks=pytest.mark.slow),
+        pytest.param("llm pp 2 ep 2", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_so_does_an_energon_dataset(
     name: str, num_workers: int, run_ranks: Callable[..., list], tmp_path: Path, digits: str
 ) -> None:
