@@ -14,6 +14,7 @@ import pytest
 
 from megatron_mimo.cli import main
 from megatron_mimo.topology import Layout
+from tests.integration.documents import encode
 from tests.integration.engines import (
     beside,
     layout,
@@ -22,7 +23,7 @@ from tests.integration.engines import (
     mock_loader,
     small_engine,
 )
-from tests.integration.test_packed_documents import DOCUMENTS, HYBRID, encode
+from tests.integration.test_packed_documents import DOCUMENTS, HYBRID
 
 STEPS, SAVED = 4, 2
 GLOBAL_BATCH_SIZE = 4
@@ -228,7 +229,7 @@ def packed(chosen: Layout, folder: Path, order: int) -> None:
         packing_buffer_size=2,
         image=model_config("mock").vision.image_config(),
     )
-    samples = [encode(document, i) for i, document in enumerate(DOCUMENTS)]
+    samples = [encode(document, f"document-{i}") for i, document in enumerate(DOCUMENTS)]
     sequences = [tuple(samples[::order]), tuple(samples[2:4][::order])]
     lanes = data_role(chosen, dist.get_rank())
     streams: Any = {
