@@ -34,8 +34,8 @@ RECOMPUTE = {
     "selective": ("selective", "core_attn", "moe"),
 }
 # Loss, gradient norm and each module's norm of each step; the loss of an evaluation behind the
-# last step; all that was learnt.
-Found = tuple[list[list[float]], float, list[Part]]
+# last step; loads of experts in it, and their balance loss, by layer; all that was learnt.
+Found = tuple[list[list[float]], float, list[list[float]], list[Part]]
 
 
 def global_batch_size(case: Case) -> int:
@@ -131,17 +131,19 @@ def train(case: Case) -> Found:
         },
     )
     loader = loader_of(case, case.layout, dist.get_rank())
-    points = []
+    points: list[list[float]] = []
+    loads: list[list[float]] = []
     for step in range(STEPS):
         metrics = train_step(engine, loader, step + 1, global_batch_size(case))
         update = metrics.update
         norms = [update.grad_norm, *(update.module_norms[name] for name in ("encoder", "llm"))]
         points.append([float(metrics.loss), *norms])
+        loads = [] if metrics.experts is None else metrics.experts.tolist()
     learnt = parts_of(engine)
     held_out = float(evaluate(engine, loader_of(case, case.layout, dist.get_rank()), 1))
     llm = engine.topology.llm
     is_last = llm is not None and llm.is_last_stage
-    return points if is_last else [], held_out, learnt
+    return points if is_last else [], held_out, loads, learnt
 
 
 def test_every_two_values_meet_in_some_run() -> None:
@@ -152,7 +154,7 @@ def test_every_two_values_meet_in_some_run() -> None:
     assert [named(str(case)) for case in CASES] == CASES
 
 
-Learnt = tuple[list[list[float]], float, dict[str, np.ndarray]]
+Learnt = tuple[list[list[float]], float, list[list[float]], dict[str, np.ndarray]]
 
 
 @pytest.fixture(scope="session")
@@ -161,8 +163,8 @@ def one_rank(run_ranks: Callable[..., list]) -> Callable[[Case], Learnt]:
 
     @cache
     def reference(case: Case) -> Learnt:
-        ((points, held_out, parts),) = run_ranks(1, train, case)
-        return points, held_out, assemble([parts])
+        ((points, held_out, loads, parts),) = run_ranks(1, train, case)
+        return points, held_out, loads, assemble([parts])
 
     return reference
 
@@ -171,13 +173,17 @@ def one_rank(run_ranks: Callable[..., list]) -> Callable[[Case], Learnt]:
 def test_curve_and_every_gradient_are_those_of_one_rank(
     case: Case, run_ranks: Callable[..., list], one_rank: Callable[[Case], Learnt]
 ) -> None:
-    wanted, wanted_held_out, wanted_state = one_rank(case.reference)
+    wanted, wanted_held_out, wanted_loads, wanted_state = one_rank(case.reference)
     found: list[Found] = run_ranks(case.layout.world_size, train, case)
-    curves = [(points, held_out) for points, held_out, _ in found if points]
+    curves = [(points, held_out) for points, held_out, *_ in found if points]
     assert curves
     for points, held_out in curves:
         assert_parity(wanted, points)
         assert held_out == pytest.approx(wanted_held_out, rel=1e-5)
         for point, expected in zip(points, wanted, strict=True):
             assert point[2:] == pytest.approx(expected[2:], rel=1e-4)
+    for loads in (loads for _, _, loads, _ in found if loads):
+        for load, expected in zip(loads, wanted_loads, strict=True):
+            assert load[:-1] == expected[:-1]
+            assert load[-1] == pytest.approx(expected[-1], rel=1e-4)
     assert_same_state(assemble(parts for *_, parts in found), wanted_state)
