@@ -81,6 +81,7 @@ def launch(nproc: int, argv: Sequence[str], target: str, *, fork: bool = False) 
         entry: Callable[..., None] | str
         arguments: Sequence[Any]
         if fork:
+            _quiet_the_tracker()
             multiprocessing.set_forkserver_preload([_FORK_SERVER])
             entry, arguments = run_rank, (target, argv, closing)
         else:
@@ -112,6 +113,12 @@ def _interrupted(closing: Path) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _quiet_the_tracker() -> None:
+    """Let the process that cleans up behind a killed launcher not have the last word."""
+    filters = [os.environ.get("PYTHONWARNINGS", ""), "ignore:resource_tracker:UserWarning"]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, filters))
 
 
 def _prepare_environment(nproc: int) -> None:

@@ -68,7 +68,7 @@ def sequences(case: Case, step: int) -> list[tuple[Document, ...]]:
 
 
 def loader_of(case: Case, chosen: Layout, rank: int) -> Any:
-    """This rank's samples: each lane takes every so manieth sequence of a step."""
+    """This rank's samples: the lanes take a step's sequences in turn."""
     from megatron_mimo.data import ByteTokenizer, DataConfig, StreamLoader
     from megatron_mimo.data.sample import Drawn
     from megatron_mimo.presets import model_config
