@@ -50,7 +50,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	else $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PACKAGE); fi
 	@touch $@
 
-demo: $(INSTALLED)  ## Train a small vision-language model on two grids, 4 ranks (about 4 minutes)
+demo: $(INSTALLED)  ## Train a small vision-language model on two grids, 4 ranks (about 3 minutes)
 	@$(BIN)/megatron-mimo demo $(DEMO_FLAGS)
 
 demo-short: $(INSTALLED)  ## The demo for a few iterations: that it runs, not what it learns
