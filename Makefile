@@ -16,18 +16,39 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PACKAGE := -e '.[demo,dev]' -c constraints.txt
 
+# Transformer Engine's Python package, which tests run over kernels of their own: the lowest supported
+# version and the newest one. Beside the environment, never in it.
+TE_FOLDER := .cache/transformer-engine
+TE := $(patsubst %,$(TE_FOLDER)/%/.fetched,2.11.0 2.20.2)
+
+# mamba-ssm, whose Triton kernels tests run in Triton's interpreter, in the lowest supported version and
+# the newest one; causal-conv1d, which it imports; Triton, for an environment without it. Their compiled
+# parts are left out, and so is the search for a build of them.
+KERNELS_FOLDER := .cache/triton-kernels
+KERNELS := $(patsubst %,$(KERNELS_FOLDER)/%/.fetched,mamba-ssm/2.3.0 mamba-ssm/2.3.2.post1 \
+  causal-conv1d/1.7.0 triton/3.7.1)
+WITHOUT_CUDA := MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+  CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE
+
+# Beside the environment, each in a folder of its own.
+define FETCH
+if [ -n "$(UV)" ]; then pip="$(UV) pip install --python $(BIN)/python"; \
+else pip="$(BIN)/python -m pip install --disable-pip-version-check --no-compile"; fi; \
+fetch() { $(WITHOUT_CUDA) $$pip --quiet --no-deps --target $(@D) "$$@"; }
+endef
+
 # Tests run side by side, each process with ranks of its own. What a tier may cost is counted in
 # seconds of processor time: on two cores half as long.
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal
-TEST_BUDGET_S := 1200
-TEST_CI_BUDGET_S := 1600
+TEST_BUDGET_S := 1500
+TEST_CI_BUDGET_S := 2000
 
-.PHONY: install demo demo-short test test-ci test-all test-faults lint docs bench bench-results \
-  clean help
+.PHONY: install transformer-engine triton-kernels demo demo-short test test-ci test-all test-faults lint \
+  docs bench bench-results clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## Create .venv and install the package with its demo and dev extras
 
@@ -50,22 +71,43 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	else $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PACKAGE); fi
 	@touch $@
 
+transformer-engine: $(TE)  ## Fetch the Python package that tests of GPU layers run (1 MB a version)
+
+# Without an index all other tests run; those that need it say so.
+$(TE_FOLDER)/%/.fetched: | $(INSTALLED)
+	@$(FETCH); if fetch --only-binary :all: transformer-engine==$*; then touch $@; else \
+	  echo "warning: transformer-engine $* was not fetched: tests over it will fail" >&2; fi
+
+triton-kernels: $(KERNELS)  ## Fetch the kernels that tests run in Triton's interpreter (1 MB a version)
+
+# Torch's build for CUDA brings it. (Before the next rule, which an old make would take for it.)
+$(KERNELS_FOLDER)/triton/%/.fetched: $(INSTALLED)
+	@mkdir -p $(@D)
+	@$(FETCH); if $(BIN)/python -c 'import triton' 2>/dev/null || fetch --only-binary :all: triton==$*; \
+	then touch $@; else \
+	  echo "warning: triton $* was not fetched: tests of Triton kernels will fail" >&2; fi
+
+# They come as sources only, and ask for torch when they are unpacked.
+$(KERNELS_FOLDER)/%/.fetched: | $(INSTALLED)
+	@$(FETCH); if fetch --no-build-isolation --no-binary :all: $(subst /,==,$*); then touch $@; else \
+	  echo "warning: $(subst /, ,$*) was not fetched: tests of Triton kernels will fail" >&2; fi
+
 demo: $(INSTALLED)  ## Train a small vision-language model on two grids, 4 ranks (about 3 minutes)
 	@$(BIN)/megatron-mimo demo $(DEMO_FLAGS)
 
 demo-short: $(INSTALLED)  ## The demo for a few iterations: that it runs, not what it learns
 	@$(BIN)/megatron-mimo demo --train-iters 20 --out runs/demo-short $(DEMO_FLAGS)
 
-test: $(INSTALLED)  ## Run the tests that find nearly everything (at most 10 minutes on two cores)
+test: $(INSTALLED) $(TE) $(KERNELS)  ## Run the tests that find nearly everything (at most 10 minutes on two cores)
 	@$(PYTEST) -m "not slow" --processor-budget $(TEST_BUDGET_S) $(PYTEST_FLAGS)
 
-test-ci: $(INSTALLED)  ## The same, and a slice of the slow ones: SLICE=3 asks for one
+test-ci: $(INSTALLED) $(TE) $(KERNELS)  ## The same, and a slice of the slow ones: SLICE=3 asks for one
 	@$(PYTEST) --slow-slice $(SLICE) --processor-budget $(TEST_CI_BUDGET_S) $(PYTEST_FLAGS)
 
-test-all: $(INSTALLED)  ## Run every test, and properties on all their examples (for a release)
+test-all: $(INSTALLED) $(TE) $(KERNELS)  ## Run every test, and properties on all their examples (for a release)
 	@$(PYTEST) --hypothesis-profile full $(PYTEST_FLAGS)
 
-test-faults: $(INSTALLED)  ## Plant faults one by one and see that the tests find them: FAULTS="NAME ..."
+test-faults: $(INSTALLED) $(TE) $(KERNELS)  ## Plant faults one by one and see that the tests find them: FAULTS="NAME ..."
 	@$(BIN)/python -m tests.faults $(FAULTS)
 
 lint: $(INSTALLED)  ## Check style, types and which package imports which

@@ -101,16 +101,18 @@ def exchanged(given: dict[str, Any], rows: int, width: int) -> dict[str, Any]:
 
     encoder = ModuleGridSpec(name="encoder", dp=given["encoder_dp"])
     llm = ModuleGridSpec(name="llm", offset=encoder.size, dp=given["llm_dp"], tp=given["tp"])
-    layout = Layout(encoder=encoder, llm=llm, world_size=encoder.size + llm.size)
+    layout = Layout.of(encoder, llm, world_size=encoder.size + llm.size)
     # `rows` is what one encoder rank and one lane exchange.
     per_lane = max(1, encoder.dp // llm.dp)
     sharding = SequenceSharding(
         seq_length=rows * per_lane, tp=llm.tp, sequence_parallel=given["sharded"]
     )
     manifest = tuple(
-        ManifestEntry(lane, dp, rows, 0, rows * i)
+        ManifestEntry(
+            module="encoder", source_rank=dp, lane=lane, rows=rows, sequence=0, start=rows * i
+        )
         for lane in range(llm.dp)
-        for i, dp in enumerate(layout.serving(lane))
+        for i, dp in enumerate(layout.serving("encoder", lane))
     )
     topology = build_topology(layout)
     dtype = torch.float32
@@ -140,36 +142,33 @@ def our_orders(
     """Our round trips, and what they must send at least: each row once to each that uses it."""
     import torch
 
-    from megatron_mimo.schedule.actions import GradientFlow, Kind
-    from megatron_mimo.schedule.channels import BoundaryConfig
-    from megatron_mimo.schedule.crossing import StepManifest
-    from megatron_mimo.schedule.executor import Executor
+    from megatron_mimo.bridge.channels import TransportConfig
+    from megatron_mimo.bridge.microbatch import MicrobatchManifest
+    from megatron_mimo.schedule.actions import Kind
+    from megatron_mimo.schedule.executor import Executor, ExecutorConfig
+    from megatron_mimo.schedule.graph import GradientFlow
 
     executor = Executor(
         topology,
-        BoundaryConfig(
+        ExecutorConfig(
+            transport=TransportConfig(row_width=width, dtype=dtype, device=torch.device("cpu")),
             sharding=sharding,
-            row_width=width,
-            encoder_width=width,
-            dtype=dtype,
-            device=torch.device("cpu"),
-            flow=GradientFlow(encoder=True, bridge=True),
-            language_trains=True,
+            flow=GradientFlow(returning=frozenset({"encoder"}), inside=frozenset({"encoder"})),
             run_ahead=RUN_AHEAD,
         ),
     )
-    layout, rank, planner = topology.layout, topology.rank, executor.planner
+    layout, rank, planner = topology.layout, topology.rank, executor.planners["encoder"]
     rows = gradients = None
-    if topology.encoder is not None:
-        rows = torch.ones(planner.encoder_plan(rank, manifest).num_rows, width, dtype=dtype)
-    if topology.llm is not None:
-        held = planner.language_plan(rank, manifest).num_rows
+    if "encoder" in topology.modules:
+        rows = torch.ones(planner.source_plan(rank, manifest).num_rows, width, dtype=dtype)
+    if topology.target is not None:
+        held = planner.target_plan(rank, manifest).num_rows
         gradients = torch.ones(held, width, dtype=dtype)
-    crossing = executor.plan(StepManifest(entries=manifest))
+    plan = executor.plan(MicrobatchManifest(entries=manifest))
 
     def step(num_microbatches: int) -> None:
         """What `schedule.stage.Stage` does at the bridge, in the order of the schedule."""
-        bridge = executor.bridge([crossing] * num_microbatches, gradients=True)
+        bridge = executor.bridge_traffic("encoder", [plan] * num_microbatches, gradients=True)
 
         def wait_input(m: int) -> None:
             bridge.wait_forward(m)
@@ -203,10 +202,10 @@ def our_orders(
         step(MICROBATCHES)
 
     # Forward each row goes to every rank that uses it, backward to the one that produced it.
-    copies = 1 if sharding.sequence_parallel else layout.llm.tp
+    copies = 1 if sharding.sequence_parallel else layout.target.tp
     moved = sum(entry.rows for entry in manifest) * (copies + 1)
-    plans = [planner.encoder_plan(r, manifest) for r in layout.encoder.ranks]
-    plans += [planner.language_plan(r, manifest) for r in layout.llm.ranks]
+    plans = [planner.source_plan(r, manifest) for r in layout.modules["encoder"].ranks]
+    plans += [planner.target_plan(r, manifest) for r in layout.target.ranks]
     bound = {
         "messages": MICROBATCHES * sum(len(plan.sends) for plan in plans),
         "bytes": MICROBATCHES * moved * width * dtype.itemsize,
@@ -223,21 +222,21 @@ def peer_orders(topology: Any, rows: int, width: int, dtype: Any) -> Orders:
     layout = topology.layout
     grids = [
         HyperCommGrid([g.tp, g.cp, g.pp, g.dp], ["tp", "cp", "pp", "dp"], rank_offset=g.offset)
-        for g in layout.grids
+        for g in layout.modules.values()
     ]
     with gloo_for_nccl():
         bridge = BridgeCommunicator(*grids, comm_dtype=dtype, tensor_ndim=2)
-    encoder, llm = layout.encoder, layout.llm
+    encoder, llm = layout.modules["encoder"], layout.target
     held = rows * max(
         1,
-        (llm if topology.encoder is not None else encoder).dp
-        // (encoder if topology.encoder is not None else llm).dp,
+        (llm if "encoder" in topology.modules else encoder).dp
+        // (encoder if "encoder" in topology.modules else llm).dp,
     )
     tensor = torch.ones(held, width, dtype=dtype)
 
     def plain() -> None:
         for _ in range(MICROBATCHES):
-            if topology.encoder is not None:
+            if "encoder" in topology.modules:
                 bridge.send_forward(tensor)
                 bridge.recv_backward()
             else:
@@ -245,7 +244,7 @@ def peer_orders(topology: Any, rows: int, width: int, dtype: Any) -> Orders:
                 bridge.send_backward(tensor)
 
     def one_forward_one_backward() -> None:
-        if topology.encoder is not None:
+        if "encoder" in topology.modules:
             bridge.send_forward(tensor)
             for _ in range(MICROBATCHES - 1):
                 bridge.send_forward_recv_backward(tensor)

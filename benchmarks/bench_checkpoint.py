@@ -1,4 +1,4 @@
-"""Saving a checkpoint: how long training stands still, ours against torch's distributed checkpoint.
+"""Saving a checkpoint: how long training waits, ours against torch's distributed checkpoint.
 
 Four ranks, an encoder of dp 2 beside a language model of dp 2 and ep 2, hold weights, fp32 main
 weights and Adam's two moments in fp32. Both sides save the same state to the same disk, each rank
@@ -86,10 +86,8 @@ def both(found: dict[str, Any], side: str) -> list[float]:
 
 def saved(given: dict[str, Any]) -> dict[str, Any]:
     """Seconds of every side, in turns; the first turn is not counted."""
-    from megatron_mimo.checkpoint.checkpointer import TrainedParts
-
     engine, step = trained(*MODELS[given["model"]])
-    parts = TrainedParts(engine.topology, engine.model, engine.optimizer, engine.scheduler)
+    parts = engine
     root = Path(given["folder"])
     sides = our_sides(parts, step, root) | peer_sides(parts, step, root)
     found: dict[str, Any] = {
@@ -124,7 +122,7 @@ def our_sides(parts: Any, step: Callable[[], Any], root: Path) -> dict[str, Side
 
     def side(name: str, *, in_background: bool) -> Side:
         folder = root / name
-        config = SaveConfig(root=folder, in_background=in_background)
+        config = SaveConfig(root=str(folder), in_background=in_background)
         checkpoints = Checkpointer(parts, config, {})
 
         def call(number: int) -> tuple[float, list[float], Path]:
@@ -198,7 +196,7 @@ def waited(call: Callable[[], Any]) -> float:
 
 
 def largest(value: float) -> float:
-    """Of all ranks'."""
+    """Largest value over all ranks."""
     import torch
     import torch.distributed as dist
 
@@ -208,7 +206,7 @@ def largest(value: float) -> float:
 
 
 def removed(folder: Path) -> int:
-    """Remove a checkpoint; the bytes that it took."""
+    """Remove a checkpoint; returns its size in bytes."""
     import torch.distributed as dist
 
     size = sum(path.stat().st_size for path in folder.iterdir())
@@ -225,20 +223,21 @@ def trained(width: int, expert_width: int) -> tuple[Any, Callable[[], Any]]:
     import torch
     import torch.distributed as dist
 
-    from megatron_mimo.data import ByteTokenizer, DataConfig, RawSample
-    from megatron_mimo.data.loader import build_list_loader
-    from megatron_mimo.model.config import FreezeConfig
+    from megatron_mimo.config.presets import model_config
+    from megatron_mimo.data import ByteTokenizer, DataConfig, RawSample, data_role
+    from megatron_mimo.data.loader.stream_loader import build_list_loader
+    from megatron_mimo.media.images import ImageInput
+    from megatron_mimo.model.config import Frozen
     from megatron_mimo.model.mimo import BuildConfig
     from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
-    from megatron_mimo.presets import model_config
     from megatron_mimo.runtime import Device
     from megatron_mimo.topology import Layout, ModuleGridSpec
-    from megatron_mimo.training.engine import build_engine, data_role
+    from megatron_mimo.training.runner import StepConfig, build_runner
     from megatron_mimo.training.step import train_step
 
     encoder = ModuleGridSpec(name="encoder", dp=2)
     llm = ModuleGridSpec(name="llm", offset=2, dp=2, ep=2)
-    layout = Layout(encoder=encoder, llm=llm, world_size=4)
+    layout = Layout.of(encoder, llm, world_size=4)
     architecture = model_config(
         "nemotron-moe-vlm-tiny",
         [
@@ -255,7 +254,7 @@ def trained(width: int, expert_width: int) -> tuple[Any, Callable[[], Any]]:
             key=str(i),
             question="<image> what is it?",
             answer=f"it is number {i}",
-            images=(random.integers(0, 256, (64, 64, 3), dtype=np.uint8),),
+            items={"encoder": (random.integers(0, 256, (64, 64, 3), dtype=np.uint8),)},
         )
         for i in range(2)
     ]
@@ -263,7 +262,9 @@ def trained(width: int, expert_width: int) -> tuple[Any, Callable[[], Any]]:
         seq_length=SEQ_LENGTH,
         micro_batch_size=1,
         global_batch_size=2,
-        image=architecture.vision.image_config(max_patches=64),
+        inputs={
+            "encoder": ImageInput(config=architecture.part("vision").image_config(max_patches=64))
+        },
     )
     role = data_role(layout, dist.get_rank())
     data = build_list_loader(samples, config, role, ByteTokenizer()).next_step()
@@ -272,10 +273,10 @@ def trained(width: int, expert_width: int) -> tuple[Any, Callable[[], Any]]:
         def next_step(self) -> Any:
             return data
 
-    engine = build_engine(
+    engine = build_runner(
         layout,
         architecture,
-        FreezeConfig(),
+        Frozen(),
         BuildConfig(
             params_dtype=torch.float32,
             seed=1,
@@ -288,10 +289,7 @@ def trained(width: int, expert_width: int) -> tuple[Any, Callable[[], Any]]:
             lr=1e-5, min_lr=0.0, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=1e-8, clip_grad=1.0
         ),
         ScheduleConfig(style="constant", warmup_samples=0, decay_samples=1000),
-        run_ahead=1,
-        check_bridge=False,
-        image_token_id=ByteTokenizer.image_token_id,
-        validate_data=True,
+        StepConfig(placeholder_ids=ByteTokenizer().placeholder_ids),
         device=Device("cpu"),
     )
     engine.model.train()

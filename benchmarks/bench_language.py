@@ -37,7 +37,7 @@ Scan = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.T
 
 
 def tensors(size: tuple[int, int, int, int], length: int) -> list[torch.Tensor]:
-    """x, dt, A, B and C of one sequence."""
+    """Inputs of one sequence, float32: x [1, l, h, p], dt [1, l, h], A [h], B, C [1, l, g, n]."""
     heads, width, groups, state = size
     random = torch.Generator().manual_seed(length)
 
@@ -51,7 +51,7 @@ def tensors(size: tuple[int, int, int, int], length: int) -> list[torch.Tensor]:
 
 
 def transformers_scan() -> Scan:
-    """What transformers' NemotronH runs without mamba-ssm."""
+    """The scan that transformers' NemotronH runs without mamba-ssm."""
     from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 
     return lambda x, dt, a, b, c: mamba2_chunk_scan(x, dt, a, b, c, chunk_size=128)
@@ -60,7 +60,7 @@ def transformers_scan() -> Scan:
 def token_by_token(
     x: torch.Tensor, dt: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor
 ) -> torch.Tensor:
-    """The recurrence as it is written."""
+    """The recurrence as it is written; arguments and result [1, l, h, p] as of `ssd_scan`."""
     repeats = x.size(2) // b.size(2)
     b, c = b.repeat_interleave(repeats, dim=2), c.repeat_interleave(repeats, dim=2)
     state, outputs = x.new_zeros(1, x.size(2), x.size(3), b.size(3)), []
@@ -73,7 +73,7 @@ def token_by_token(
 
 
 def seconds(scan: Scan, given: list[torch.Tensor], backward: bool) -> float:
-    """Of one call."""
+    """Seconds of one call on the tensors of `tensors`, x [1, l, h, p] and so on."""
     start = time.perf_counter()
     with torch.set_grad_enabled(backward):
         output = scan(*given)
@@ -85,7 +85,11 @@ def seconds(scan: Scan, given: list[torch.Tensor], backward: bool) -> float:
 def compare(
     ours: Scan, peer: Scan, given: list[torch.Tensor], backward: bool, repetitions: int
 ) -> Times:
-    """Seconds of both, which must agree."""
+    """Seconds of both scans on the same tensors, x [1, l, h, p] and so on.
+
+    Raises:
+        AssertionError: The results differ.
+    """
     torch.testing.assert_close(ours(*given), peer(*given), rtol=1e-3, atol=1e-3)
     return in_turns(
         lambda: seconds(ours, given, backward), lambda: seconds(peer, given, backward), repetitions
@@ -95,13 +99,13 @@ def compare(
 def in_turns(
     ours: Callable[[], float], peer: Callable[[], float], repetitions: int, *, alike: bool = False
 ) -> Times:
-    """What both return, in turns; each one's first is not counted.
+    """Results of both functions, called in turns; the first call of each is not counted.
 
     Args:
-        ours: Returns seconds.
-        peer: Returns seconds.
-        repetitions: Of each.
-        alike: The other side is ours, too.
+        ours: Function that returns seconds.
+        peer: Function that returns seconds.
+        repetitions: Number of calls of each.
+        alike: Whether the other side is ours, too.
     """
     sides, times = {"ours": ours, "peer": peer}, Times(ours=[], peer=[])
     for repetition in range(repetitions + 1):
@@ -117,11 +121,11 @@ def whole_model(batch: int, length: int, repetitions: int) -> Row:
     """The tiny preset, forward and backward, microseconds per token."""
     from transformers import AutoModelForCausalLM, NemotronHConfig
 
-    from megatron_mimo.language import HybridConfig, HybridLM
-    from megatron_mimo.language.weights import write_config
-    from megatron_mimo.presets import model_config
+    from megatron_mimo.config.presets import model_config
+    from megatron_mimo.modules.hybrid import HybridConfig, HybridLM
+    from megatron_mimo.modules.hybrid.weights import write_config
 
-    architecture = model_config("nemotron-moe-vlm-tiny").language
+    architecture = model_config("nemotron-moe-vlm-tiny").part("language")
     assert isinstance(architecture, HybridConfig)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -180,7 +184,10 @@ def row(
 
 def measure(size: Size) -> Iterator[Row]:
     """The rows of every case."""
-    from megatron_mimo.runtime.ssd import ssd_scan
+    from megatron_mimo.kernels.ssd import ssd_scan
+
+    def scan(*given: torch.Tensor) -> torch.Tensor:
+        return ssd_scan(*given)[0]
 
     lengths, whole, repetitions = CASES[size]
     peer = transformers_scan()
@@ -189,16 +196,16 @@ def measure(size: Size) -> Iterator[Row]:
             table = "Scan, forward and backward" if backward else "Scan, forward"
             for length in lengths:
                 line, given = f"{name}, {length} tokens", tensors(widths, length)
-                times = compare(ssd_scan, peer, given, backward, repetitions)
+                times = compare(scan, peer, given, backward, repetitions)
                 target = TARGET if length == TARGET_TOKENS else None
                 yield row(table, line, "by transformers", times, target=target)
                 if length <= TARGET_TOKENS:
-                    times = compare(ssd_scan, token_by_token, given, backward, repetitions)
+                    times = compare(scan, token_by_token, given, backward, repetitions)
                     yield row(table, line, "by a loop over tokens", times)
             longest, half = (tensors(widths, length) for length in (lengths[-1], lengths[-1] // 2))
             times = in_turns(
-                partial(seconds, ssd_scan, longest, backward),
-                partial(twice, ssd_scan, half, backward),
+                partial(seconds, scan, longest, backward),
+                partial(twice, scan, half, backward),
                 repetitions,
                 alike=True,
             )
@@ -213,7 +220,7 @@ def measure(size: Size) -> Iterator[Row]:
 
 
 def twice(scan: Scan, given: list[torch.Tensor], backward: bool) -> float:
-    """Twice the seconds of one call."""
+    """Twice the seconds of one call on tensors x [1, l, h, p] and so on."""
     return 2 * seconds(scan, given, backward)
 
 

@@ -77,7 +77,7 @@ def write_dataset(folder: Path, per_shard: int) -> None:
     import numpy as np
     from PIL import Image
 
-    from megatron_mimo.data.webdataset import prepare, write_shard
+    from megatron_mimo.data.reading.webdataset import prepare, write_shard
 
     random = np.random.default_rng(5)
 
@@ -161,7 +161,7 @@ def work() -> None:
 
     import megatron.energon  # noqa: F401
 
-    import megatron_mimo.data.readers  # noqa: F401
+    import megatron_mimo.data.reading.readers  # noqa: F401
 
     given = json.loads(os.environ[TASK])
     opened = count_opened(given["path"])
@@ -193,9 +193,9 @@ def work() -> None:
 
 
 def settings(given: dict[str, Any]) -> Any:
-    """Of both sides."""
+    """Data configuration of both sides."""
     from megatron_mimo.data import DataConfig
-    from megatron_mimo.images import ImageConfig
+    from megatron_mimo.media.images import ImageConfig, ImageInput
 
     return DataConfig(
         provider="energon",
@@ -203,22 +203,21 @@ def settings(given: dict[str, Any]) -> Any:
         seq_length=8192,
         num_workers=1,
         loader_processes=given["processes"],
-        image=ImageConfig(patch_dim=16, max_patches=1024),
+        inputs={"encoder": ImageInput(config=ImageConfig(patch_dim=16, max_patches=1024))},
     )
 
 
 def our_draws(given: dict[str, Any]) -> Callable[[int], str]:
     """The key of a lane's next sample."""
-    from megatron_mimo.data import ByteTokenizer, DataRole
-    from megatron_mimo.data.readers import train_streams
+    from megatron_mimo.data import ByteTokenizer, DataRole, SourceRole
+    from megatron_mimo.data.reading.readers import train_streams
 
     lanes = tuple(range(given["lanes"]))
     role = DataRole(
         lanes=lanes,
         num_lanes=len(lanes),
         text_lane=None,
-        encoder_rank=0,
-        serving=dict.fromkeys(lanes, (0,)),
+        sources={"encoder": SourceRole(rank=0, serving=dict.fromkeys(lanes, (0,)))},
     )
     streams: dict[int, Any] = {}
 
@@ -236,7 +235,7 @@ def peer_draws(given: dict[str, Any]) -> Callable[[int], str]:
     from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
 
     from megatron_mimo.data import ByteTokenizer
-    from megatron_mimo.data.task_encoder import MimoTaskEncoder
+    from megatron_mimo.data.reading.task_encoder import MimoTaskEncoder
 
     config, tokenizer = settings(given), ByteTokenizer()
     samples: dict[int, Any] = {}
@@ -251,7 +250,7 @@ def peer_draws(given: dict[str, Any]) -> Callable[[int], str]:
                 batch_size=None,
                 shuffle_buffer_size=config.shuffle_buffer_size,
                 max_samples_per_sequence=config.max_samples_per_sequence,
-                task_encoder=MimoTaskEncoder(config, tokenizer, with_patches=True),
+                task_encoder=MimoTaskEncoder(config, tokenizer, content=("encoder",)),
             )
             loader = get_savable_loader(dataset)
             loader.pin_memory = False

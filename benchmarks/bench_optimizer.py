@@ -134,15 +134,15 @@ def layout_of(given: dict[str, Any]) -> Any:
 
     encoder = ModuleGridSpec(name="encoder", **given["encoder"])
     llm = ModuleGridSpec(name="llm", offset=encoder.size, **given["llm"])
-    return Layout(encoder=encoder, llm=llm, world_size=encoder.size + llm.size)
+    return Layout.of(encoder, llm, world_size=encoder.size + llm.size)
 
 
 def model_of(preset: str, topology: Any) -> Any:
     """This rank's modules, the same weights whenever it is called."""
+    from megatron_mimo.config.presets import model_config
     from megatron_mimo.data import ByteTokenizer
-    from megatron_mimo.model.config import FreezeConfig
+    from megatron_mimo.model.config import Frozen
     from megatron_mimo.model.mimo import BuildConfig, build_model
-    from megatron_mimo.presets import model_config
     from megatron_mimo.runtime import Device
 
     build = BuildConfig(
@@ -153,11 +153,11 @@ def model_of(preset: str, topology: Any) -> Any:
         seq_length=SEQ_LENGTH,
         sequence_parallel=True,
     )
-    return build_model(model_config(preset), FreezeConfig(), build, topology, Device("cpu"))
+    return build_model(model_config(preset), Frozen(), build, topology, Device("cpu"))
 
 
 def buffers(model: Any) -> list[Tensor]:
-    """The gradient buffers of a rank's modules."""
+    """Gradient buffers of a rank's modules, each flat [n] in the dtype of the gradients."""
     return [
         buffer.grad_data
         for replica in model.replicas
@@ -180,7 +180,7 @@ def our_step(model: Any, topology: Any, given: dict[str, Any]) -> Callable[[], f
         clip_grad=1.0,
         log_num_zeros=given.get("zeros", False),
     )
-    optimizer = MimoOptimizer(model, config, topology.control)
+    optimizer = MimoOptimizer(model, config, tuple(topology.layout.modules), topology.control)
     return lambda: optimizer.step().grad_norm
 
 
@@ -192,11 +192,15 @@ def peer_step(model: Any, topology: Any, given: dict[str, Any]) -> Callable[[], 
     from megatron.core.optimizer import OptimizerConfig
 
     layout = topology.layout
-    grids = {VISION: grid_of(layout.encoder), MIMO_LANGUAGE_MODULE_KEY: grid_of(layout.llm)}
+    grids = {
+        VISION: grid_of(layout.modules["encoder"]),
+        MIMO_LANGUAGE_MODULE_KEY: grid_of(layout.target),
+    }
+    encoder = model.modules.get("encoder")
     modules: Any = SimpleNamespace(
         mimo_config=SimpleNamespace(module_to_grid_map=grids),
-        language_model=None if model.language is None else model.language.ddp,
-        modality_submodules={VISION: None if model.encoder is None else model.encoder.ddp},
+        language_model=None if model.target is None else model.target.ddp,
+        modality_submodules={VISION: encoder and encoder.ddp},
     )
     optimizer = get_mimo_optimizer(
         modules,
@@ -271,10 +275,10 @@ def group_size(function: Any, args: Sequence[Any]) -> int:
 
 
 def require_equal(norms: dict[str, float], models: dict[str, Any]) -> None:
-    """Both sides did the same.
+    """Refuse results of the two sides that differ.
 
     Raises:
-        RuntimeError: They did not.
+        RuntimeError: Gradient norms or weights differ.
     """
     if not math.isclose(norms["ours"], norms["peer"], rel_tol=1e-5):
         raise RuntimeError(f"the gradient norms differ: {norms}")

@@ -94,8 +94,8 @@ def timed(module: Any, forward: Callable[[], Any]) -> tuple[Callable[[], Any], C
 
 def ours(folder: Path, grids: Grids) -> Any:
     """`RadioVit` on packed images; indices are the loader's work."""
-    from megatron_mimo.encoders.radio import RadioEncoder
-    from megatron_mimo.images.packing import pack_patches
+    from megatron_mimo.media.images.packing import pack_patches
+    from megatron_mimo.modules.radio import RadioEncoder
 
     encoder = RadioEncoder.from_pretrained(folder, device="cpu").train()
     packed = pack_patches(pixels(grids), grids, encoder.config.image_config())
@@ -199,20 +199,20 @@ def megatron_core(_folder: Path, grids: Grids) -> Any:
     """`RADIOViTModel` with dynamic resolution, from megatron-core's own layers."""
     import torch
 
-    from megatron_mimo.runtime import Device, prepare_engine
+    from megatron_mimo.runtime import Device, prepare_megatron_core
     from megatron_mimo.runtime.host import install
 
     # Memory as it comes: keeping it is ours.
     install.keep_freed_memory = lambda: None  # type: ignore[attr-defined]
-    prepare_engine(Device("cpu"))
+    prepare_megatron_core(Device("cpu"))
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.vision.radio import RADIOViTModel
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_mimo.runtime.attention import SdpaCoreAttention
-    from megatron_mimo.runtime.engine import transformer_config
-    from megatron_mimo.runtime.norms import TorchNorm
+    from megatron_mimo.kernels.attention import SdpaCoreAttention
+    from megatron_mimo.kernels.norms import TorchNorm
+    from megatron_mimo.runtime.megatron_core import transformer_config
     from megatron_mimo.runtime.solo import solo_groups
 
     groups = solo_groups()

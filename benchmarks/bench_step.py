@@ -18,7 +18,7 @@ from typing import Any
 from benchlib.ranks import in_turns, own_memory, run_ranks, turns
 from benchlib.report import Row, Size, run_benchmark
 
-LAYOUTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "1 to 1": ({}, {}),
     "2 to 2": ({"dp": 2}, {"dp": 2}),
     "1 to 2": ({}, {"dp": 2}),
@@ -119,7 +119,7 @@ def emulated_rows(name: str, kind: str, repetitions: int) -> Iterator[Row]:
 def num_ranks(name: str) -> int:
     """Ranks of a layout."""
     encoder, llm = LAYOUTS[name]
-    return encoder.get("dp", 1) + llm.get("dp", 1) * llm.get("pp", 1)
+    return int(encoder.get("dp", 1) + llm.get("dp", 1) * llm.get("pp", 1))
 
 
 def layout_of(name: str) -> Any:
@@ -128,7 +128,7 @@ def layout_of(name: str) -> Any:
 
     encoder = ModuleGridSpec(name="encoder", **LAYOUTS[name][0])
     llm = ModuleGridSpec(name="llm", offset=encoder.size, **LAYOUTS[name][1])
-    return Layout(encoder=encoder, llm=llm, world_size=encoder.size + llm.size)
+    return Layout.of(encoder, llm, world_size=encoder.size + llm.size)
 
 
 def compute(given: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def compute(given: dict[str, Any]) -> dict[str, Any]:
             architecture(),
             vocab_size=ByteTokenizer.vocab_size,
             seq_length=SEQ_LENGTH,
-            image_token_id=ByteTokenizer.image_token_id,
+            image_token_id=ByteTokenizer().placeholder_ids["encoder"],
             optimizer=OptimizerConfig(
                 optimizer="adam", lr=1e-4, clip_grad=1.0, use_distributed_optimizer=True
             ),
@@ -187,7 +187,7 @@ SEQ_LENGTH = 640
 
 def architecture() -> Any:
     """Both sides' layers: four of width 256 and two of width 128."""
-    from megatron_mimo.presets import model_config
+    from megatron_mimo.config.presets import model_config
 
     return model_config(
         "mock",
@@ -206,9 +206,9 @@ def drawn(layout: Any, pixels: int) -> tuple[Any, int]:
     import numpy as np
     import torch.distributed as dist
 
-    from megatron_mimo.data import ByteTokenizer, DataConfig, RawSample
-    from megatron_mimo.data.loader import build_list_loader
-    from megatron_mimo.training.engine import data_role
+    from megatron_mimo.data import ByteTokenizer, DataConfig, RawSample, data_role
+    from megatron_mimo.data.loader.stream_loader import build_list_loader
+    from megatron_mimo.media.images import ImageInput
 
     random, shape = np.random.default_rng(5), (pixels, pixels, 3)
     samples = [
@@ -216,7 +216,9 @@ def drawn(layout: Any, pixels: int) -> tuple[Any, int]:
             key=str(i),
             question="<image> and <image>: which one?",
             answer=f"the answer to question number {i} is the first image",
-            images=tuple(random.integers(0, 256, shape, dtype=np.uint8) for _ in range(2)),
+            items={
+                "encoder": tuple(random.integers(0, 256, shape, dtype=np.uint8) for _ in range(2))
+            },
         )
         for i in range(4)
     ]
@@ -224,7 +226,11 @@ def drawn(layout: Any, pixels: int) -> tuple[Any, int]:
         seq_length=SEQ_LENGTH,
         micro_batch_size=1,
         global_batch_size=4 * layout.num_lanes,
-        image=architecture().vision.image_config(max_patches=1024),
+        inputs={
+            "encoder": ImageInput(
+                config=architecture().part("vision").image_config(max_patches=1024)
+            )
+        },
     )
     role = data_role(layout, dist.get_rank())
     data = build_list_loader(samples, config, role, ByteTokenizer()).next_step()
@@ -236,21 +242,21 @@ def our_step(layout: Any, data: Any) -> Any:
     import torch
 
     from megatron_mimo.data import ByteTokenizer
-    from megatron_mimo.model.config import FreezeConfig
+    from megatron_mimo.model.config import Frozen
     from megatron_mimo.model.mimo import BuildConfig
     from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
     from megatron_mimo.runtime import Device
-    from megatron_mimo.training.engine import build_engine
+    from megatron_mimo.training.runner import StepConfig, build_runner
     from megatron_mimo.training.step import train_step
 
     class Given:
         def next_step(self) -> Any:
             return data
 
-    engine = build_engine(
+    engine = build_runner(
         layout,
         architecture(),
-        FreezeConfig(),
+        Frozen(),
         BuildConfig(
             params_dtype=torch.float32,
             seed=1,
@@ -263,10 +269,7 @@ def our_step(layout: Any, data: Any) -> Any:
             lr=1e-4, min_lr=0.0, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=1e-8, clip_grad=1.0
         ),
         ScheduleConfig(style="constant", warmup_samples=0, decay_samples=1000),
-        run_ahead=1,
-        check_bridge=False,
-        image_token_id=ByteTokenizer.image_token_id,
-        validate_data=True,
+        StepConfig(placeholder_ids=ByteTokenizer().placeholder_ids),
         device=Device("cpu"),
     )
     return lambda: train_step(engine, Given(), 1, 4 * layout.num_lanes)
@@ -287,7 +290,7 @@ def emulated(given: dict[str, Any]) -> dict[str, Any]:
         times = in_turns(ours, peer_emulated(topology, waits), given["repetitions"])
         found["critical"] += critical
         # The language model's own compute: its busiest rank never waits.
-        found["bound"] += max((1 + BACKWARD) * sum(waits[rank]) for rank in layout.llm.ranks)
+        found["bound"] += max((1 + BACKWARD) * sum(waits[rank]) for rank in layout.target.ranks)
         for side, seconds in times.items():
             found[side].append(seconds)
     # Seconds of all draws together, by repetition.
@@ -304,8 +307,8 @@ def draws(layout: Any, kind: str, draw: int) -> dict[int, list[float]]:
     waits = {}
     for rank in range(layout.world_size):
         random = np.random.default_rng(100 * draw + rank)
-        if rank not in layout.encoder.ranks:
-            waits[rank] = [FORWARD_S / layout.llm.pp] * MICROBATCHES
+        if rank not in layout.modules["encoder"].ranks:
+            waits[rank] = [FORWARD_S / layout.target.pp] * MICROBATCHES
         elif kind == "steady":
             waits[rank] = [encoder] * MICROBATCHES
         else:

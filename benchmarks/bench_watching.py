@@ -1,4 +1,4 @@
-"""What watching costs: steps of the demo that record themselves, against steps that do not.
+"""Cost of observation: steps of the demo that are recorded, against steps that are not.
 
 Four ranks train the demo's model on its digits: an encoder of dp 2 beside a language model of dp 2
 and ep 2, 16 samples a lane. Every log interval of ten steps runs as `train` does it, in turns, in
@@ -62,7 +62,7 @@ CASES: dict[Size, tuple[int, int, int]] = {
 def measure(size: Size) -> Iterator[Row]:
     """The rows of every side."""
     with tempfile.TemporaryDirectory(prefix="bench-watching-") as folder:
-        from megatron_mimo.data.digits import DigitsConfig, write_digits_dataset
+        from megatron_mimo.data.samples.digits import DigitsConfig, write_digits_dataset
 
         digits = DigitsConfig(num_train=256, num_val=16, val_fraction=16 / 1797)
         write_digits_dataset(Path(folder) / "digits", digits)
@@ -75,7 +75,7 @@ def compared(found: dict[str, dict[str, list[float]]], interval: int) -> Iterato
     """The rows, of a step."""
     for side in SIDES:
         on, off = found[side], found[f"{side} off"]
-        # What the calls cost beside those of a step that nobody watches.
+        # Cost of the calls in addition to those of a step without observation.
         calls = [
             own + more - less
             for own, more, less in zip(off["own cpu"], on["calls"], off["calls"], strict=True)
@@ -136,7 +136,7 @@ def watched(given: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
 
 
 def timed(interval: Callable[[], None], observer: Any) -> dict[str, float]:
-    """Of all ranks: wall time and calls of the slowest, CPU time of all, and of one in the mean."""
+    """Wall time and calls of the slowest rank, CPU time of all ranks, and their mean CPU time."""
     import torch
     import torch.distributed as dist
 
@@ -161,15 +161,15 @@ def trained(trainer: Any, loader: Any, observer: Any, metrics: Any) -> None:
     """One log interval, as a run has it."""
     from megatron_mimo.training.loop import train
 
-    train(trainer.engine, loader, lambda: loader, trainer.loop, metrics, observer=observer)
+    train(trainer.runner, loader, lambda: loader, trainer.loop, metrics, observer=observer)
     if metrics is not None:
         observer.spent += metrics.spent
 
 
 def resolved(flags: Sequence[str], given: dict[str, Any]) -> Any:
     """The demo's training, and more flags, with the numbers of this size."""
-    from megatron_mimo.training.flags import CommandLine, parse
-    from megatron_mimo.training.resolve import resolve
+    from megatron_mimo.config.flags import CommandLine, parse
+    from megatron_mimo.config.resolve import resolve
 
     numbers = {name: given[name] for name in ("interval", "samples")}
     numbers["after"] = given["interval"] + 1
@@ -180,22 +180,22 @@ def resolved(flags: Sequence[str], given: dict[str, Any]) -> Any:
 def watching(
     flags: Sequence[str], given: dict[str, Any], context: Any, trainer: Any
 ) -> tuple[Any, Any]:
-    """What watches this rank with these flags, and on the logging rank what writes."""
-    from megatron_mimo.training.observe import Unobserved
+    """Observer of this rank with these flags, and on the logging rank the metrics writer."""
     from megatron_mimo.training.setup import build_observer
+    from megatron_mimo.watch.observe import Unobserved
 
     settings = resolved(flags, given)
-    built = build_observer(settings, context, trainer.engine, None, trainer.tokenizer)
+    built = build_observer(settings, context, trainer.runner, None, trainer.tokenizer)
     metrics = None
     if context.rank == settings.layout.logging_rank:
-        folder = settings.config.watching.tensorboard_dir
+        folder = settings.watch.tensorboard_dir
         metrics = counted_metrics(given["interval"], folder)
     return counted(built or Unobserved()), metrics
 
 
 def counted(observer: Any) -> Any:
     """The observer, with the CPU time that is spent in its calls; what ends a run is left out."""
-    from megatron_mimo.training.observe import Unobserved
+    from megatron_mimo.watch.observe import Unobserved
 
     class Counted(Unobserved):
         spent = 0.0
@@ -205,9 +205,9 @@ def counted(observer: Any) -> Any:
             observer.note(what)
             self.spent += time.thread_time() - start
 
-        def planned(self, data: Any, crossings: Any) -> None:
+        def planned(self, data: Any, plans: Any) -> None:
             start = time.thread_time()
-            observer.planned(data, crossings)
+            observer.planned(data, plans)
             self.spent += time.thread_time() - start
 
         def begin_step(self, iteration: int) -> None:
@@ -235,7 +235,7 @@ def counted(observer: Any) -> Any:
 
 def counted_metrics(interval: int, folder: str | None) -> Any:
     """What writes on the logging rank, with the CPU time that it takes."""
-    from megatron_mimo.training.metrics import MetricsLogger
+    from megatron_mimo.watch.metrics import MetricsLogger
 
     class Counted(MetricsLogger):
         spent = 0.0
@@ -252,8 +252,8 @@ def drawn(trainer: Any, digits: Path) -> Any:
     """Steps over and over, read before anything is timed."""
     from itertools import cycle
 
-    from megatron_mimo.data.digits import read_digits_split
-    from megatron_mimo.data.loader import build_list_loader
+    from megatron_mimo.data.loader.stream_loader import build_list_loader
+    from megatron_mimo.data.samples.digits import read_digits_split
 
     samples = read_digits_split(digits, "train")
     source = build_list_loader(samples, trainer.data, trainer.role, trainer.tokenizer)

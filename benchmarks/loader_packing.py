@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from benchlib.report import Row, Size
 
-from megatron_mimo.data.packing import Round, plan_round
+from megatron_mimo.data.loader.packing import Round, plan_round
 
 SEQ_LENGTH = 8192
 TARGET_FILL = 0.97
@@ -90,7 +90,7 @@ def rows(size: Size) -> Iterator[Row]:
     """Padding and time of ours and of the peers on the same lengths; a pair for each seed.
 
     Args:
-        size: How many sequences, seeds and buffer sizes.
+        size: Number of sequences, seeds and buffer sizes.
     """
     num_sequences, seeds, buffers = _CASES[size]
     for mean in (700, 2500):

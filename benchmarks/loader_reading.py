@@ -13,11 +13,11 @@ from benchlib.ranks import turns
 from benchlib.report import Row, Size
 from PIL import Image
 
-from megatron_mimo.data import ByteTokenizer, DataConfig, DataRole, RawSample
-from megatron_mimo.data.readers import train_streams
-from megatron_mimo.data.sample import try_encode
-from megatron_mimo.data.webdataset import prepare, write_shard
-from megatron_mimo.images import ImageConfig, decode_image
+from megatron_mimo.data import ByteTokenizer, DataConfig, DataRole, RawSample, SourceRole
+from megatron_mimo.data.reading.readers import train_streams
+from megatron_mimo.data.reading.webdataset import prepare, write_shard
+from megatron_mimo.data.samples.sample import try_encode
+from megatron_mimo.media.images import ImageConfig, ImageInput, decode_image
 
 # Pictures of a data set of web pages and photographs: (width, height).
 _SIZES = ((320, 240), (640, 480), (500, 375), (448, 448), (360, 640), (800, 600))
@@ -35,9 +35,10 @@ def rows(size: Size) -> list[Row]:
     the pixels away. In the last row both read shards through energon, and the peer cuts patches.
 
     Args:
-        size: How many repetitions.
+        size: Number of repetitions.
     """
-    config = DataConfig(seq_length=16384, image=ImageConfig(patch_dim=16, max_patches=0))
+    images = ImageInput(config=ImageConfig(patch_dim=16, max_patches=0))
+    config = DataConfig(seq_length=16384, inputs={"encoder": images})
     tokenizer = ByteTokenizer()
     rounds = _ROUNDS[size]
     found = []
@@ -46,9 +47,9 @@ def rows(size: Size) -> list[Row]:
 
         def read(*, decoding: bool, samples: list[RawSample] = samples) -> None:
             for sample in samples:
-                try_encode(sample, config, tokenizer, with_patches=False)
+                try_encode(sample, config, tokenizer, content=())
                 if decoding:
-                    for image in sample.images:
+                    for image in sample.items["encoder"]:
                         decode_image(image)
 
         found.append(_row(f"a sample with a {kind} picture", "decoded", read, rounds, len(samples)))
@@ -96,7 +97,7 @@ def _write(folder: Path) -> Path:
             f"{kind}{sample.key}",
             {
                 "json": json.dumps({"question": sample.question, "answer": sample.answer}).encode(),
-                kind.lower(): bytes(sample.images[0]),
+                kind.lower(): bytes(sample.items["encoder"][0]),
             },
         )
         for kind in _OPTIONS
@@ -112,8 +113,7 @@ def _role(*, pixels: bool) -> DataRole:
         lanes=(0,),
         num_lanes=1,
         text_lane=None if pixels else 0,
-        encoder_rank=0 if pixels else None,
-        serving={0: (0,)},
+        sources={"encoder": SourceRole(rank=0 if pixels else None, serving={0: (0,)})},
     )
 
 
@@ -126,7 +126,7 @@ def _samples(kind: str) -> Iterator[RawSample]:
             key=str(number),
             question="<image>What does the picture show?",
             answer=answer,
-            images=(file.getvalue(),),
+            items={"encoder": (file.getvalue(),)},
         )
 
 

@@ -3,16 +3,21 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_mimo.omni import load_pretrained
+    from megatron_mimo.inference import load
+    from megatron_mimo.model.omni import load_pretrained
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_pretrained"]
+__all__ = ["__version__", "load", "load_pretrained"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load_pretrained`, which imports torch, on its first use."""
+    """`load` and `load_pretrained`, which import torch, on their first use."""
+    if name == "load":
+        from megatron_mimo.inference import load
+
+        return load
     if name == "load_pretrained":
-        from megatron_mimo.omni import load_pretrained
+        from megatron_mimo.model.omni import load_pretrained
 
         return load_pretrained
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

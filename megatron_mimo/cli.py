@@ -1,17 +1,24 @@
-"""The command `megatron-mimo`. Each command imports what it needs, so that help is instant."""
+"""The command `megatron-mimo`. Each subcommand imports what it needs, so that help is fast."""
 
+from megatron_mimo import interrupts  # first: an interrupt is quiet from here on
+
+# isort: split
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from tyro.conf import arg
 
 from megatron_mimo import __version__
-from megatron_mimo.training.arguments import known_flags, nearest, parse_arguments, show_help
-from megatron_mimo.training.flags import CommandLine, parse, to_yaml
+from megatron_mimo.border import printable, reason_of, show_traceback, take_traceback_flag
+from megatron_mimo.config.arguments import known_flags, nearest, parse_arguments, show_help
+from megatron_mimo.config.flags import CommandLine, parse, to_yaml
+from megatron_mimo.settings import Within
 
-_WRONG_USAGE = 2
+_FAILED, _WRONG_USAGE = 1, 2
 
 Command = Callable[[Sequence[str]], int]
 
@@ -21,11 +28,13 @@ class TrainCommandLine(CommandLine):
     """Train a multimodal model whose modules live on separate process grids.
 
     Attributes:
-        nproc: Start this many ranks on this machine; left out, this process is a rank, as under
+        nproc: Number of ranks to start on this machine; left out: this process is a rank, as under
             torchrun or srun.
     """
 
-    nproc: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = field(default=None)
+    nproc: Annotated[int | None, arg(metavar="N", help_behavior_hint=""), Within(1, 65_536)] = (
+        field(default=None)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,13 +44,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; the process's own when None.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 wrong usage, 3 parity failed.
+        The exit code: 0 for success, 1 for a failed run or a fault of the machine, 2 for wrong
+        usage, 3 for failed parity, 130 when it was interrupted.
     """
+    argv = take_traceback_flag(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files need not be valid Unicode.
+        with suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        return _dispatch("megatron-mimo", _COMMANDS, sys.argv[1:] if argv is None else argv)
+        return _dispatch("megatron-mimo", _COMMANDS, argv)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        show_traceback(error)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return _WRONG_USAGE
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; flushing the rest would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _FAILED
+    except OSError as error:
+        show_traceback(error)
+        print(f"error: {reason_of(error)}", file=sys.stderr)
+        return _FAILED
+    except KeyboardInterrupt:
+        return interrupts.EXIT_INTERRUPTED
 
 
 def _dispatch(prog: str, commands: dict[str, tuple[str, Command]], argv: Sequence[str]) -> int:
@@ -50,7 +76,10 @@ def _dispatch(prog: str, commands: dict[str, tuple[str, Command]], argv: Sequenc
         print(f"usage: {prog} COMMAND [flags]\n")
         for command, (text, _) in commands.items():
             print(f"  {command:<12}{text}")
-        print(f"\n`{prog} COMMAND --help` lists the flags of a command.")
+        print(
+            f"\n`{prog} COMMAND --help` lists the flags of a command. With --traceback, an error "
+            f"also shows\nwhere in the code it was raised."
+        )
         return 0
     if name == "--version":
         print(__version__)
@@ -68,19 +97,22 @@ def _train(argv: Sequence[str]) -> int:
         from megatron_mimo.training.main import main as train
 
         return train(argv)
-    if line.nproc < 1:
-        raise ValueError(f"--nproc is {line.nproc}: expected at least 1")
-    from megatron_mimo.training.resolve import resolve
+    from megatron_mimo.config.resolve import check_paths, resolve
 
-    # Here once, so that a wrong flag starts no ranks.
+    # Once here, so that a wrong flag starts no ranks.
     resolved = resolve(line.train, line.nproc)
     if line.print_config:
         sys.stdout.write(to_yaml(resolved.config))
         return 0
-    from megatron_mimo.training.launch import launch
-    from megatron_mimo.training.preload import can_fork
+    check_paths(resolved)
+    from megatron_mimo.training.files import check_open_files
 
-    fork = can_fork(resolved.config.runtime.device)
+    for rank in range(line.nproc):
+        check_open_files(resolved, rank)
+    from megatron_mimo.launch.preload import can_fork
+    from megatron_mimo.launch.ranks import launch
+
+    fork = can_fork(resolved.runtime.device)
     return launch(line.nproc, _without_nproc(argv), "megatron_mimo.training", fork=fork)
 
 
@@ -129,7 +161,7 @@ def _inspect_data(argv: Sequence[str]) -> int:
 
 
 def _positional(name: str, argv: Sequence[str], into: type, prog: str) -> tuple[str, list[str]]:
-    """The one argument that is no flag or a flag's value, and the others; prints help if asked."""
+    """The one argument that is neither flag nor value, and the others; prints help if asked."""
     (found,), rest = _positionals((name,), argv, into, prog)
     return found, rest
 
@@ -137,7 +169,21 @@ def _positional(name: str, argv: Sequence[str], into: type, prog: str) -> tuple[
 def _positionals(
     names: Sequence[str], argv: Sequence[str], into: type, prog: str
 ) -> tuple[list[str], list[str]]:
-    """The arguments that are no flags or their values, and the others; prints help if asked."""
+    """The arguments that are neither flags nor values, and the others; prints help if asked.
+
+    Raises:
+        ValueError: There are more or fewer, or a flag is unknown.
+    """
+    found, rest = _split(argv, into, prog)
+    if len(found) != len(names):
+        shown = f" ({', '.join(found)})" if found else ""
+        wanted = f"one {names[0]}" if len(names) == 1 else " and ".join(names)
+        raise ValueError(f"{prog}: expected {wanted}, got {len(found)}{shown}")
+    return found, rest
+
+
+def _split(argv: Sequence[str], into: type, prog: str) -> tuple[list[str], list[str]]:
+    """Arguments that are neither flags nor values, however many, and the others."""
     show_help(argv, into, prog=prog)
     known = known_flags(into)
     found: list[str] = []
@@ -154,10 +200,6 @@ def _positionals(
             raise ValueError(f"unknown flag --{typed}: the nearest is --{nearest(name, known)}")
         if name in known and known[name].kind is not bool and not equals:
             rest += [value for value in [next(tokens, None)] if value is not None]
-    if len(found) != len(names):
-        shown = f" ({', '.join(found)})" if found else ""
-        wanted = f"one {names[0]}" if len(names) == 1 else " and ".join(names)
-        raise ValueError(f"{prog}: expected {wanted}, got {len(found)}{shown}")
     return found, rest
 
 
@@ -177,10 +219,46 @@ def _report(argv: Sequence[str]) -> int:
     return run_report(run, parse_arguments(rest, ReportConfig, prog=prog))
 
 
+def _generate(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.generate.command import run_generate
+    from megatron_mimo.tools.generate.config import GenerateConfig
+
+    prog = "megatron-mimo generate RUN QUESTION"
+    found, rest = _split(argv, GenerateConfig, prog)
+    config = parse_arguments(rest, GenerateConfig, prog=prog)
+    if not 1 <= len(found) <= 2:
+        # Of a question without quotes every word is one.
+        shown = " ".join(found[1:])
+        hint = f'; put the question in quotes, as in "{shown}"' if found else ""
+        raise ValueError(f"{prog}: expected RUN and QUESTION, got {len(found)}{hint}")
+    return run_generate(found[0], found[1] if len(found) == 2 else None, config)
+
+
+def _chat(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.chat.command import run_chat
+    from megatron_mimo.tools.generate.config import ChatConfig
+
+    prog = "megatron-mimo chat RUN"
+    run, rest = _positional("RUN", argv, ChatConfig, prog)
+    return run_chat(run, parse_arguments(rest, ChatConfig, prog=prog))
+
+
 def _plan(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.plan.dry_run import asks_for_dry_run
+
+    if asks_for_dry_run(argv):
+        from megatron_mimo.tools.plan.dry_run.command import run_dry_run
+
+        return run_dry_run(argv)
     from megatron_mimo.tools.plan.command import PlanConfig, run_plan
 
     return run_plan(parse_arguments(argv, PlanConfig, prog="megatron-mimo plan"))
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.doctor.command import DoctorConfig, run_doctor
+
+    return run_doctor(parse_arguments(argv, DoctorConfig, prog="megatron-mimo doctor"))
 
 
 def _checkpoint(argv: Sequence[str]) -> int:
@@ -237,11 +315,14 @@ _CHECKPOINT_COMMANDS: dict[str, tuple[str, Command]] = {
 _COMMANDS: dict[str, tuple[str, Command]] = {
     "train": ("train a model", _train),
     "demo": ("train a small model on digits, on two grids, and report", _demo),
+    "generate": ("let a trained model answer a question", _generate),
+    "chat": ("talk with a trained model on a terminal", _chat),
     "data": ("write datasets, and look at them", _data),
     "plan": ("show what each rank of a layout does in a step", _plan),
     "checkpoint": ("look into checkpoints, and convert them", _checkpoint),
     "report": ("make one HTML page of a run", _report),
     "parity": ("compare the curves or the activations of two runs", _parity),
+    "doctor": ("look at what a run needs of this machine", _doctor),
 }
 
 if __name__ == "__main__":

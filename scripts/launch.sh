@@ -84,6 +84,30 @@ check_paths() {
   done
 }
 
+# Refuses a folder without a tokenizer.
+check_tokenizer() {
+  local folder=${MIMO_TOKENIZER:-} name
+  [[ -n $folder ]] || return 0
+  # All that transformers writes and reads have one of these.
+  for name in tokenizer.json tokenizer_config.json tokenizer.model vocab.json vocab.txt; do
+    [[ ! -e $folder/$name ]] || return 0
+  done
+  fail "MIMO_TOKENIZER names $folder, which holds no tokenizer: expected tokenizer.json, as" \
+    "save_pretrained of transformers writes it"
+}
+
+# Refuses a dataset with fewer samples than the lanes that check_flags has found.
+check_samples() {
+  local info=${MIMO_DATA_PATH:-}/.nv-meta/.info.json lanes samples
+  # A metadataset names its datasets elsewhere; the run counts their samples.
+  [[ -f $info ]] || return 0
+  lanes=$(sed -nE 's/^ *llm-dp: *([0-9]+)$/\1/p' "$logs/config.yaml")
+  samples=$(grep -oE '": [0-9]+' "$info" | awk '{ all += $2 } END { print all + 0 }')
+  [[ -z $lanes ]] || ((samples >= lanes)) ||
+    fail "MIMO_DATA_PATH names $MIMO_DATA_PATH, which has $samples samples, and the run has $lanes" \
+      "lanes (--llm-dp): expected at least a sample for each"
+}
+
 # Sets: run, checkpoints, logs. Attempts of one job have a folder of logs each.
 make_folders() {
   run=${MIMO_RUN_DIR:-$root/runs/$name}
@@ -103,6 +127,12 @@ find_python() {
   command -v "$python" ||
     fail "there is no $python: 'make install' in $root sets one up; or set MIMO_PYTHON or" \
       "MIMO_CONTAINER"
+}
+
+# Prints the Python of this machine, also where the run's own is in a container.
+find_python_here() {
+  [[ ${#container[@]} == 0 ]] || local MIMO_PYTHON=
+  find_python
 }
 
 # Sets: python, container (flags of srun for one, by pyxis).
@@ -131,7 +161,7 @@ check_flags() {
   if [[ ${#container[@]} == 0 ]]; then
     command=("$python" "${command[@]}")
   elif [[ -n ${MIMO_DRY_RUN:-} ]]; then
-    command=("$(MIMO_PYTHON='' find_python)" "${command[@]}")
+    command=("$(find_python_here)" "${command[@]}")
   else
     # The program is in the container only.
     command=(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${container[@]}" "$python" "${command[@]}")
@@ -143,10 +173,33 @@ check_flags() {
     "nodes, or change its grids."
 }
 
-# The iteration that the newest checkpoint ends, 0 without one.
+# With MIMO_DRY_RUN=full builds and steps every distinct role of the run here, without content.
+check_roles() {
+  [[ ${MIMO_DRY_RUN:-} == full ]] || return 0
+  local code=0
+  "$(find_python_here)" -m megatron_mimo.cli plan --dry-run --nproc "$world" "${flags[@]}" || code=$?
+  ((code == 0)) || exit "$code"
+}
+
+# The iteration that the newest checkpoint ends, 0 without one, and for weights that no iteration led
+# to. The text is compared with a pattern first: bash runs a command that stands in arithmetic.
 saved_iteration() {
-  local tracker=$checkpoints/latest_checkpointed_iteration.txt
-  if [[ -f $tracker ]]; then cat "$tracker"; else echo 0; fi
+  local text='' tracker=$checkpoints/latest_checkpointed_iteration.txt
+  if [[ ! -f $tracker ]]; then
+    echo 0
+    return
+  fi
+  # The end of the file is what `read` takes for a failure.
+  read -r text <"$tracker" || true
+  case $text in
+    release) echo 0 ;;
+    '' | *[!0-9]* | ????????????????*)
+      fail "$tracker holds '${text:0:40}': expected the number of an iteration, or 'release';" \
+        "write the one to go on from into it, as the iter_ folders beside it are named"
+      ;;
+    # A number with leading zeros would be octal.
+    *) echo "$((10#$text))" ;;
+  esac
 }
 
 # Whether the run left because its time was up, as opposed to having come to its end.
@@ -162,11 +215,11 @@ requeue() {
   local before=$1 after
   after=$(saved_iteration)
   if ((after <= before)); then
-    say "not requeued: no checkpoint was saved behind iteration $before in this attempt. Raise" \
+    say "not requeued: no checkpoint was saved after iteration $before in this attempt. Raise" \
       "the time limit, or send the signal earlier (--signal), if saving takes longer."
     exit 1
   fi
-  say "saved iteration $after (began behind $before); requeueing job $SLURM_JOB_ID"
+  say "saved iteration $after (began after $before); requeueing job $SLURM_JOB_ID"
   if ! scontrol requeue "$SLURM_JOB_ID"; then
     say "the job cannot be requeued: submit $name again to go on from iteration $after"
     exit 1
@@ -204,9 +257,13 @@ train_on_slurm() {
   )
   only_show "${step[@]}" || return 0
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  # What the ranks' watchers know each other by; srun hands it to every task.
+  [[ -n ${MIMO_FAILFAST_SECRET:-} ]] ||
+    MIMO_FAILFAST_SECRET=$(od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n')
+  export MIMO_FAILFAST_SECRET
   before=$(saved_iteration)
   say "job $SLURM_JOB_ID, attempt ${SLURM_RESTART_COUNT:-0}: $world ranks on $SLURM_JOB_NODELIST," \
-    "behind iteration $before; logs in $logs"
+    "after iteration $before; logs in $logs"
   ((${SLURM_RESTART_COUNT:-0} == 0)) || name_earlier_failures
   signalled=0 told_to_end=0 pid=
   trap 'on_time_limit' USR1
@@ -221,7 +278,7 @@ train_on_slurm() {
   wait "$pid" || code=$?
   if ((code == 0 && told_to_end == 0)); then
     if ran_out_of_time; then requeue "$before"; fi
-    say "done, behind iteration $(saved_iteration)"
+    say "done, after iteration $(saved_iteration)"
     return
   fi
   ((told_to_end == 0)) || say "Slurm told the job to end: cancelled, preempted, or a node failed"
@@ -244,6 +301,7 @@ cd "$root"
 read_place
 read_first_weights
 check_paths
+check_tokenizer
 make_folders
 read_program
 # Blanks and line ends separate them; the end of the text is what `read` takes for a failure.
@@ -258,4 +316,6 @@ flags=(
   "${extra[@]}"
 )
 check_flags
+check_samples
+check_roles
 if [[ -n $local ]]; then train_here; else train_on_slurm; fi

@@ -1,14 +1,18 @@
 """Fixtures that every test may ask for."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from tests import properties  # noqa: F401, registers the profiles
+from tests.fused import packages as fused
 from tests.harness import RankPool, RunRanks
 from tests.harness.cost import CostMeter, CostReport
+from tests.harness.packages import PackagePools
 from tests.harness.slices import SLICES, slow_slice, split
+from tests.interpreted import packages as interpreted
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -69,3 +73,25 @@ def run_ranks() -> Iterator[RunRanks]:
     pool = RankPool()
     yield pool.run
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def run_fused() -> Iterator[Callable[..., list[Any]]]:
+    """`run_fused(version, world_size, fn, *args)`: `run_ranks` over Transformer Engine's layers.
+
+    Its Python code of that version, with stand-ins for its kernels; see `tests.fused`.
+    """
+    pools = PackagePools(fused.VARIABLE, fused.folder_of)
+    yield pools.run
+    pools.close()
+
+
+@pytest.fixture(scope="session")
+def run_interpreted() -> Iterator[Callable[..., list[Any]]]:
+    """`run_interpreted(version, world_size, fn, *args)`: `run_ranks` with mamba-ssm's kernels.
+
+    Those of that version, run by Triton's interpreter; see `tests.interpreted`.
+    """
+    pools = PackagePools(interpreted.VARIABLE, interpreted.folders_of)
+    yield pools.run
+    pools.close()

@@ -1,7 +1,7 @@
 """Steps whose forwards and backwards are waits; rows and gradients cross for real."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,21 +13,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from benchlib.peer_step import VISION, communicator, groups_of
+from megatron_mimo.bridge.channels import TransportConfig
 from megatron_mimo.bridge.manifest import ManifestEntry
-from megatron_mimo.schedule.actions import (
-    Action,
-    GradientFlow,
-    Kind,
-    Module,
-    build_schedule,
-)
-from megatron_mimo.schedule.channels import BoundaryConfig
-from megatron_mimo.schedule.crossing import StepManifest
-from megatron_mimo.schedule.executor import Executor, StepProgram
+from megatron_mimo.bridge.microbatch import MicrobatchManifest
+from megatron_mimo.schedule.actions import Action, Kind, build_schedule
+from megatron_mimo.schedule.executor import Executor, ExecutorConfig, StepProgram
+from megatron_mimo.schedule.graph import GradientFlow
 from megatron_mimo.schedule.timeline import timeline
 from megatron_mimo.topology import Layout, SequenceSharding
 from megatron_mimo.topology.groups import Topology
 
+_FLOW = GradientFlow(returning=frozenset({"encoder"}), inside=frozenset({"encoder"}))
 ROWS, WIDTH = 64, 256
 # A backward takes this many forwards.
 BACKWARD = 2.0
@@ -57,23 +53,23 @@ def our_emulated(
     num = len(waits[rank])
     executor = Executor(
         topology,
-        BoundaryConfig(
-            sharding=SequenceSharding(seq_length=ROWS * len(layout.serving(0))),
-            row_width=WIDTH,
-            encoder_width=WIDTH,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            flow=GradientFlow(encoder=True, bridge=True),
-            language_trains=True,
+        ExecutorConfig(
+            transport=TransportConfig(
+                row_width=WIDTH, dtype=torch.float32, device=torch.device("cpu")
+            ),
+            sharding=SequenceSharding(seq_length=ROWS * len(layout.serving("encoder", 0))),
+            flow=_FLOW,
             run_ahead=run_ahead,
         ),
     )
     manifest = tuple(
-        ManifestEntry(lane, dp, ROWS, 0, ROWS * i)
+        ManifestEntry(
+            module="encoder", source_rank=dp, lane=lane, rows=ROWS, sequence=0, start=ROWS * i
+        )
         for lane in range(layout.num_lanes)
-        for i, dp in enumerate(layout.serving(lane))
+        for i, dp in enumerate(layout.serving("encoder", lane))
     )
-    crossings = [executor.plan(StepManifest(entries=manifest))] * num
+    plans = [executor.plan(MicrobatchManifest(entries=manifest))] * num
     program = _Program(topology, waits[rank])
 
     def duration(of: int, action: Action) -> float:
@@ -84,10 +80,10 @@ def our_emulated(
         num_microbatches=num,
         run_ahead=run_ahead,
         gradients=True,
-        flow=GradientFlow(encoder=True, bridge=True),
+        flow=_FLOW,
     )
     critical = timeline(layout, schedule, duration).makespan
-    return lambda: executor.run(program, crossings, gradients=True), critical
+    return lambda: executor.run(program, plans, gradients=True), critical
 
 
 class _Program(StepProgram):
@@ -95,27 +91,24 @@ class _Program(StepProgram):
 
     def __init__(self, topology: Topology, waits: list[float]) -> None:
         self._waits = waits
-        self._last = topology.llm is not None and topology.llm.is_last_stage
+        self._last = topology.target is not None and topology.target.is_last_stage
         self._leaf = torch.ones(_rows_held(topology.layout), WIDTH, requires_grad=True)
 
-    def encode(self, microbatch: int, hidden: Tensor | None) -> Tensor:
-        output: Tensor = _Wait.apply(self._leaf, self._waits[microbatch])  # type: ignore[no-untyped-call]
-        return output
-
-    def forward(self, microbatch: int, inputs: Tensor | None) -> Tensor:
-        output: Tensor = _Wait.apply(inputs, self._waits[microbatch])  # type: ignore[no-untyped-call]
+    def forward(self, module: str, microbatch: int, inputs: Mapping[str, Tensor]) -> Tensor:
+        given = next(iter(inputs.values()), self._leaf)
+        output: Tensor = _Wait.apply(given, self._waits[microbatch])  # type: ignore[no-untyped-call]
         return output.sum() if self._last else output
 
-    def hidden_rows(self, module: Module, microbatch: int) -> int:
+    def hidden_rows(self, module: str, microbatch: int) -> int:
         return ROWS
 
-    def begin_last_backward(self, module: Module) -> None:
+    def begin_last_backward(self, module: str) -> None:
         """No gradients are reduced."""
 
 
 def _rows_held(layout: Layout) -> int:
     """Rows of an encoder rank: one share for each lane that it serves."""
-    return ROWS * len(layout.served(0))
+    return ROWS * len(layout.served("encoder", 0))
 
 
 class _Emulated(nn.Module):
@@ -134,13 +127,13 @@ class _Emulated(nn.Module):
         self._inputs = tensors[0] if isinstance(tensors, list) else tensors
 
     def forward(self, m: int) -> Any:
-        if self._topology.encoder is not None:
+        if "encoder" in self._topology.modules:
             return {VISION: _Wait.apply(self._leaf, self._waits[m])}  # type: ignore[no-untyped-call]
         (given,) = self._inputs.values()
         given = given[0] if isinstance(given, list) else given
         output = _Wait.apply(given, self._waits[m])  # type: ignore[no-untyped-call]
-        assert self._topology.llm is not None
-        if self._topology.llm.is_last_stage:
+        assert self._topology.target is not None
+        if self._topology.target.is_last_stage:
             return output
         # Stages of the language model exchange [S, B, H].
         return {MIMO_LANGUAGE_MODULE_KEY: output.view(ROWS, 1, WIDTH)}
@@ -149,14 +142,14 @@ class _Emulated(nn.Module):
 def peer_emulated(topology: Topology, waits: Waits) -> Callable[[], None]:
     """A step over megatron-core's schedule and communicator."""
     config = TransformerConfig(
-        num_layers=topology.layout.llm.pp,
+        num_layers=topology.layout.target.pp,
         hidden_size=WIDTH,
         num_attention_heads=1,
         pipeline_dtype=torch.float32,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
-        pipeline_model_parallel_size=topology.layout.llm.pp,
+        pipeline_model_parallel_size=topology.layout.target.pp,
     )
     over_modules = communicator(topology.layout, config)
     mine = waits[topology.rank]

@@ -1,4 +1,4 @@
-"""Where and when a benchmark ran."""
+"""Time and machine of a benchmark run."""
 
 import os
 import platform
@@ -14,17 +14,17 @@ RESULTS = "benchmarks/RESULTS.md"
 
 @dataclass(frozen=True, kw_only=True)
 class Circumstances:
-    """What a figure depends on beside the code that it measures.
+    """Conditions of a measurement beside the code.
 
     Attributes:
-        size: How much was measured: smoke, quick or full.
-        commit: Of the code, with "and changes" where files differed from it.
-        date: Of the run, in UTC.
-        processor: Its name.
-        cores: Those that the benchmark may use.
-        threads: Of each process that computes.
-        load: Load average of the minute before, by other work.
-        software: torch and megatron-core, with their versions.
+        size: Amount of work: smoke, quick or full.
+        commit: Commit of the code, with "and changes" where files differed from it.
+        date: Date of the run, in UTC.
+        processor: Name of the processor.
+        cores: Number of cores that the benchmark may use.
+        threads: Number of threads of each process that computes.
+        load: Load average of the minute before, from other work.
+        software: Versions of torch and megatron-core.
     """
 
     size: str
@@ -38,7 +38,7 @@ class Circumstances:
 
 
 def circumstances(size: str, threads: int) -> Circumstances:
-    """Those of a run that begins now."""
+    """Conditions of a run that begins now."""
     return Circumstances(
         size=size,
         commit=commit(),

@@ -31,11 +31,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from benchlib.ranks import gloo_for_nccl
-from megatron_mimo.data.batch import Microbatch
-from megatron_mimo.encoders.projector import Projector
-from megatron_mimo.encoders.radio.embedding import PatchEmbedding
-from megatron_mimo.images import PackedImages
+from megatron_mimo.data.loader.batch import Microbatch
+from megatron_mimo.media.images import PackedImages
 from megatron_mimo.model.config import ModelConfig
+from megatron_mimo.modules.projector.projector import Projector
+from megatron_mimo.modules.radio.embedding import PatchEmbedding
 from megatron_mimo.topology import Layout, ModuleGridSpec
 from megatron_mimo.topology.groups import Topology
 
@@ -61,9 +61,11 @@ def grid_of(spec: ModuleGridSpec) -> HyperCommGrid:
 
 def communicator(layout: Layout, config: Any) -> Any:
     """The peer's communicator over both modules, and its grids by name."""
-    assert layout.encoder is not None
     with gloo_for_nccl():
-        grids = {VISION: grid_of(layout.encoder), MIMO_LANGUAGE_MODULE_KEY: grid_of(layout.llm)}
+        grids = {
+            VISION: grid_of(layout.modules["encoder"]),
+            MIMO_LANGUAGE_MODULE_KEY: grid_of(layout.target),
+        }
         made = MultiModulePipelineCommunicator(
             grids,
             {VISION: [MIMO_LANGUAGE_MODULE_KEY], MIMO_LANGUAGE_MODULE_KEY: []},
@@ -76,10 +78,12 @@ def communicator(layout: Layout, config: Any) -> Any:
 
 def groups_of(topology: Topology) -> MultiModuleProcessGroupCollection:
     """The groups of the module that this rank holds, as the schedule wants them."""
-    if topology.encoder is not None:
-        return MultiModuleProcessGroupCollection({VISION: topology.encoder.pg_collection})
-    assert topology.llm is not None
-    groups = {MIMO_LANGUAGE_MODULE_KEY: topology.llm.pg_collection}
+    if "encoder" in topology.modules:
+        return MultiModuleProcessGroupCollection(
+            {VISION: topology.modules["encoder"].pg_collection}
+        )
+    assert topology.target is not None
+    groups = {MIMO_LANGUAGE_MODULE_KEY: topology.target.pg_collection}
     return MultiModuleProcessGroupCollection(
         groups, language_model_module_name=MIMO_LANGUAGE_MODULE_KEY
     )
@@ -105,7 +109,7 @@ class PeerVit(nn.Module):
         self.decoder = TransformerBlock(self.config, spec, pg_collection=pg_collection)
 
     def forward(self, images: PackedImages) -> Tensor:
-        """[R, k*H]."""
+        """Map packed images to rows [R, k*H]."""
         x = self.embedding(images)
         x = self.decoder(
             x.view(len(images.lengths), -1, x.shape[1]).transpose(0, 1), attention_mask=None
@@ -129,10 +133,10 @@ class PeerStep:
     ) -> None:
         layout = topology.layout
         self._topology = topology
-        language = architecture.language
+        language = architecture.part("language")
         # Every rank wants the language model's settings, also those without it.
         config = _config(
-            topology.llm.pg_collection if topology.llm is not None else None,
+            topology.target.pg_collection if topology.target is not None else None,
             num_layers=language.num_layers,
             hidden_size=language.hidden_size,
             num_attention_heads=language.num_attention_heads,
@@ -174,8 +178,10 @@ class PeerStep:
         image_token_id: int,
     ) -> MimoModel:
         topology = self._topology
-        projector = architecture.projector
-        vision_groups = topology.encoder.pg_collection if topology.encoder is not None else None
+        projector = architecture.part("projector")
+        vision_groups = (
+            topology.modules["encoder"].pg_collection if "encoder" in topology.modules else None
+        )
         model = MimoModel(
             MimoModelConfig(
                 language_model_spec=ModuleSpec(
@@ -186,7 +192,7 @@ class PeerStep:
                         "vocab_size": vocab_size,
                         "max_sequence_length": seq_length,
                         "position_embedding_type": "rope",
-                        "pg_collection": topology.llm.pg_collection if topology.llm else None,
+                        "pg_collection": topology.target.pg_collection if topology.target else None,
                     },
                 ),
                 modality_submodules_spec={
@@ -198,7 +204,7 @@ class PeerStep:
                                 "vit": ModuleSpec(
                                     module=PeerVit,
                                     params={
-                                        "config": architecture.vision,
+                                        "config": architecture.part("vision"),
                                         "pg_collection": vision_groups,
                                     },
                                 )
@@ -208,8 +214,8 @@ class PeerStep:
                                     module=Projector,
                                     params={
                                         "config": projector,
-                                        "input_size": architecture.vision.row_size,
-                                        "output_size": architecture.language.hidden_size,
+                                        "input_size": architecture.part("vision").row_size,
+                                        "output_size": architecture.part("language").hidden_size,
                                         "pg_collection": vision_groups,
                                         "params_dtype": torch.float32,
                                     },
@@ -225,11 +231,11 @@ class PeerStep:
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=False
         )
-        if topology.llm is not None:
+        if topology.target is not None:
             model.language_model = DistributedDataParallel(
-                config, ddp, model.language_model, pg_collection=topology.llm.pg_collection
+                config, ddp, model.language_model, pg_collection=topology.target.pg_collection
             )
-        if topology.encoder is not None:
+        if "encoder" in topology.modules:
             vision = model.modality_submodules[VISION]
             model.modality_submodules[VISION] = DistributedDataParallel(
                 vision.encoders["vit"].config, ddp, vision, pg_collection=vision_groups
@@ -238,7 +244,7 @@ class PeerStep:
 
     def _forward_step(self, data: Any, model: MimoModel) -> tuple[Any, Callable[..., Any]]:
         drawn: Microbatch = next(data)
-        text, images = drawn.text, drawn.images
+        text, images = drawn.text, drawn.inputs.get("encoder")
         output, _ = model(
             input_ids=None if text is None else text.input_ids,
             position_ids=None if text is None else text.position_ids,
@@ -255,8 +261,8 @@ class PeerStep:
 
     def _finalize(self, *_: Any, **__: Any) -> None:
         for groups, module in (
-            (self._topology.encoder, self.model.modality_submodules),
-            (self._topology.llm, {VISION: self.model.language_model}),
+            (self._topology.modules.get("encoder"), self.model.modality_submodules),
+            (self._topology.target, {VISION: self.model.language_model}),
         ):
             if groups is not None:
                 finalize_model_grads([module[VISION]], pg_collection=groups.pg_collection)

@@ -27,17 +27,17 @@ def run_ranks(work: Callable[[dict[str, Any]], Any], num_ranks: int, task: dict[
     costs milliseconds. What they print is shown if one of them fails.
 
     Args:
-        work: Called on each rank, in a process group of all.
-        num_ranks: Ranks to start.
-        task: What `work` is given.
+        work: Function that is called on each rank, in a process group of all.
+        num_ranks: Number of ranks to start.
+        task: Argument of `work`.
 
     Raises:
         RuntimeError: A rank failed; its output has been shown, and the others have been ended.
     """
-    from megatron_mimo.runtime import prepare_engine, resolve_device
+    from megatron_mimo.runtime import prepare_megatron_core, resolve_device
 
     torch.set_num_threads(1)
-    prepare_engine(resolve_device("cpu"))
+    prepare_megatron_core(resolve_device("cpu"))
     # Collecting what was imported would copy its pages in every rank.
     gc.collect()
     gc.freeze()
@@ -137,10 +137,10 @@ def gloo_for_nccl() -> Iterator[None]:
 
 
 def own_memory(side: str) -> None:
-    """Handle memory as a side does by itself: ours keeps what is freed, the peer's gives it back.
+    """Set the allocator as a side sets it: ours keeps freed memory, the peer's returns it.
 
-    Where both run in one process this comes before each turn; else the peer would gain by what
-    only ours sets up.
+    Where both sides run in one process this is called before each turn; otherwise the peer would
+    profit from a setting that is ours.
     """
     from megatron_mimo.runtime.host.memory import keep_freed_memory, return_freed_memory
 
@@ -148,7 +148,7 @@ def own_memory(side: str) -> None:
 
 
 def turns(names: Sequence[str], repetition: int) -> Sequence[str]:
-    """Who goes when in a repetition: every other time backwards, so that nobody is always first."""
+    """Order of the sides in a repetition, reversed every other time."""
     return names if repetition % 2 else names[::-1]
 
 

@@ -30,19 +30,19 @@ box plot, which holds the median of many more pairs 19 times in 20."""
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One comparison: a cell of a table.
+    """One comparison, which is a cell of a table.
 
     Attributes:
         table: Title of the table; empty where a benchmark has only one.
-        line: What was run.
-        column: What was measured of it, or against whom.
+        line: Case that was run.
+        column: Quantity that was measured, or the peer that it is compared with.
         ours: Our figures, lower is better; one of each pair that was measured in turns.
-        peer: The peer's, or the limit's.
+        peer: Figures of the peer, or of the limit.
         target: Largest ratio that meets the target; None where there is none.
-        unit: Of both figures.
+        unit: Unit of both figures.
 
     Raises:
-        ValueError: There are not as many figures of the peer's as of ours, or none.
+        ValueError: The numbers of our figures and of the peer's differ, or there are none.
     """
 
     table: str = ""
@@ -62,12 +62,12 @@ class Row:
 
     @property
     def case(self) -> str:
-        """All its names in one."""
+        """Table, line and column as one name."""
         return ", ".join(name for name in (self.table, self.line, self.column) if name)
 
     @property
     def ratios(self) -> list[float]:
-        """Ours by the peer's, of each pair."""
+        """Our figure divided by the peer's, for each pair."""
         return [_ratio(one, other) for one, other in zip(self.ours, self.peer, strict=True)]
 
     @property
@@ -106,9 +106,9 @@ def run_benchmark(
     """The command line that every benchmark has: measure, print, and write with `--json`.
 
     Args:
-        description: The benchmark's docstring; its first line is the title.
-        measure: Yields the rows of a size.
-        threads: That each process computes with; one in a smoke run.
+        description: Docstring of the benchmark; its first line is the title.
+        measure: Function that yields the rows of a size.
+        threads: Number of threads of each process that computes; one in a smoke run.
     """
     title = description.splitlines()[0]
     parser = argparse.ArgumentParser(description=title)

@@ -102,7 +102,7 @@ def replaced(text: str, name: str, block: str) -> str:
     """RESULTS.md with a benchmark's tables renewed; what stands around them stays.
 
     Raises:
-        ValueError: It does not have the two lines between which they belong, once.
+        ValueError: The text does not have, exactly once, the two lines that enclose the tables.
     """
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     found = re.findall(f"{re.escape(begin)}\n.*?{re.escape(end)}", text, flags=re.DOTALL)

@@ -15,10 +15,11 @@ class Traffic:
     """Messages between two ranks, and broadcasts, that a rank has sent.
 
     Attributes:
-        messages: Point-to-point messages.
-        broadcasts: Broadcasts in groups of more than one rank, counted on their source.
-        payload: Bytes of rows and gradients in both, a broadcast's once for each other rank.
-        other: Bytes of anything else, such as shapes.
+        messages: Number of point-to-point messages.
+        broadcasts: Number of broadcasts in groups of more than one rank, counted on their source.
+        payload: Number of bytes of rows and gradients in both; a broadcast counts once for each
+            other rank.
+        other: Number of bytes of anything else, such as shapes.
     """
 
     messages: int = 0
@@ -27,7 +28,7 @@ class Traffic:
     other: int = 0
 
     def add(self, tensor: Tensor, copies: int = 1) -> None:
-        """Count the bytes of a tensor."""
+        """Count the bytes of a tensor [...] of any dtype."""
         size = tensor.numel() * tensor.element_size() * copies
         if tensor.dtype.is_floating_point:
             self.payload += size

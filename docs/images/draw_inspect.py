@@ -12,8 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from megatron_mimo.cli import main as run
-from megatron_mimo.data.digits import DigitsConfig, write_digits_dataset
-from megatron_mimo.data.webdataset import read_shard
+from megatron_mimo.data.reading.webdataset import read_shard
+from megatron_mimo.data.samples.digits import DigitsConfig, write_digits_dataset
 
 _WIDTH, _HEIGHT = 1000, 2000
 _COLOURS = 32

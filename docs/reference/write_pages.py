@@ -6,34 +6,39 @@ Usage: python docs/reference/write_pages.py
 import dataclasses
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from docstring_parser import Docstring, DocstringStyle, parse
 
 from megatron_mimo.cli import TrainCommandLine
-from megatron_mimo.model.config import ModelConfig
-from megatron_mimo.presets import PROVIDERS
+from megatron_mimo.config.arguments import Flag, known_flags
+from megatron_mimo.config.presets import PROVIDERS
+from megatron_mimo.settings import declared
 from megatron_mimo.tools.checkpoint.convert import ConvertConfig
 from megatron_mimo.tools.checkpoint.inspect import InspectConfig
 from megatron_mimo.tools.data.digits import DigitsCommandLine
 from megatron_mimo.tools.data.inspect import InspectCommandLine
 from megatron_mimo.tools.data.prepare import PrepareConfig
 from megatron_mimo.tools.demo.command import DemoConfig
+from megatron_mimo.tools.doctor.command import DoctorConfig
+from megatron_mimo.tools.generate.config import ChatConfig, GenerateConfig
 from megatron_mimo.tools.parity.command import ParityConfig
 from megatron_mimo.tools.plan.command import PlanConfig
 from megatron_mimo.tools.report.command import ReportConfig
-from megatron_mimo.training.arguments import Flag, known_flags
 
 # How each command is called, up to its flags, and the dataclass of these.
 COMMANDS: dict[str, type] = {
     "megatron-mimo train": TrainCommandLine,
     "megatron-mimo demo": DemoConfig,
+    "megatron-mimo generate RUN QUESTION": GenerateConfig,
+    "megatron-mimo chat RUN": ChatConfig,
     "megatron-mimo data prepare SOURCE --out DIR": PrepareConfig,
     "megatron-mimo data inspect PATH": InspectCommandLine,
     "megatron-mimo data digits": DigitsCommandLine,
     "megatron-mimo parity RUN_A RUN_B": ParityConfig,
+    "megatron-mimo doctor": DoctorConfig,
     "megatron-mimo report RUN": ReportConfig,
     "megatron-mimo plan": PlanConfig,
     "megatron-mimo checkpoint inspect PATH": InspectConfig,
@@ -45,21 +50,21 @@ _FLAGS = """\
 
 <!-- Written by `make docs` from the code's own types, defaults and texts. -->
 
-Every flag of every command, as `--help` has them. Where no default stands the flag may be left
-out, and the text says what then holds. A switch is off or on; one that has a `--no-` twin can be
-turned off again, as in `--no-dynamic-resolution`. `--config FILE` reads any flag of `train` from
-YAML, as a key without the dashes; the command line wins. An unknown flag is an error that names the
-nearest one.
+Every flag of every command, as `--help` shows them. A flag without a default may be left out, and
+the text says what happens then. A switch is off or on; one that has a `--no-` twin can be turned
+off again, as in `--no-dynamic-resolution`. `--config FILE` reads any flag of `train` from YAML, as
+a key without the dashes; the command line wins. An unknown flag is an error that names the nearest
+one.
 """
 _FIELDS = """\
 # Fields of a model
 
 <!-- Written by `make docs` from the code's own types, values and texts. -->
 
-What a preset consists of. A file of `--model-config` sets fields by section, `--override
-SECTION.FIELD=VALUE` a single one; [Your own model](../how-to/own-model.md) shows how. The columns
-are the presets of `--model-provider`, without their `nemotron-moe-vlm-`. The size of the vocabulary
-is the tokenizer's, and the length of a sequence is `--seq-length`.
+The parts and fields of a preset. A file of `--model-config` sets fields by section, `--override
+SECTION.FIELD=VALUE` sets a single one; [Your own model](../how-to/own-model.md) shows how. The
+columns are the presets of `--model-provider`, without `nemotron-moe-vlm-` in front. The size of the
+vocabulary is the tokenizer's, and the length of a sequence is `--seq-length`.
 """
 _KINDS = {int: "INT", float: "FLOAT", str: "STR"}
 
@@ -82,11 +87,15 @@ def fields_page() -> str:
     """Every field of an architecture, and its value in each preset."""
     presets = {name: build() for name, build in PROVIDERS.items()}
     lines = [_FIELDS]
-    for section in dataclasses.fields(ModelConfig):
-        parts = {name: getattr(preset, section.name) for name, preset in presets.items()}
+    for section in dict.fromkeys(part for preset in presets.values() for part in preset.parts):
+        parts = {
+            name: preset.part(section)
+            for name, preset in presets.items()
+            if section in preset.parts
+        }
         kinds = list(dict.fromkeys(type(part) for part in parts.values()))
         for kind in kinds:
-            title = section.name if len(kinds) == 1 else f"{section.name}: {kind.__name__}"
+            title = section if len(kinds) == 1 else f"{section}: {kind.__name__}"
             having = {name: part for name, part in parts.items() if type(part) is kind}
             lines += [f"## {title}", "", _prose(kind), "", *_fields(kind, having)]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -125,8 +134,9 @@ class _Writer:
         """A command: its heading, its text, its own flags, and those of its sections."""
         title = _title(usage)
         lines = [f"## {title}", "", f"    {usage} [flags]", "", _prose(into), ""]
-        lines += self._flags(into)
-        for field, kind in _sections(into):
+        sections = dict(_sections(into))
+        lines += self._flags(into, without=sections)
+        for field, kind in sections.items():
             lines += self._section(field, kind, title)
         return "\n".join(lines)
 
@@ -134,7 +144,7 @@ class _Writer:
         if into in self._homes:
             yield from (f"And all flags of {self._homes[into]}.", "")
             return
-        sections = list(_sections(into))
+        sections = list(_sections(into, parts=False))
         if sections:
             # All of them together are what the command is about.
             self._homes[into] = _link(command)
@@ -146,17 +156,16 @@ class _Writer:
         yield from (f"### {title}", "", _prose(into), "")
         yield from self._flags(into)
 
-    def _flags(self, into: type) -> Iterator[str]:
-        """The table of the flags that are the dataclass's own fields."""
+    def _flags(self, into: type, without: Container[str] = ()) -> Iterator[str]:
+        """The table of a dataclass's flags, those of its parts in place."""
         known = known_flags(into)
-        texts = _texts(into)
-        nested = {name for name, _ in _sections(into)}
-        own = [field for field in dataclasses.fields(into) if field.name not in nested]
         yield from ("| flag | default | what it does |", "|---|---|---|")
-        for field in own:
-            name = field.name.replace("_", "-")
-            text = _escape(texts[field.name])
-            yield f"| {_form(name, known[name])} | {_default(field.default)} | {text} |"
+        for flag in declared(into):
+            if flag.path[0] in without:
+                continue
+            text = _escape(_texts(flag.owner)[flag.path[-1]])
+            form = _form(flag.name, known[flag.name])
+            yield f"| {form} | {_default(flag.default)} | {text} |"
         yield ""
 
 
@@ -167,10 +176,12 @@ def _title(usage: str) -> str:
     return words[0]
 
 
-def _sections(into: type) -> Iterator[tuple[str, type]]:
-    """Fields of a dataclass that are dataclasses of more flags."""
-    for name, kind in get_type_hints(into).items():
-        if dataclasses.is_dataclass(kind):
+def _sections(into: type, *, parts: bool = True) -> Iterator[tuple[str, type]]:
+    """Fields of a dataclass that are dataclasses of more flags; those of no name are parts."""
+    for name, hint in get_type_hints(into, include_extras=True).items():
+        marks = hint.__metadata__ if get_origin(hint) is Annotated else ()
+        kind = get_args(hint)[0] if marks else hint
+        if dataclasses.is_dataclass(kind) and (parts or not marks):
             assert isinstance(kind, type)
             yield name, kind
 

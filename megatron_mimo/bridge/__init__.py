@@ -1,1 +1,1 @@
-"""Carry rows from the encoder to the language model, and their gradients back."""
+"""Transfer of rows from every source module to the target, and of their gradients back."""

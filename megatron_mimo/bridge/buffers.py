@@ -1,4 +1,4 @@
-"""Buffers for rows that arrive, kept from one microbatch to the next."""
+"""Buffers for received rows, kept from one microbatch to the next."""
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ class BufferPool:
     more than filling it.
 
     Args:
-        width: Elements of a row.
-        dtype: Of the elements.
-        device: Where they live.
+        width: Number of elements of a row.
+        dtype: Dtype of the elements.
+        device: Device of the buffers.
     """
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -26,19 +26,19 @@ class BufferPool:
         self._free: list[Tensor] = []
 
     def take(self, rows: int) -> Tensor:
-        """A buffer with at least this many rows; its content is undefined."""
+        """Take a buffer [at least `rows`, width] with undefined content."""
         if not rows:
             return torch.empty(0, self._width, dtype=self._dtype, device=self._device)
         fitting = [i for i, buffer in enumerate(self._free) if buffer.shape[0] >= rows]
         if fitting:
             return self._free.pop(min(fitting, key=lambda i: self._free[i].shape[0]))
         if self._free:
-            # Outgrown: its place is taken, so the pool holds no more than were ever in use at once.
+            # Too small: replaced, so the pool never has more buffers than were in use at once.
             self._free.pop()
         capacity = -(-rows // _ROWS) * _ROWS
         return torch.empty(capacity, self._width, dtype=self._dtype, device=self._device)
 
     def give(self, buffer: Tensor) -> None:
-        """Take a buffer back; nobody may read it any more."""
+        """Return a buffer [N, width] of `take` to the pool; it must not be used any more."""
         if buffer.shape[0]:
             self._free.append(buffer)

@@ -1,4 +1,4 @@
-"""A channel that distrusts itself: both ends compare what they think travels, then a checksum."""
+"""A channel whose two ends compare what they expect to be sent, and then a checksum."""
 
 import json
 import zlib
@@ -16,18 +16,18 @@ from megatron_mimo.bridge.transport import Channel, Incoming, Outgoing, Pending
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class View:
-    """What one end believes of a message.
+    """What one end expects of a message.
 
     Attributes:
-        lane: The lane whose rows travel.
+        lane: Number of the lane whose rows are sent.
         keys: Keys of the lane's samples.
-        images: (encoder dp rank, rows, sequence, start) of the lane's manifest entries.
-        rows: Rows in the message.
+        items: (dp rank of the source, rows, sequence, start) of the lane's manifest entries.
+        rows: Number of rows in the message.
     """
 
     lane: int
     keys: tuple[str, ...]
-    images: tuple[tuple[int, int, int, int], ...]
+    items: tuple[tuple[int, int, int, int], ...]
     rows: int
 
     def difference(self, other: "View") -> str:
@@ -40,38 +40,40 @@ class View:
         )
 
 
-# (microbatch, lane, rows of the message) to what this rank believes of it.
+# (microbatch, lane, rows of the message) -> what this rank expects of it.
 ViewOf = Callable[[int, int, int], View]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckConfig:
-    """Who compares what with whom.
+    """Which ranks compare announcements, and how.
 
     Attributes:
-        control: gloo group of the world, for the announcements.
-        tag: 0 or 2; with four times the microbatch, it and the next number tag announcements.
-        receivers: Rank -> lane whose rows it exchanges with this one, of the ranks that this one
-            announces to; empty where it only receives.
-        senders: The same for ranks that announce to this one; empty where it only sends.
-        describe: Names a rank by its role.
+        control: Group of the world, gloo, for the announcements.
+        tag: First of the channel's two tags; `stride` times the microbatch is added to both.
+        stride: Number of tags that the channels of all bridges take for a microbatch.
+        receivers: Rank -> lane whose rows it exchanges with this rank, for the ranks that this
+            rank announces to; empty where it only receives.
+        senders: Rank -> lane, for the ranks that announce to this rank; empty where it only sends.
+        describe: Function that returns the role of a rank in words.
     """
 
     control: dist.ProcessGroup
     tag: int
+    stride: int
     receivers: Mapping[int, int]
     senders: Mapping[int, int]
     describe: Callable[[int], str]
 
 
 class CheckedChannel(Channel):
-    """Announces every message on the host before it travels, and compares checksums after.
+    """Announces every message on the host before it is sent, and compares checksums afterwards.
 
     Every rank announces to every rank that it could send to, so that a message that only one end
-    knows of is found too, before it can hang. Slow: for finding faults.
+    expects is found too, before it can block. Slow: for finding faults.
 
     Args:
-        config: Who compares with whom; the other arguments are `Channel`'s.
+        config: Ranks and groups of the announcements; the other arguments are those of `Channel`.
     """
 
     def __init__(
@@ -91,20 +93,20 @@ class CheckedChannel(Channel):
         self._announced: list[tuple[dist.Work, Tensor]] = []
 
     def begin(self, view: ViewOf) -> None:
-        """Start a step with what this rank believes of each message."""
+        """Start a step with what this rank expects of each message."""
         self._view = view
 
     def post(
         self, microbatch: int, outgoing: Outgoing | None, incoming: Incoming | None
     ) -> Pending | None:
-        """See `Channel.post`. Rows that arrive are asked for only once both ends agree on them."""
+        """See `Channel.post`. Receives are posted only after both ends agree on the rows."""
         self._announce(microbatch, outgoing)
         if self._config.senders:
             return _CheckedArrival(self, microbatch, outgoing, incoming)
         return super().post(microbatch, outgoing, incoming)
 
     def drain(self) -> None:
-        """Block until all rows and announcements have left."""
+        """Block until all rows and announcements have been sent."""
         super().drain()
         for work, _ in self._announced:
             work.wait()
@@ -116,7 +118,7 @@ class CheckedChannel(Channel):
         """Compare announcements, move the rows, and compare checksums.
 
         Raises:
-            RuntimeError: Both ends' views differ, or the rows that arrived are not those sent.
+            RuntimeError: The views of both ends differ, or the received rows are not those sent.
         """
         messages = {m.peer: m for m in incoming.messages} if incoming else {}
         expected = {}
@@ -154,14 +156,14 @@ class CheckedChannel(Channel):
                     parcel,
                     receiver,
                     group=self._config.control,
-                    tag=4 * microbatch + self._config.tag + offset,
+                    tag=self._config.stride * microbatch + self._config.tag + offset,
                 )
                 assert work is not None
                 self._announced.append((work, parcel))
 
     def _announcement(self, microbatch: int, sender: int) -> tuple[View, int]:
-        """What a sender believes of its message, and the checksum of its rows."""
-        tag = 4 * microbatch + self._config.tag
+        """What a sender expects of its message, and the checksum of its rows."""
+        tag = self._config.stride * microbatch + self._config.tag
         size = torch.zeros(1, dtype=torch.int64)
         dist.recv(size, sender, group=self._config.control, tag=tag)
         text = torch.zeros(int(size), dtype=torch.uint8)
@@ -169,7 +171,7 @@ class CheckedChannel(Channel):
         fields = json.loads(bytes(text.tolist()))
         checksum = fields.pop("checksum", 0)
         fields["keys"] = tuple(fields["keys"])
-        fields["images"] = tuple(tuple(image) for image in fields["images"])
+        fields["items"] = tuple(tuple(item) for item in fields["items"])
         return View(**fields), checksum
 
     def _believe(self, microbatch: int, lane: int, message: Message | None) -> View:
@@ -185,7 +187,7 @@ class CheckedChannel(Channel):
 
 
 class _CheckedArrival:
-    """Rows that are asked for when they are waited for."""
+    """Rows whose receive is posted when `wait` is called."""
 
     def __init__(
         self,
@@ -209,7 +211,7 @@ class _CheckedArrival:
 
 
 def _checksum(rows: Tensor, message: Message) -> int:
-    """CRC-32 of the rows of a message, in the order in which they travel."""
+    """CRC-32 of the rows of a message, in the order in which they are sent."""
     value = 0
     for start, stop in message.runs:
         part = rows[start:stop].contiguous().cpu().view(torch.uint8)

@@ -1,29 +1,31 @@
-"""What crosses the bridge in one microbatch, as integers."""
+"""The rows that cross the bridges in one microbatch, described by integers."""
 
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ManifestEntry:
-    """Rows of one image on their way from the encoder to the language model.
+    """Rows of one item on their way from its module to the target.
 
-    An image whose rows do not stand in one piece in its sequence has an entry for each piece.
+    An item whose rows do not stand in one piece in its sequence has an entry for each piece.
 
     Attributes:
-        lane: LLM dp rank whose tokens hold the image.
-        encoder_rank: Encoder dp rank that runs it.
-        rows: Embedding vectors that it becomes.
+        module: Name of the module that runs the item.
+        source_rank: The dp rank of that module that runs it.
+        lane: The dp rank of the target whose tokens hold the item.
+        rows: Number of rows (embedding vectors) of the item, or of this piece of it.
         sequence: Index of its sequence in the lane's microbatch.
         start: Position of the first row in the sequence; the others follow it.
     """
 
+    module: str
+    source_rank: int
     lane: int
-    encoder_rank: int
     rows: int
     sequence: int
     start: int
 
 
-# The images of a microbatch in canonical order: by lane, then sequence, then position. A rank's
+# The items of a microbatch in canonical order: by lane, then sequence, then position. A rank's
 # manifest has all the entries of each lane that it takes part in, and no others.
 Manifest = tuple[ManifestEntry, ...]

@@ -1,17 +1,18 @@
 """Which rows each rank sends to and receives from which rank: pure functions of integers.
 
-Three orders of the rows of a microbatch matter. An encoder dp rank holds the rows of *its* images
-in manifest order, the same on each of its tp and cp ranks. A rank of the language model's first
+A bridge carries the rows of one module, the *source*, to the *target*; bridges are independent of
+each other. Three orders of the rows of a microbatch matter. A dp rank of the source holds the rows
+of *its* items in manifest order, equal on each of its tp and cp ranks. A rank of the target's first
 stage holds the rows whose positions lie in *its* shard of the sequence, in manifest order; ranks of
-the same shard hold the same. Rows between the two travel in manifest order.
+the same shard hold the same. Rows between the two are sent in manifest order.
 
-Forward, the ranks of an encoder dp rank are *holders* of its rows, and the ranks of the language
-model are *receivers*. Backward it is the other way round: the ranks of a shard hold the gradients
-of its rows, and every rank of an encoder dp rank receives them. Either way
+Forward, the ranks of a source's dp rank are *holders* of its rows, and the ranks of the target are
+*receivers*. Backward it is the other way round: the ranks of a shard hold the gradients of its
+rows, and every rank of a source's dp rank receives them. Either way
 
 - every row crosses once to each receiver, unless the receiver is a holder itself;
-- holders of the same rows share the sending: all that they must send is laid end to end, receiver
-  after receiver, and cut into equal parts, so their loads differ by at most one row.
+- holders of the same rows divide the sending: everything that they must send is concatenated,
+  receiver after receiver, and cut into equal parts, so their loads differ by at most one row.
 
 Both ends compute the same cuts, so no shape is ever sent.
 """
@@ -23,18 +24,18 @@ from megatron_mimo.bridge.manifest import Manifest, ManifestEntry
 from megatron_mimo.topology import Layout, SequenceSharding
 from megatron_mimo.topology.sequence import Interval, cut
 
-# Rows that an encoder dp rank sends to a lane, over all of the lane's receivers, by
-# (encoder dp rank, lane). See `network_rows`.
+# Rows that a dp rank of the source sends to a lane, over all of the lane's receivers, by
+# (dp rank, lane). See `network_rows`.
 NetworkRows = Mapping[tuple[int, int], int]
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Rows that travel between this rank and a peer.
+    """Rows that are sent between this rank and a peer.
 
     Attributes:
         peer: Global rank at the other end; this rank itself for a local copy.
-        runs: Half-open intervals of local rows, in the order in which they travel.
+        runs: Half-open intervals of local rows, in the order in which they are sent.
     """
 
     peer: int
@@ -47,13 +48,14 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
-class ModulePlan:
+class RankPlan:
     """One rank's share of a microbatch's transfers over one boundary, on one side of it.
 
     Attributes:
-        num_rows: Rows that the rank holds on this side: produced by it, or used by it.
-        sends: Forward on the producing side, backward on the using side.
-        receives: Backward on the producing side, forward on the using side.
+        num_rows: Number of rows that the rank holds on this side: produced by it, or used by it.
+        sends: Messages to send, in forward on the producing side and in backward on the using side.
+        receives: Messages to receive, in backward on the producing side and in forward on the using
+            side.
     """
 
     num_rows: int
@@ -62,61 +64,65 @@ class ModulePlan:
 
 
 class BridgePlanner:
-    """Plans of the transfers between the encoder's last and the language model's first stage.
+    """Plans of the transfers between a source's last and the target's first stage.
 
     Args:
-        layout: Both grids.
-        sharding: Which positions of a sequence each rank of the language model holds.
+        layout: The grids of all modules.
+        source: Name of the module whose rows cross the bridge.
+        sharding: Positions of a sequence that each rank of the target holds.
     """
 
-    def __init__(self, layout: Layout, sharding: SequenceSharding) -> None:
-        encoder, llm = layout.encoder, layout.llm
+    def __init__(self, layout: Layout, source: str, sharding: SequenceSharding) -> None:
+        grid, target = layout.modules[source], layout.target
         self._layout = layout
+        self._grid = grid
         self._sharding = sharding
-        # The ranks that hold the same rows: by encoder dp rank, and by (lane, shard).
-        self._encoder_ranks: list[list[int]] = []
-        if encoder is not None:
-            last = encoder.pp - 1
-            self._encoder_ranks = [encoder.stage_ranks(dp=dp, pp=last) for dp in range(encoder.dp)]
+        # The ranks that hold the same rows: by dp rank of the source, and by (lane, shard).
+        self._source_ranks = [layout.producers(source, dp) for dp in range(grid.dp)]
         self._shard_ranks: dict[tuple[int, int], list[int]] = {}
-        for lane in range(llm.dp):
-            for rank in llm.stage_ranks(dp=lane, pp=0):
+        for lane in range(target.dp):
+            for rank in layout.users(lane):
                 self._shard_ranks.setdefault((lane, self._shard_of(rank)), []).append(rank)
 
     @property
     def needs_network_rows(self) -> bool:
         """Whether lanes must know each other's `network_rows`.
 
-        They do where several ranks of an encoder dp rank share the sending to several lanes.
+        They must where several ranks of one dp rank of the source divide the sending to several
+        lanes.
         """
         return any(
-            len(ranks) > 1 and len(self._layout.served(dp)) > 1
-            for dp, ranks in enumerate(self._encoder_ranks)
+            len(ranks) > 1 and len(self._layout.served(self._grid.name, dp)) > 1
+            for dp, ranks in enumerate(self._source_ranks)
         )
 
-    def network_rows(self, manifest: Manifest) -> dict[tuple[int, int], int]:
-        """Rows that cross the network forward, by (encoder dp rank, lane), of the lanes given.
+    def entries(self, manifest: Manifest) -> Iterator[ManifestEntry]:
+        """Those entries of a manifest whose rows cross this bridge."""
+        return (entry for entry in manifest if entry.module == self._grid.name and entry.rows)
 
-        A lane's ranks cannot know this of other lanes, and need it to find where their rows begin
-        among all that an encoder dp rank sends.
+    def network_rows(self, manifest: Manifest) -> dict[tuple[int, int], int]:
+        """Number of rows sent in forward, by (dp rank of the source, lane).
+
+        The result covers the lanes in the manifest. The ranks of a lane cannot know the numbers of
+        other lanes, and need them to find where their own rows begin among all that a dp rank of
+        the source sends.
         """
         counts: dict[tuple[int, int], int] = {}
-        for dp in {entry.encoder_rank for entry in manifest}:
-            for (lane, shard), runs in self._encoder_rows(dp, manifest).items():
-                receivers = set(self._shard_ranks[lane, shard]) - set(self._encoder_ranks[dp])
+        for dp in {entry.source_rank for entry in self.entries(manifest)}:
+            for (lane, shard), runs in self._source_rows(dp, manifest).items():
+                receivers = set(self._shard_ranks[lane, shard]) - set(self._source_ranks[dp])
                 counts[dp, lane] = counts.get((dp, lane), 0) + len(receivers) * _length(runs)
         return counts
 
-    def encoder_plan(self, rank: int, manifest: Manifest) -> ModulePlan:
-        """Messages of a rank of the encoder's last stage: rows out, gradients in.
+    def source_plan(self, rank: int, manifest: Manifest) -> RankPlan:
+        """Messages of a rank of the source's last stage: it sends rows and receives gradients.
 
         Args:
-            rank: Global rank.
+            rank: Global rank on the source's last stage.
             manifest: Entries of every lane that has rows of the rank's dp rank.
         """
-        assert self._layout.encoder is not None
-        dp = self._layout.encoder.coordinates(rank).dp
-        mine = self._encoder_rows(dp, manifest)
+        dp = self._grid.coordinates(rank).dp
+        mine = self._source_rows(dp, manifest)
         outgoing = [(to, runs) for key, runs in mine.items() for to in self._shard_ranks[key]]
         receives: list[Message] = []
         for (lane, shard), runs in mine.items():
@@ -124,37 +130,37 @@ class BridgePlanner:
             returning = [
                 (to, _length(theirs))
                 for other, theirs in self._lane_rows(lane, shard, manifest).items()
-                for to in self._encoder_ranks[other]
+                for to in self._source_ranks[other]
             ]
             before, total = _span(rank, holders, returning)
             receives += _receive(rank, holders, before, total, runs)
-        return ModulePlan(
-            num_rows=sum(entry.rows for entry in manifest if entry.encoder_rank == dp),
-            sends=tuple(_send(rank, self._encoder_ranks[dp], outgoing)),
+        return RankPlan(
+            num_rows=sum(e.rows for e in self.entries(manifest) if e.source_rank == dp),
+            sends=tuple(_send(rank, self._source_ranks[dp], outgoing)),
             receives=tuple(receives),
         )
 
-    def language_plan(
+    def target_plan(
         self, rank: int, manifest: Manifest, network_rows: NetworkRows | None = None
-    ) -> ModulePlan:
-        """Messages of a rank of the language model's first stage: rows in, gradients out.
+    ) -> RankPlan:
+        """Messages of a rank of the target's first stage: it receives rows and sends gradients.
 
         Args:
-            rank: Global rank.
+            rank: Global rank on the target's first stage.
             manifest: Entries of the rank's lane, at least.
-            network_rows: Of every lane; without it the manifest must list every lane that shares
-                an encoder dp rank with this one.
+            network_rows: Numbers of rows of every lane, from `network_rows`; if None, the manifest
+                must list every lane that shares a dp rank of the source with this one.
         """
-        lane, shard = self._layout.llm.coordinates(rank).dp, self._shard_of(rank)
+        lane, shard = self._layout.target.coordinates(rank).dp, self._shard_of(rank)
         mine = self._lane_rows(lane, shard, manifest)
-        outgoing = [(to, runs) for dp, runs in mine.items() for to in self._encoder_ranks[dp]]
+        outgoing = [(to, runs) for dp, runs in mine.items() for to in self._source_ranks[dp]]
         counts = self.network_rows(manifest) if network_rows is None else network_rows
         receives: list[Message] = []
         for dp, runs in mine.items():
-            holders = self._encoder_ranks[dp]
+            holders = self._source_ranks[dp]
             sent = [
                 (to, _length(theirs))
-                for key, theirs in self._encoder_rows(dp, manifest).items()
+                for key, theirs in self._source_rows(dp, manifest).items()
                 if key[0] == lane
                 for to in self._shard_ranks[key]
             ]
@@ -162,24 +168,24 @@ class BridgePlanner:
             lanes = {of_lane: count for (of, of_lane), count in counts.items() if of == dp}
             before += sum(count for of_lane, count in lanes.items() if of_lane < lane)
             receives += _receive(rank, holders, before, sum(lanes.values()), runs)
-        return ModulePlan(
+        return RankPlan(
             num_rows=sum(_length(runs) for runs in mine.values()),
             sends=tuple(_send(rank, self._shard_ranks[lane, shard], outgoing)),
             receives=tuple(receives),
         )
 
     def _shard_of(self, rank: int) -> int:
-        place = self._layout.llm.coordinates(rank)
+        place = self._layout.target.coordinates(rank)
         return self._sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
 
-    def _encoder_rows(
+    def _source_rows(
         self, dp: int, manifest: Manifest
     ) -> dict[tuple[int, int], tuple[Interval, ...]]:
-        """Rows of an encoder dp rank, in its order, by the (lane, shard) that uses them."""
+        """Rows of a dp rank of the source, in its order, by the (lane, shard) that uses them."""
         runs: dict[tuple[int, int], list[Interval]] = {}
         held = 0
-        for entry in manifest:
-            if entry.encoder_rank != dp:
+        for entry in self.entries(manifest):
+            if entry.source_rank != dp:
                 continue
             for shard, start, stop in self._pieces(entry):
                 _extend(runs.setdefault((entry.lane, shard), []), held + start, held + stop)
@@ -189,15 +195,15 @@ class BridgePlanner:
     def _lane_rows(
         self, lane: int, shard: int, manifest: Manifest
     ) -> dict[int, tuple[Interval, ...]]:
-        """Rows of a shard, in its order, by the encoder dp rank that they come from."""
+        """Rows of a shard, in its order, by the dp rank of the source that they come from."""
         runs: dict[int, list[Interval]] = {}
         held = 0
-        for entry in manifest:
+        for entry in self.entries(manifest):
             if entry.lane != lane:
                 continue
             for of_shard, start, stop in self._pieces(entry):
                 if of_shard == shard:
-                    mine = runs.setdefault(entry.encoder_rank, [])
+                    mine = runs.setdefault(entry.source_rank, [])
                     _extend(mine, held, held + stop - start)
                     held += stop - start
         return {dp: tuple(runs[dp]) for dp in sorted(runs)}
@@ -211,13 +217,13 @@ class BridgePlanner:
 def _send(
     rank: int, holders: Sequence[int], outgoing: Iterable[tuple[int, tuple[Interval, ...]]]
 ) -> Iterator[Message]:
-    """A holder's messages: rows for itself, and its part of what the others receive.
+    """Messages of a holder: rows for itself, and its part of what the others receive.
 
     Args:
-        rank: One of the holders.
+        rank: Global rank of one of the holders.
         holders: Ranks that hold the same rows.
-        outgoing: Receivers and the rows that they use, in the order in which all holders lay them
-            end to end.
+        outgoing: Receivers and the rows that they use, in the order in which all holders
+            concatenate them.
     """
     outgoing = list(outgoing)
     total = sum(_length(runs) for receiver, runs in outgoing if receiver not in holders)
@@ -236,14 +242,14 @@ def _send(
 def _receive(
     rank: int, holders: Sequence[int], before: int, total: int, runs: tuple[Interval, ...]
 ) -> Iterator[Message]:
-    """A receiver's messages: the other end of `_send`.
+    """Messages of a receiver: the other end of `_send`.
 
     Args:
-        rank: The receiver.
+        rank: Global rank of the receiver.
         holders: Ranks that hold the rows.
-        before: Rows that stand before the receiver's in what the holders lay end to end.
-        total: All of those rows.
-        runs: Where the receiver puts its rows.
+        before: Number of rows before the receiver's in what the holders concatenate.
+        total: Number of all rows that the holders concatenate.
+        runs: Half-open intervals of local rows that the receiver fills.
     """
     if rank in holders:
         yield Message(rank, runs)

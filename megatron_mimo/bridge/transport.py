@@ -1,4 +1,4 @@
-"""Move the rows that a plan names, without blocking and without exchanging shapes.
+"""Send and receive the rows of a plan, without blocking and without exchanging shapes.
 
 What a rank sends and receives of one microbatch in one direction is posted as one batch. A rank
 that holds both ends of a boundary posts both together, because NCCL runs the operations of a group
@@ -20,12 +20,12 @@ from megatron_mimo.topology.sequence import Interval
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """Rows that leave.
+    """Rows to send.
 
     Attributes:
-        messages: The plan's, in its order.
-        rows: [R, width], contiguous: the rows of this side in local order. They must stay as they
-            are until `Channel.wait_sent`.
+        messages: Messages of the plan, in its order.
+        rows: Rows of this side [R, width] in local order, contiguous, in the channel's dtype. They
+            must not change until `Channel.wait_sent` returns.
     """
 
     messages: Sequence[Message]
@@ -34,11 +34,11 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """Rows that arrive.
+    """Rows to receive.
 
     Attributes:
-        messages: The plan's, in its order; together they fill every row.
-        num_rows: R of this side.
+        messages: Messages of the plan, in its order; together they fill every row.
+        num_rows: Number of rows of this side, R.
     """
 
     messages: Sequence[Message]
@@ -46,14 +46,18 @@ class Incoming:
 
 
 class Pending(Protocol):
-    """Rows on their way."""
+    """Rows whose receive has been posted."""
 
     def wait(self) -> Tensor | None:
-        """Block (on a GPU: block the stream) until every row is there: [R, width], local order."""
+        """Wait for the rows [R, width] in local order; on a GPU only the stream waits.
+
+        Raises:
+            RuntimeError: With a checked channel: the ends disagree, or checksums differ.
+        """
         ...
 
     def release(self) -> None:
-        """Give the memory of the rows to later microbatches; nobody may read them any more."""
+        """Return the memory of the rows for later microbatches; they must not be read any more."""
         ...
 
 
@@ -62,7 +66,7 @@ class Arrival:
     """Implements `Pending`.
 
     Attributes:
-        rows: [R, width] in local order; undefined until `wait` returns.
+        rows: Received rows [R, width] in local order; undefined until `wait` returns.
     """
 
     rows: Tensor
@@ -72,7 +76,7 @@ class Arrival:
     _works: list[dist.Work] = field(default_factory=list)
 
     def wait(self) -> Tensor:
-        """See `Pending.wait`; waiting again costs nothing."""
+        """Received rows [R, width], as `Pending.wait` says; waiting again costs nothing."""
         for work in self._works:
             work.wait()
         for message, landing in self._landings:
@@ -88,7 +92,7 @@ class Arrival:
 
 @dataclass(slots=True)
 class _Departure:
-    """Rows that have been posted and may not have left yet."""
+    """Rows whose send has been posted and may not be complete."""
 
     rows: Tensor
     buffers: list[Tensor]
@@ -99,13 +103,16 @@ class Channel:
     """One direction over one boundary, as one rank sees it.
 
     Args:
-        name: What travels, for errors: "rows", "gradients of rows".
-        group: World group of its messages. Apart from batches that go both ways, a rank only sends
-            or only receives in it.
-        rank: This global rank.
-        width: Elements of a row.
-        dtype: Of the elements, equal on both ends.
-        device: Where they live.
+        name: Name of the content for error messages: "rows", "gradients of rows".
+        group: Process group of the messages. Apart from batches in both directions, a rank only
+            sends or only receives in it.
+        rank: Global rank of this process.
+        width: Number of elements of a row.
+        dtype: Dtype of the elements, equal on both ends.
+        device: Device of the rows.
+
+    Attributes:
+        name, group, rank, width, dtype: As given.
     """
 
     def __init__(
@@ -121,6 +128,8 @@ class Channel:
         self.name = name
         self.group = group
         self.rank = rank
+        self.width = width
+        self.dtype = dtype
         self._pool = BufferPool(width, dtype, device)
         self._departures: dict[int, _Departure] = {}
 
@@ -131,11 +140,11 @@ class Channel:
 
         Args:
             microbatch: Index within the step; also the tag of the messages.
-            outgoing: Rows that leave; None where this rank only receives.
-            incoming: Rows that arrive; None where this rank only sends.
+            outgoing: Rows to send; None where this rank only receives.
+            incoming: Rows to receive; None where this rank only sends.
 
         Returns:
-            The rows on their way; None where none are expected.
+            The rows to wait for; None without any.
         """
         self._reap()
         arrival, operations = self._land(incoming, outgoing, microbatch)
@@ -155,13 +164,13 @@ class Channel:
         return arrival
 
     def wait_sent(self, microbatch: int) -> None:
-        """Block until the rows of a microbatch have left and may be changed."""
+        """Block until the rows of a microbatch have been sent and may be changed."""
         departure = self._departures.pop(microbatch, None)
         if departure is not None:
             self._finish(departure)
 
     def drain(self) -> None:
-        """Block until all rows have left."""
+        """Block until all rows have been sent."""
         for microbatch in list(self._departures):
             self.wait_sent(microbatch)
 
@@ -220,9 +229,9 @@ class Channel:
         return (departure if operations else None), operations
 
     def _reap(self) -> None:
-        """Let go of rows that have left, without blocking.
+        """Release rows whose send is complete, without blocking.
 
-        gloo cannot tell before it is asked to wait; there `wait_sent` alone lets go.
+        gloo only reports completion when it is waited for; there only `wait_sent` releases rows.
         """
         for microbatch, departure in list(self._departures.items()):
             if all(work.is_completed() for work in departure.works):
@@ -236,7 +245,7 @@ class Channel:
 
 
 def _in_place(rows: Tensor, runs: tuple[Interval, ...]) -> Tensor | None:
-    """The rows of a message as a part of local rows; None when they are in several pieces."""
+    """The rows of a message as a view of local rows; None when they are in several pieces."""
     if len(runs) > 1:
         return None
     start, stop = runs[0]
@@ -244,7 +253,7 @@ def _in_place(rows: Tensor, runs: tuple[Interval, ...]) -> Tensor | None:
 
 
 def _gather_own(outgoing: Outgoing, rank: int) -> Tensor:
-    """The rows that a rank has for itself."""
+    """The rows that a rank sends to itself."""
     (own,) = [message for message in outgoing.messages if message.peer == rank]
     parts = [outgoing.rows[start:stop] for start, stop in own.runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

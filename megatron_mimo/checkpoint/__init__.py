@@ -1,1 +1,1 @@
-"""Checkpoints: what a run saves, how it stays whole, and how another layout loads it."""
+"""Checkpoints: saving a run, keeping a checkpoint complete, and loading it on any layout."""

@@ -1,7 +1,6 @@
-"""Saves a training run and brings it back."""
+"""Saving and loading of a training run."""
 
 import logging
-import pickle
 import threading
 import time
 from argparse import Namespace
@@ -14,32 +13,27 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_mimo.checkpoint import folder as folders
-from megatron_mimo.checkpoint.agreement import check_whole, compare, listed, on_first_rank
-from megatron_mimo.checkpoint.config import LoadConfig, ReaderSaveConfig, SaveConfig
+from megatron_mimo.checkpoint.collectives import check_whole, compare, listed, on_first_rank
+from megatron_mimo.checkpoint.config import LoadConfig, ReaderConfig, SaveConfig
+from megatron_mimo.checkpoint.loader_file import lanes_text, read_lanes
 from megatron_mimo.checkpoint.progress import Progress
+from megatron_mimo.checkpoint.saved_run import read_common
 from megatron_mimo.checkpoint.saving import (
     Contents,
     Target,
     stored_bytes,
-    stored_value,
     write_checkpoint,
 )
+from megatron_mimo.checkpoint.sharded_files import ShardedWriter, Stored, read
+from megatron_mimo.checkpoint.start import start_of
 from megatron_mimo.checkpoint.tensors import optimizer_tensors, reads, writes
-from megatron_mimo.model.mimo import MimoModel
-from megatron_mimo.optim.mimo_optimizer import MimoOptimizer
+from megatron_mimo.optim.train_state import TrainState
 from megatron_mimo.runtime.host_copy import HostCopy
 from megatron_mimo.runtime.rng import rng_state, set_rng_state
-from megatron_mimo.runtime.sharded_files import (
-    ShardedWriter,
-    Stored,
-    StoredTensor,
-    read,
-    stored_tensors,
-)
-from megatron_mimo.topology.groups import Topology
+from megatron_mimo.topology import ModuleGridSpec
+from megatron_mimo.weights.torch_dist import StoredTensor, describe
 
 logger = logging.getLogger(__name__)
 VERSION = 3.0
@@ -47,29 +41,12 @@ VERSION = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class TrainedParts:
-    """What of this rank a checkpoint holds.
-
-    Attributes:
-        topology: Grids and groups.
-        model: The modules.
-        optimizer: Over them.
-        scheduler: Learning rate.
-    """
-
-    topology: Topology
-    model: MimoModel
-    optimizer: MimoOptimizer
-    scheduler: OptimizerParamScheduler
-
-
-@dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a checkpoint says of its run.
+    """State of the run in a checkpoint.
 
     Attributes:
-        progress: Where to go on; zeros with `finetune`.
-        loader: State of the readers, of every lane; None when there is none to go on from.
+        progress: Iteration and samples from which the run continues; zeros with `finetune`.
+        loader: States of the readers of all `lanes`; None when they are not used.
     """
 
     progress: Progress
@@ -78,12 +55,13 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class _Running:
-    """A save in the background.
+    """A save that is running in the background.
 
     Attributes:
-        iteration: That it was taken after.
-        start: Seconds, of `time.perf_counter`.
-        removed: Older checkpoints that it removed; here when it is published, or has failed.
+        iteration: Iteration after which the save began.
+        start: Start in seconds of `time.perf_counter`.
+        removed: Older checkpoints that the save has removed; available when it is published or has
+            failed.
     """
 
     iteration: int
@@ -92,29 +70,32 @@ class _Running:
 
 
 class Checkpointer:
-    """Writes checkpoints so that the last whole one can always be loaded. Collective throughout.
+    """Writes checkpoints such that the last complete one can always be loaded.
 
-    In the background a save is a thread, over a group of its own. Training stands still while it
-    copies what is saved; ranks do not wait for each other.
+    All methods are collective.
+
+    A save in the background is a thread, with a process group of its own. Training waits only while
+    the state is copied; ranks do not wait for each other.
 
     Args:
-        parts: What is saved.
-        config: Where and how.
-        flags: Of the run, for `args` in the checkpoint.
-        readers: Where the positions of the readers go as well, each time; None for nowhere else.
+        state: State of this rank to save.
+        config: Folder, interval and contents of the checkpoints.
+        flags: Flags of the run, stored as `args` in the checkpoint.
+        readers: Settings of a folder that the positions of the readers are written to as well; None
+            for no such folder.
 
     Raises:
-        ValueError: A folder cannot be written, or another run saves there.
+        ValueError: A folder cannot be written to, or another run saves in it.
     """
 
     def __init__(
         self,
-        parts: TrainedParts,
+        state: TrainState,
         config: SaveConfig,
         flags: Mapping[str, Any],
-        readers: ReaderSaveConfig | None = None,
+        readers: ReaderConfig | None = None,
     ) -> None:
-        self._parts = parts
+        self._state = state
         self._config = config
         self._readers = readers
         self._flags = dict(flags)
@@ -124,32 +105,32 @@ class Checkpointer:
         self._running: _Running | None = None
         self._locks: list[folders.SaveLock] = []
         self._last: int | None = None
-        on_first_rank(parts.topology.control, self._take_lock)
+        on_first_rank(state.topology.control, self._take_lock)
         if config.in_background:
             # Memory that is new, or not there, should not hold up the first save.
             self._copied(self._what())
 
     def is_due(self, iteration: int) -> bool:
-        """Whether the interval ends with an iteration."""
+        """Whether a save interval ends with this iteration."""
         return self._config.interval is not None and iteration % self._config.interval == 0
 
     def save(self, progress: Progress, loader: Mapping[int, Any]) -> None:
         """Save after an iteration; in the background, `poll` or `finish` announces it.
 
-        A save in the background that still runs is waited for.
+        A previous save that is still running in the background is waited for.
 
         Args:
-            progress: How far training is.
-            loader: State of the reader of each lane that this rank answers for.
+            progress: Progress of training.
+            loader: State of the reader of each lane that this rank reports on.
 
         Raises:
-            RuntimeError: A rank's files could not be written, now or in the background before;
-                the checkpoint before is untouched.
+            RuntimeError: The files of a rank could not be written, now or by the previous save in
+                the background; the previous checkpoint is unchanged.
         """
         if self._last == progress.iteration:
             return
         self.finish()
-        start, root = time.perf_counter(), self._config.root
+        start, root = time.perf_counter(), self._config.folder
         logger.info(
             "saving checkpoint at iteration %7d to %s in torch_dist format",
             progress.iteration,
@@ -159,13 +140,13 @@ class Checkpointer:
         contents = Contents(
             parts=self._copied(parts) if self._config.in_background else parts,
             common=self._common(progress) if dist.get_rank() == 0 else b"",
-            lanes=pickle.dumps(loader),
+            lanes=lanes_text(loader),
         )
         target = Target(
             root,
             progress.iteration,
             self._config.keep_last,
-            None if self._readers is None else self._readers.root,
+            None if self._readers is None else self._readers.folder,
         )
         saving = partial(write_checkpoint, contents, target, self._writer, self._group)
         self._running = _Running(progress.iteration, start, Future())
@@ -186,10 +167,11 @@ class Checkpointer:
     def poll(self) -> None:
         """Announce a save in the background that has been published.
 
-        Ranks hear of it each in its own time: nothing here waits.
+        Ranks may announce it at different times, as this function does not wait.
 
         Raises:
-            RuntimeError: As `finish`.
+            RuntimeError: The files of a rank could not be written; the previous checkpoint is
+                unchanged.
         """
         if self._running is not None and self._running.removed.done():
             self.finish()
@@ -198,7 +180,8 @@ class Checkpointer:
         """Wait for a save in the background, if there is one, and announce it.
 
         Raises:
-            RuntimeError: A rank's files could not be written; the checkpoint before is untouched.
+            RuntimeError: The files of a rank could not be written; the previous checkpoint is
+                unchanged.
         """
         running, self._running = self._running, None
         if running is None:
@@ -213,28 +196,28 @@ class Checkpointer:
         logger.info(
             "successfully saved checkpoint from iteration %7d to %s [ %.1f s ]",
             running.iteration,
-            self._config.root,
+            self._config.folder,
             time.perf_counter() - running.start,
         )
         if self._readers is not None:
             logger.info(
                 "saved the position of the data at iteration %7d to %s",
                 running.iteration,
-                self._readers.root,
+                self._readers.folder,
             )
 
     def close(self) -> None:
-        """Let another run save there."""
+        """Release the folder, so that another run may save in it."""
         for lock in self._locks:
             lock.release()
 
     def _take_lock(self) -> None:
-        self._locks.append(folders.take(self._config.root))
+        self._locks.append(folders.take(self._config.folder))
         if self._readers is not None:
-            self._locks.append(folders.take(self._readers.root, flag="--dataloader-save"))
+            self._locks.append(folders.take(self._readers.folder, flag="--dataloader-save"))
 
     def _copied(self, parts: Sequence[Stored]) -> list[Stored]:
-        """Parts whose tensors training does not change; objects are made for each save."""
+        """Parts with copies of the tensors, so that training may change the originals."""
         tensors = [part for part in parts if isinstance(part, ShardedTensor)]
         copies = iter(self._copy.take([part.data for part in tensors]))
         return [
@@ -252,106 +235,126 @@ class Checkpointer:
             "checkpoint_version": VERSION,
             "iteration": progress.iteration,
             "consumed_train_samples": progress.consumed_samples,
-            "opt_param_scheduler": self._parts.scheduler.state_dict(),
-            "grids": {grid.name: asdict(grid) for grid in self._parts.topology.layout.grids},
+            "opt_param_scheduler": self._state.scheduler.state_dict(),
+            "grids": {
+                name: _sizes(grid) for name, grid in self._state.topology.layout.modules.items()
+            },
         }
-        if self._config.optimizer:
+        if not self._config.without_optimizer:
             common["optimizer"] = {
-                "step": self._parts.optimizer.num_updates,
-                "grad_scaler": self._parts.optimizer.scaler_state,
+                "step": self._state.optimizer.num_updates,
+                "grad_scaler": self._state.optimizer.scaler_state,
             }
         return stored_bytes(common)
 
     def _what(self) -> list[Stored]:
-        states = self._parts.optimizer.param_states()
+        states = self._state.optimizer.param_states()
         found: list[Stored] = []
-        for replica in self._parts.model.replicas:
+        for replica in self._state.model.replicas:
             found += writes(replica, states)
-            if self._config.optimizer:
+            if not self._config.without_optimizer:
                 found += optimizer_tensors(replica, states, reading=False)
-            if self._config.rng:
+            if not self._config.without_rng:
                 found.append(_rng(replica.groups.spec, dist.get_rank(), rng_state()))
         return found
 
 
 def _settle(outcome: Future[list[Path]], saving: Callable[[], list[Path]]) -> None:
-    """Do it; what comes of it is the outcome."""
+    """Run a save, and set its result or its error as the outcome."""
     try:
         outcome.set_result(saving())
     except BaseException as error:
         outcome.set_exception(error)
 
 
-def load(parts: TrainedParts, config: LoadConfig) -> Loaded | None:
-    """Bring a run back from the newest checkpoint of a folder. Collective over the world.
+def load(state: TrainState, config: LoadConfig, *, trust: bool = False) -> Loaded | None:
+    """Load a run from the newest checkpoint of a folder. Collective over the world.
 
-    Every file is checked, and every name and shape, before a weight changes.
+    Every file, name and shape is checked before a weight changes.
+
+    Args:
+        state: State of this rank, freshly built.
+        config: Folder, and parts to load.
+        trust: Whether files may run code.
 
     Returns:
-        None when nothing has been saved there yet.
+        State of the run; None when the folder has no checkpoint yet.
 
     Raises:
-        ValueError: The checkpoint is damaged (names the files) or does not hold what this model
-            asks for (lists it).
+        ValueError: There is no checkpoint where one was named, it is damaged (the message names the
+            files) or does not hold what this model requests (the message lists it).
     """
-    control, root, rank = parts.topology.control, config.root, dist.get_rank()
-    iteration = on_first_rank(control, lambda: folders.latest_iteration(root))
-    if iteration is None:
-        logger.warning(
-            "WARNING: could not find the metadata file %s; will not load any checkpoints and will "
-            "start from random",
-            root / folders.TRACKER,
-        )
+    control, root, rank = state.topology.control, config.folder, dist.get_rank()
+    folder: Path | None = on_first_rank(control, lambda: start_of(config))
+    if folder is None:
+        logger.info("%s has no checkpoint yet: the run starts from the beginning", root)
         return None
-    start, folder = time.perf_counter(), folders.iteration_folder(root, iteration)
-    logger.info("loading distributed checkpoint from %s at iteration %d", root, iteration)
+    start = time.perf_counter()
     check_whole(folder, control)
-    common = stored_value(folder / folders.COMMON)
-    tensors, objects = stored_tensors(folder)
-    with_optimizer = config.optimizer and not config.finetune
-    states = parts.optimizer.param_states()
+    common = read_common(folder, trust=trust)
+    progress = _progress(common, folder)
+    logger.info(
+        "loading distributed checkpoint from %s at iteration %d", folder.parent, progress.iteration
+    )
+    stored = describe(folder, trust=trust)
+    tensors, objects = stored.tensors, stored.objects
+    with_optimizer = not (config.without_optimizer or config.finetune)
+    states = state.optimizer.param_states()
     wanted: list[ShardedTensor] = []
-    for replica in parts.model.replicas:
+    for replica in state.model.replicas:
         wanted += reads(replica)
         if with_optimizer:
             wanted += optimizer_tensors(replica, states, reading=True)
     _require(wanted, tensors, folder, control, with_optimizer=with_optimizer)
     generators = []
-    if config.rng and not config.finetune:
+    if not (config.without_rng or config.finetune):
         generators = [
             asked
-            for replica in parts.model.replicas
+            for replica in state.model.replicas
             if (asked := _rng(replica.groups.spec, rank, None)).unique_key in objects
         ]
-        if len(generators) < len(parts.model.replicas):
+        if len(generators) < len(state.model.replicas):
             logger.warning(
                 "the checkpoint has no random state for this layout: streams start from --seed"
             )
-    found = read([*wanted, *generators], folder)
-    for state in found[len(wanted) :]:
-        set_rng_state(state)
+    found = read([*wanted, *generators], stored, trust=trust)
+    for generator in found[len(wanted) :]:
+        set_rng_state(generator)
     if config.finetune:
-        parts.optimizer.refresh_main_params()
-        logger.info("loaded the weights of iteration %d for finetuning", iteration)
+        state.optimizer.refresh_main_params()
+        logger.info("loaded the weights of iteration %d for finetuning", progress.iteration)
         return Loaded(Progress(0, 0), None)
     if with_optimizer:
-        parts.optimizer.num_updates = common["optimizer"]["step"]
-        parts.optimizer.scaler_state = common["optimizer"]["grad_scaler"]
+        state.optimizer.num_updates = common["optimizer"]["step"]
+        state.optimizer.scaler_state = common["optimizer"]["grad_scaler"]
     else:
-        parts.optimizer.refresh_main_params()
-    if config.scheduler:
-        parts.scheduler.num_steps = common["opt_param_scheduler"]["num_steps"]
-        parts.scheduler.step(0)
+        state.optimizer.refresh_main_params()
+    if not config.without_scheduler:
+        state.scheduler.num_steps = common["opt_param_scheduler"]["num_steps"]
+        state.scheduler.step(0)
     dist.barrier(group=control)
     logger.info(
         "successfully loaded checkpoint from %s at iteration %d [ %.1f s ]",
         root,
-        iteration,
+        progress.iteration,
         time.perf_counter() - start,
     )
-    return Loaded(
-        Progress(iteration, common["consumed_train_samples"]),
-        stored_value(folder / folders.LOADER),
+    return Loaded(progress, {"lanes": read_lanes(folder, trust=trust)})
+
+
+def _progress(common: Mapping[str, Any], folder: Path) -> Progress:
+    """Progress that a checkpoint holds.
+
+    Raises:
+        ValueError: It holds none.
+    """
+    match common:
+        case {"iteration": int() as iteration, "consumed_train_samples": int() as samples}:
+            return Progress(iteration, samples)
+    raise ValueError(
+        f"{folder / folders.COMMON} does not say after which iteration and sample it was saved: "
+        f"expected a checkpoint of this program; --load-nemotron-checkpoint begins with weights of "
+        f"others"
     )
 
 
@@ -363,10 +366,10 @@ def _require(
     *,
     with_optimizer: bool,
 ) -> None:
-    """Refuse a checkpoint that lacks something; tell what nobody asked for.
+    """Refuse a checkpoint that lacks tensors; log those that are not requested.
 
     Raises:
-        ValueError: Lists what is missing or has another shape.
+        ValueError: Tensors are missing or have another shape; the message lists them.
     """
     faults, known = compare(wanted, stored, control)
     if faults:
@@ -389,6 +392,13 @@ def _require(
 
 
 def _rng(spec: Any, rank: int, state: Any) -> ShardedObject:
-    """A rank's random state, by its place on a module's grid."""
+    """Random state of a rank, keyed by its coordinates on a module's grid."""
     place = rank - spec.offset
     return ShardedObject(f"rng_state.{spec.name}", state, (spec.size,), (place,), replica_id=0)
+
+
+def _sizes(grid: ModuleGridSpec) -> dict[str, Any]:
+    """Name, offset and sizes of a grid."""
+    fields = asdict(grid)
+    del fields["flag_form"]
+    return fields

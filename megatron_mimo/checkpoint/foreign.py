@@ -1,8 +1,8 @@
-"""Weights of a checkpoint that is not this run's, into its modules: Megatron's own, or another's.
+"""Loading of weights from a checkpoint that is not this run's: one of Megatron, or of another run.
 
-Decoder and language model have megatron-core's names in our checkpoints too. Around the decoder its
-`RADIOViTModel` and `MultimodalProjector` use others, which the table below translates. Both embed
-patches whose pixels stand in the order (channel, y, x), so that no weight is rearranged.
+Transformer layers and language model have megatron-core's names in our checkpoints too. Other parts
+of its `RADIOViTModel` and `MultimodalProjector` have different names, which the table below
+translates. Both embed patches with pixels in the order (channel, y, x), so no weight is rearranged.
 """
 
 import logging
@@ -16,14 +16,20 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_mimo.checkpoint import folder as folders
-from megatron_mimo.checkpoint.agreement import check_whole, compare, listed, on_first_rank
-from megatron_mimo.checkpoint.checkpointer import TrainedParts
-from megatron_mimo.checkpoint.tensors import PREFIXES, reads
-from megatron_mimo.runtime.sharded_files import StoredTensor, read, stored_tensors
+from megatron_mimo.checkpoint.collectives import check_whole, compare, listed, on_first_rank
+from megatron_mimo.checkpoint.sharded_files import read
+from megatron_mimo.checkpoint.start import weights_of
+from megatron_mimo.checkpoint.tensors import reads
+from megatron_mimo.modules.language.adapter import STORED_PREFIX
+from megatron_mimo.modules.radio.adapter import STORED_PREFIXES
+from megatron_mimo.optim.train_state import TrainState
+from megatron_mimo.weights.names import separate_name
+from megatron_mimo.weights.torch_dist import StoredTensor, describe
 
 logger = logging.getLogger(__name__)
 
-_VISION, _PROJECTOR, _LANGUAGE = PREFIXES.values()
+_PREFIXES = (*STORED_PREFIXES.values(), STORED_PREFIX)
+_VISION, _PROJECTOR, _LANGUAGE = _PREFIXES
 # Part of the model -> beginnings of names that only our checkpoints have, and only Megatron's.
 _MARKS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     _VISION: (("embedding.",), ("embedder.", "position_embeddings")),
@@ -39,7 +45,7 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
         f"{_VISION}decoder.final_layernorm.",
         f"{_VISION}ln_post.",
     ),
-    # Fused into the linear layer behind it: of an MLP, or the affine layer itself.
+    # Fused into the next linear layer: that of an MLP, or the affine layer itself.
     f"{_PROJECTOR}norm.": (
         f"{_PROJECTOR}encoder.linear_fc1.layer_norm_",
         f"{_PROJECTOR}encoder.layer_norm_",
@@ -47,15 +53,10 @@ _TABLE: Mapping[str, tuple[str, ...]] = {
     f"{_PROJECTOR}mlp.": (f"{_PROJECTOR}encoder.",),
     f"{_PROJECTOR}linear.": (f"{_PROJECTOR}encoder.",),
 }
-# A layer's norms, which Transformer Engine fuses into the linear layer behind them.
-_NORMS: Mapping[str, str] = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
 _STACKED = re.compile(r"(.*\.decoder\.layers\.)(?!\d)(.*)")
-# What of a checkpoint must not be left out, for the model would compute something else: why, and
-# what to do.
-_LAST_NORM = "a norm behind the last layer: expected one, vision.final_layernorm=true makes it"
+# Tensors of a checkpoint that must not be left out, as the model would compute something else: the
+# reason, and what to do.
+_LAST_NORM = "a norm after the last layer: expected one, vision.final_layernorm=true makes it"
 _NO_LAYER = "of a layer, or a part of one, that this model has not"
 _PATCH_BIAS = "a bias of patches: --override vision.patch_bias=true"
 _FIRST_NORM = "a norm in front: --override projector.normalization=RMSNorm, or LayerNorm"
@@ -75,87 +76,71 @@ _BIAS = re.compile(rf"{re.escape(_PROJECTOR)}(encoder|mlp|linear)\.(linear_fc[12
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|.*_extra_state(/|$)")
 
 
-def load_nemotron(parts: TrainedParts, path: Path) -> None:
-    """Begin with every weight of a flat checkpoint of a Nemotron vision-language model.
+def load_nemotron(state: TrainState, path: Path, *, trust: bool = False) -> None:
+    """Load every weight of a flat checkpoint of a Nemotron vision-language model.
 
-    Collective over the world; each rank reads what it holds. Nothing changes before all ranks have
-    found every name and shape that they ask for.
-
-    Args:
-        parts: Freshly built.
-        path: A root with a tracker, or the folder of one iteration.
-
-    Raises:
-        ValueError: There is no checkpoint, or it does not hold what the model asks for; lists it.
-    """
-    has_encoder = parts.topology.layout.encoder is not None
-    wanted = (_VISION, _PROJECTOR, _LANGUAGE) if has_encoder else (_LANGUAGE,)
-    _load(parts, path, "--load-nemotron-checkpoint", wanted, roots=("",))
-
-
-def load_vision(parts: TrainedParts, path: Path) -> None:
-    """Begin with the vision encoder of a checkpoint, without its projector; as `load_nemotron`.
+    Collective over the world; each rank reads its own shards. Nothing changes before all ranks have
+    found every name and shape that they need.
 
     Args:
-        parts: Freshly built, with an encoder.
-        path: A root with a tracker, or the folder of one iteration; its names begin with
-            `model.vision_model.`, or with `vision_model.`.
+        state: State of this rank, freshly built.
+        path: Path to a root with a tracker, or to the folder of one iteration.
+        trust: Whether files may run code.
 
     Raises:
-        ValueError: As `load_nemotron`.
+        ValueError: There is no checkpoint, or it lacks tensors of the model; the message lists
+            them.
     """
-    _load(parts, path, "--load-vision-from", (_VISION,), roots=("model.", ""))
+    wanted = _PREFIXES if state.topology.layout.sources else (_LANGUAGE,)
+    _load(state, path, "--load-nemotron-checkpoint", wanted, roots=("",), trust=trust)
 
 
-def find_checkpoint(path: Path, flag: str) -> Path:
-    """The folder with a checkpoint's files.
+def load_vision(state: TrainState, path: Path, *, trust: bool = False) -> None:
+    """Load the vision encoder of a checkpoint, without its projector, as `load_nemotron` does.
 
     Args:
-        path: A root with a tracker, or that folder.
-        flag: That the path was given with.
+        state: State of this rank, freshly built, with an encoder.
+        path: Path to a root with a tracker, or to the folder of one iteration; names of its tensors
+            begin with `model.vision_model.`, or with `vision_model.`.
+        trust: Whether files may run code.
 
     Raises:
-        ValueError: Neither is there.
+        ValueError: There is no checkpoint, or it lacks tensors of the vision encoder; the message
+            lists them.
     """
-    tracker = path / folders.TRACKER
-    if tracker.is_file():
-        # What Megatron's converters write.
-        if tracker.read_text(encoding="utf-8").strip() == "release":
-            return path / "release"
-        iteration = folders.latest_iteration(path)
-        assert iteration is not None
-        return folders.iteration_folder(path, iteration)
-    if (path / ".metadata").is_file():
-        return path
-    raise ValueError(
-        f"{flag} {path} holds neither {folders.TRACKER} nor .metadata: expected a folder of "
-        f"checkpoints in torch_dist format, or one of its iter_… folders"
-    )
+    _load(state, path, "--load-vision-from", (_VISION,), roots=("model.", ""), trust=trust)
 
 
 def _load(
-    parts: TrainedParts, path: Path, flag: str, modules: tuple[str, ...], roots: tuple[str, ...]
+    state: TrainState,
+    path: Path,
+    flag: str,
+    modules: tuple[str, ...],
+    *,
+    roots: tuple[str, ...],
+    trust: bool,
 ) -> None:
-    start, control = time.perf_counter(), parts.topology.control
-    folder: Path = on_first_rank(control, lambda: find_checkpoint(path, flag))
-    # Ours have one, Megatron's have none.
+    start, control = time.perf_counter(), state.topology.control
+    folder: Path = on_first_rank(control, lambda: weights_of(path, flag))
+    # Our checkpoints have one, Megatron's have none.
     if on_first_rank(control, (folder / folders.CHECKSUMS).is_file):
         check_whole(folder, control)
-    stored, _ = stored_tensors(folder)
+    described = describe(folder, trust=trust)
+    stored = described.tensors
     root = _root(stored, f"{flag} {folder}", modules, roots)
     tensors = {key.removeprefix(root): tensor for key, tensor in stored.items()} if root else stored
     foreign = {module: _is_foreign(tensors, f"{flag} {folder}", module) for module in modules}
     wanted = [
         _found(part, tensors, foreign=foreign[module])
-        for replica in parts.model.replicas
+        for replica in state.model.replicas
         for part in reads(replica)
         for module in modules
         if part.key.startswith(module)
     ]
     _require(wanted, tensors, f"{flag} {folder}", modules, control)
-    read([replace(part, key=root + part.key) for part in wanted], folder)
-    # The optimizer copied what the weights were initialised with.
-    parts.optimizer.refresh_main_params()
+    read([replace(part, key=root + part.key) for part in wanted], described, trust=trust)
+    # The optimizer has copies of the initial weights.
+    state.optimizer.refresh_main_params()
     logger.info(
         "loaded %s of %s [ %.1f s ]",
         ", ".join(f"{root}{module}*" for module in modules),
@@ -167,10 +152,10 @@ def _load(
 def _root(
     stored: Mapping[str, StoredTensor], where: str, modules: tuple[str, ...], roots: tuple[str, ...]
 ) -> str:
-    """What stands in front of every name.
+    """Common beginning of all names.
 
     Raises:
-        ValueError: No module is there, or there are several.
+        ValueError: There is no such beginning, or there are several.
     """
     held = [root for root in roots if any(key.startswith(root + modules[0]) for key in stored)]
     if len(held) == 1:
@@ -187,7 +172,7 @@ def _is_foreign(stored: Mapping[str, StoredTensor], where: str, module: str) -> 
     """Whether a part of the model has Megatron's names, and not ours.
 
     Raises:
-        ValueError: It has neither, or both.
+        ValueError: The part has neither, or both.
     """
     if module not in _MARKS:
         return False
@@ -206,20 +191,20 @@ def _is_foreign(stored: Mapping[str, StoredTensor], where: str, module: str) -> 
 def _found(
     part: ShardedTensor, stored: Mapping[str, StoredTensor], *, foreign: bool
 ) -> ShardedTensor:
-    """What a rank asks for, in the form that a checkpoint has; the usual one if it has none."""
+    """The tensor that a rank needs, in the form of a checkpoint; the usual form if it has none."""
     forms = list(_forms(part, foreign=foreign))
     return next((form for form in forms if form.key in stored), forms[0])
 
 
 def _forms(part: ShardedTensor, *, foreign: bool) -> Iterator[ShardedTensor]:
-    """The same memory under every name that it may have, the usual one first."""
+    """The same memory under every possible name, the usual one first."""
     for key in list(_keys(part.key, foreign=foreign)):
         if key == _POSITION:
             yield _reshaped(part, key, leading=(1,), dropped=0)
             continue
         yield replace(part, key=key)
         if stacked := _STACKED.fullmatch(key):
-            # Layer by layer, as Megatron stores those that are not all alike.
+            # Layer by layer, as Megatron stores layers of different kinds.
             (layer, *_) = part.global_offset
             yield _reshaped(part, f"{stacked[1]}{layer}.{stacked[2]}", leading=(), dropped=1)
 
@@ -232,15 +217,14 @@ def _keys(key: str, *, foreign: bool) -> Iterator[str]:
                 names = [other + key.removeprefix(ours) for other in theirs]
     for name in names:
         yield name
-        for fused, separate in _NORMS.items():
-            if ".decoder.layers." in name and fused in name:
-                yield name.replace(fused, separate)
+        if (separate := separate_name(name)) != name and ".decoder.layers." in name:
+            yield separate
 
 
 def _reshaped(
     part: ShardedTensor, key: str, *, leading: tuple[int, ...], dropped: int
 ) -> ShardedTensor:
-    """A part of a tensor with other dimensions in front, all of size one."""
+    """A part of a tensor with other leading dimensions, all of size one."""
     assert part.data is not None
     assert part.local_shape[:dropped] == (1,) * dropped, part
     shape = leading + part.local_shape[dropped:]
@@ -261,13 +245,14 @@ def _require(
     modules: tuple[str, ...],
     control: dist.ProcessGroup,
 ) -> None:
-    """Refuse a checkpoint that lacks something, or has what cannot be left out; tell the rest.
+    """Refuse a checkpoint that lacks tensors, or has some that cannot be left out; log the others.
 
     Raises:
-        ValueError: Lists what is missing, has another shape, or has no place here.
+        ValueError: Tensors are missing, have another shape, or have no place here; the message
+            lists them.
     """
     faults, asked = compare(wanted, stored, control)
-    whole = len(modules) == len(PREFIXES)
+    whole = len(modules) == len(_PREFIXES)
     others = sorted(
         key
         for key in stored.keys() - asked
@@ -286,7 +271,7 @@ def _require(
 
 
 def _needed(key: str, modules: tuple[str, ...]) -> str | None:
-    """Why a tensor cannot be left out; None where it can."""
+    """Reason why a tensor cannot be left out; None where it can."""
     if not key.startswith(modules):
         return None
     if _BIAS.fullmatch(key):

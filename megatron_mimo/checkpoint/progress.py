@@ -1,15 +1,15 @@
-"""How far a run is."""
+"""Progress of a run."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far training is.
+    """Progress of training.
 
     Attributes:
-        iteration: Last finished one.
-        consumed_samples: Samples trained on so far.
+        iteration: Last iteration that has finished.
+        consumed_samples: Number of samples trained on so far.
     """
 
     iteration: int

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Rectangle:
-    """Elements of a tensor that lie together both in a box and in memory.
+    """Elements of a tensor that are contiguous both as a box and in memory.
 
     Attributes:
         offset: First index in each dimension.
         size: Extent in each dimension.
-        start: Of its first element in the flattened tensor.
+        start: Index of its first element in the flattened tensor.
     """
 
     offset: tuple[int, ...]
@@ -27,9 +27,9 @@ def rectangles(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectangl
     boxes are what a sharded checkpoint stores. There are at most 2 N - 1 of them in N dimensions.
 
     Args:
-        shape: Of the tensor; () has one element.
-        start: First element.
-        stop: Behind the last element.
+        shape: Shape of the tensor; () has one element.
+        start: Index of the first element.
+        stop: Index after the last element.
     """
     if start >= stop:
         return

@@ -1,7 +1,6 @@
-"""One save, from what ranks hold to the folder that all may load; in whichever thread."""
+"""One save, from the objects of each rank to the published folder; in any thread."""
 
 import io
-import pickle
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,34 +11,36 @@ import torch
 import torch.distributed as dist
 
 from megatron_mimo.checkpoint import folder as folders
-from megatron_mimo.checkpoint.agreement import on_first_rank, outcomes, results
-from megatron_mimo.runtime.sharded_files import ShardedWriter, Stored, Written
+from megatron_mimo.checkpoint.collectives import on_first_rank, outcomes, results
+from megatron_mimo.checkpoint.loader_file import file_content
+from megatron_mimo.checkpoint.sharded_files import ShardedWriter, Stored, Written
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What one rank gives to a checkpoint; nobody changes it while it is written.
+    """What one rank contributes to a checkpoint; it does not change while it is written.
 
     Attributes:
-        parts: Tensors, and random states.
-        common: Bytes of `common.pt`; of rank 0.
-        lanes: Pickled, lane -> state of its reader, of the lanes that this rank answers for.
+        parts: Tensors, and states of random generators.
+        common: Contents of `common.pt`; used on rank 0.
+        lanes: States of the readers by lane, for the lanes that this rank reports on, as text.
     """
 
     parts: Sequence[Stored]
     common: bytes
-    lanes: bytes
+    lanes: str
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Which checkpoint it is.
+    """Folder and iteration of the checkpoint that is written.
 
     Attributes:
         root: Folder of the checkpoints.
-        iteration: That it was taken after.
-        keep_last: How many checkpoints to keep; None keeps all.
-        readers: Folder that the positions of the readers go to as well; None for none.
+        iteration: Iteration after which the save began.
+        keep_last: Number of checkpoints to keep; None keeps all.
+        readers: Folder that the positions of the readers are written to as well; None for no other
+            folder.
     """
 
     root: Path
@@ -52,7 +53,7 @@ class Target:
 class _Share:
     written: Written
     checksums: Mapping[str, folders.Checksum]
-    lanes: bytes
+    lanes: str
 
 
 def write_checkpoint(
@@ -61,18 +62,18 @@ def write_checkpoint(
     """Write a checkpoint and publish it. Collective over the world.
 
     Args:
-        contents: Of this rank.
-        target: The same on all ranks.
-        writer: Of this rank.
-        group: The world, on the host. Nothing else may use it meanwhile: where this runs beside
-            training, the group is not training's.
+        contents: Contents of this rank.
+        target: Target, the same on all ranks.
+        writer: Writer of this rank.
+        group: Group of all ranks on the hosts. Nothing else may use it at the same time: a save in
+            the background needs a group of its own.
 
     Returns:
-        On every rank, the older checkpoints that were removed.
+        Older checkpoints that were removed, on every rank.
 
     Raises:
-        RuntimeError: On every rank: a rank's files could not be written, by name; the checkpoint
-            before is untouched.
+        RuntimeError: The files of a rank could not be written (the message names it); raised on
+            every rank. The previous checkpoint is unchanged.
     """
     failed = (
         f"--save {target.root}: the checkpoint of iteration {target.iteration} could not be "
@@ -90,7 +91,7 @@ def write_checkpoint(
     def publish() -> list[Path]:
         found: list[_Share] = results(shares)
         writer.describe([share.written for share in found], staged)
-        loader = _positions([share.lanes for share in found])
+        loader = file_content([share.lanes for share in found])
         (staged / folders.LOADER).write_bytes(loader)
         folders.seal(staged, {name: c for share in found for name, c in share.checksums.items()})
         if target.readers is not None:
@@ -107,24 +108,25 @@ def write_checkpoint(
     return removed
 
 
-def write_positions(lanes: bytes, target: Target, group: dist.ProcessGroup) -> list[Path]:
+def write_positions(lanes: str, target: Target, group: dist.ProcessGroup) -> list[Path]:
     """Write the positions of the readers alone and publish them. Collective over the world.
 
     Args:
-        lanes: As `Contents.lanes`.
-        target: The same on all ranks.
-        group: The world, on the host.
+        lanes: States of the readers, as `Contents.lanes`.
+        target: Target, the same on all ranks.
+        group: Group of all ranks on the hosts.
 
     Returns:
-        On every rank, the older ones that were removed.
+        Older positions that were removed, on every rank.
 
     Raises:
-        RuntimeError: On every rank: they could not be written; those before are untouched.
+        RuntimeError: The positions could not be written; raised on every rank. Earlier positions
+            are unchanged.
     """
     shares = outcomes(group, lambda: lanes)
 
     def publish() -> list[Path]:
-        _publish_positions(_positions(results(shares)), target.root, target.iteration)
+        _publish_positions(file_content(results(shares)), target.root, target.iteration)
         return folders.prune(target.root, target.keep_last)
 
     removed: list[Path] = on_first_rank(
@@ -134,7 +136,7 @@ def write_positions(lanes: bytes, target: Target, group: dist.ProcessGroup) -> l
 
 
 def _publish_positions(loader: bytes, root: Path, iteration: int) -> None:
-    """Write `loader.pt` of an iteration; on one rank."""
+    """Write `loader.json` of an iteration; on one rank."""
     try:
         folders.prune(root, None)
         staged = folders.staging_folder(root, iteration, uuid.uuid4().hex[:8])
@@ -147,22 +149,10 @@ def _publish_positions(loader: bytes, root: Path, iteration: int) -> None:
 
 
 def stored_bytes(value: Any) -> bytes:
-    """Of a small file. A full disk is then met by a plain write, not within torch's writer."""
+    """Contents of a small file, so that a plain write, not torch's, meets a full disk."""
     content = io.BytesIO()
     torch.save(value, content)
     return content.getvalue()
-
-
-def stored_value(path: Path) -> Any:
-    """What `stored_bytes` made, from a file whose checksum was compared.
-
-    Raises:
-        ValueError: It cannot be read.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _stage(target: Target, common: bytes) -> Path:
@@ -171,11 +161,3 @@ def _stage(target: Target, common: bytes) -> Path:
     staged.mkdir()
     (staged / folders.COMMON).write_bytes(common)
     return staged
-
-
-def _positions(parts: Sequence[bytes]) -> bytes:
-    """Of all lanes, as `loader.pt` has them."""
-    lanes: dict[int, Any] = {}
-    for part in parts:
-        lanes |= pickle.loads(part)  # noqa: S301 (of our own ranks)
-    return stored_bytes({"lanes": lanes, "num_lanes": len(lanes)})

@@ -1,9 +1,9 @@
-"""Which part of which stored tensor this rank writes, and which parts it reads.
+"""The parts of stored tensors that this rank writes, and those that it reads.
 
-Names and global shapes are megatron-core's (`sharded_state_dict`), with a prefix for each module,
-so that no two modules' keys collide. What differs is who writes: each rank the ranges that its
-optimizer owns, straight from where they lie, instead of whole tensors that one data-parallel rank
-has gathered.
+Names and global shapes are those of megatron-core (`sharded_state_dict`), with prefixes that the
+family of each module defines, so that no two modules' keys collide. Writers differ: each rank
+writes the ranges that its optimizer owns, directly from their memory, instead of whole tensors that
+one data-parallel rank has gathered.
 """
 
 import math
@@ -22,46 +22,44 @@ from torch import Tensor, nn
 from megatron_mimo.checkpoint.rectangles import rectangles
 from megatron_mimo.optim.state import ParamState
 
-# As in a flat checkpoint of a Nemotron vision-language model.
-PREFIXES: Mapping[str, str] = {
-    "vision.": "vision_model.",
-    "projector.": "vision_projection.",
-    "model.": "language_model.",
-}
-# Where megatron-core puts the optimizer's tensors, and by which names.
+# Prefix and names of the optimizer's tensors, as in megatron-core.
 OPTIMIZER_PREFIX = "optimizer.state."
 
 
 class Groups(Protocol):
-    """Of a module, as `topology.groups.ModuleGroups` has them."""
+    """Groups of a module, such as `topology.groups.ModuleGroups`."""
 
     @property
     def pg_collection(self) -> ProcessGroupCollection:
-        """Every group that megatron-core asks for."""
+        """Groups of the module; every group that megatron-core asks for is set."""
 
 
 class Replica(Protocol):
-    """A module on this rank, as `model.mimo.ModuleReplica` is."""
+    """A module on this rank, such as `model.mimo.ModuleReplica`."""
 
     @property
     def module(self) -> nn.Module:
-        """The bare module."""
+        """Stage without the wrapper for data parallelism."""
 
     @property
     def groups(self) -> Groups:
-        """Its groups."""
+        """Groups of the module."""
+
+    @property
+    def prefixes(self) -> Mapping[str, str]:
+        """Beginning of a weight's name in the stage -> its beginning in checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A box of a stored tensor, which a contiguous run of a local one holds.
+    """A box of a stored tensor that a contiguous range of a local tensor contains.
 
     Attributes:
-        key: Of the stored tensor.
-        global_shape: Of the stored tensor.
-        offset: Of the box in the stored tensor.
-        shape: Of the box, with as many dimensions.
-        start: Of its first element in the flattened local tensor.
+        key: Key of the stored tensor.
+        global_shape: Shape of the stored tensor.
+        offset: Offset of the box in the stored tensor, in elements of each dimension.
+        shape: Shape of the box, with as many dimensions.
+        start: Index of the box's first element in the flattened local tensor.
         is_main: Whether no other tensor- or pipeline-parallel rank stores this box.
         replica: Data-parallel rank among those that hold this box.
     """
@@ -75,7 +73,7 @@ class Stored:
     replica: int
 
     def within(self, start: int, stop: int) -> "Iterator[Stored]":
-        """What elements [start, stop) of the flattened local tensor hold of it, in boxes."""
+        """Boxes of the stored tensor in elements [start, stop) of the flattened local tensor."""
         first = max(start - self.start, 0)
         last = min(stop - self.start, math.prod(self.shape))
         for box in rectangles(self.shape, first, last):
@@ -85,13 +83,13 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class LocalTensor:
-    """A weight or buffer of this rank, and what it is a part of.
+    """A weight or buffer of this rank, and the stored tensors that it is a part of.
 
     Attributes:
-        name: In its module.
-        data: The tensor itself.
-        trains: Whether an optimizer updates it, on whichever data-parallel rank.
-        stored: Boxes that it holds, all of it together.
+        name: Name in its module.
+        data: Tensor of this rank.
+        trains: Whether an optimizer updates it, on any data-parallel rank.
+        stored: Boxes that it contains, which together are the whole tensor.
     """
 
     name: str
@@ -101,10 +99,10 @@ class LocalTensor:
 
 
 def local_tensors(replica: Replica) -> list[LocalTensor]:
-    """Every weight and buffer of a module on this rank that a checkpoint holds, in module order."""
+    """Every weight and buffer of a module on this rank that a checkpoint has, in module order."""
     metadata = {"dp_cp_group": replica.groups.pg_collection.dp_cp}
     for module in replica.module.modules():
-        # megatron-core looks for a global group where a module was not given one.
+        # megatron-core looks for a global group where a module has none.
         if isinstance(module, MegatronModule) and not hasattr(module, "tp_group"):
             module.tp_group = replica.groups.pg_collection.tp
         if isinstance(module, LanguageModule):
@@ -113,22 +111,22 @@ def local_tensors(replica: Replica) -> list[LocalTensor]:
     found = []
     for name, entry in entries.items():
         if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
-            continue  # Extra states of fp8; nothing here trains in it.
+            continue  # Extra states of fp8, which is not used here.
         data = entry.data
-        boxes = tuple(_boxes(entry))
+        boxes = tuple(_boxes(entry, replica.prefixes))
         found.append(LocalTensor(name, data.detach(), data.requires_grad, boxes))
     return found
 
 
 def writes(replica: Replica, states: Mapping[int, ParamState]) -> list[ShardedTensor]:
-    """What this rank stores of a module's weights.
+    """The parts of a module's weights that this rank stores; shapes [...] are those of the boxes.
 
-    Of those that train it is the range whose update is its own, so that data-parallel ranks write
-    side by side; of others all or nothing.
+    Of weights that train, a rank stores the range that its optimizer updates, so that data-parallel
+    ranks write in parallel; other weights are stored whole by one rank.
 
     Args:
-        replica: The module.
-        states: Of `optim.state.param_states`; empty without an optimizer.
+        replica: Module on this rank.
+        states: States from `optim.state.param_states`; empty without an optimizer.
     """
     stored = []
     for local in local_tensors(replica):
@@ -150,12 +148,13 @@ def writes(replica: Replica, states: Mapping[int, ParamState]) -> list[ShardedTe
 def optimizer_tensors(
     replica: Replica, states: Mapping[int, ParamState], *, reading: bool
 ) -> list[ShardedTensor]:
-    """This rank's part of the optimizer's state of a module, in place.
+    """This rank's part of the optimizer's state of a module, in place, float32 [...] each.
 
     Args:
-        replica: The module.
-        states: Of `optim.state.param_states`, by address of the weight.
-        reading: Every rank reads what it owns; copies of tensor-parallel peers are not written.
+        replica: Module on this rank.
+        states: States from `optim.state.param_states`, by address of the weight.
+        reading: Whether the tensors are read: every rank reads all that it owns, but copies on
+            tensor-parallel peers are not written.
     """
     found = []
     for local in local_tensors(replica):
@@ -173,7 +172,7 @@ def optimizer_tensors(
 
 
 def reads(replica: Replica) -> list[ShardedTensor]:
-    """All that this rank holds of a module's weights, in place."""
+    """All parts of a module's weights [...] that this rank holds, in place."""
     return [
         _tensor(box, local.data.view(-1), box.start)
         for local in local_tensors(replica)
@@ -181,22 +180,26 @@ def reads(replica: Replica) -> list[ShardedTensor]:
     ]
 
 
-def stored_key(name: str) -> str:
+def stored_key(name: str, prefixes: Mapping[str, str]) -> str:
     """The key of a name in one of our modules.
 
+    Args:
+        name: Name of a weight in the module.
+        prefixes: Beginning of a name in the module -> its beginning in checkpoints.
+
     Raises:
-        ValueError: A part of the model that has no prefix.
+        ValueError: The name belongs to a part of the module without a prefix.
     """
-    for ours, theirs in PREFIXES.items():
+    for ours, theirs in prefixes.items():
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
-    raise ValueError(f"{name!r} belongs to none of {', '.join(PREFIXES)}")
+    raise ValueError(f"{name!r} belongs to none of {', '.join(prefixes)}")
 
 
 def _sharded(
     module: nn.Module, prefix: str, tp_group: Any, metadata: dict[str, Any]
 ) -> dict[str, Any]:
-    """megatron-core's description of every weight; of our own modules, part by part."""
+    """megatron-core's description of every weight; part by part for modules of this package."""
     describe: Any = getattr(module, "sharded_state_dict", None)
     if describe is not None and type(module).__module__.startswith("megatron.core."):
         found: dict[str, Any] = describe(prefix=prefix, metadata=metadata)
@@ -218,9 +221,9 @@ def _tie(
     embedding_key: str,
     metadata: dict[str, Any],
 ) -> None:
-    """Let the last stage's output layer be a copy of the first stage's embeddings.
+    """Describe the last stage's output layer as a copy of the first stage's embeddings.
 
-    As the method of megatron-core that it stands for, which asks a global group for its rank.
+    It replaces the method of megatron-core, which asks a global group for its rank.
     """
     if model.post_process and not model.pre_process:
         output = described[output_key]
@@ -228,7 +231,9 @@ def _tie(
         output.replica_id = (1, 0, metadata["dp_cp_group"].rank())
 
 
-def _boxes(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Stored]:
+def _boxes(
+    entry: ShardedTensor | ShardedTensorFactory, prefixes: Mapping[str, str]
+) -> Iterator[Stored]:
     whole = entry.data
     parts = [entry] if isinstance(entry, ShardedTensor) else _flat(entry.build())
     for part in parts:
@@ -239,7 +244,7 @@ def _boxes(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Stored]:
             raise AssertionError(f"{part.key} does not lie together; it cannot be read in place")
         *others, replica = part.replica_id if isinstance(part.replica_id, tuple) else (0, 0)
         yield Stored(
-            key=stored_key(part.key),
+            key=stored_key(part.key, prefixes),
             global_shape=tuple(part.global_shape),
             offset=tuple(part.global_offset),
             shape=(1,) * part.prepend_axis_num + tuple(part.local_shape),
@@ -257,7 +262,7 @@ def _flat(built: Any) -> list[ShardedTensor]:
 
 
 def _tensor(box: Stored, flat: Tensor, start: int) -> ShardedTensor:
-    """A box as megatron-core's writer and reader take it; its memory is that of `flat`."""
+    """A box as megatron-core's writer and reader need it; its memory is that of `flat`."""
     data = flat[start : start + math.prod(box.shape)].view(box.shape)
     return ShardedTensor(
         key=box.key,

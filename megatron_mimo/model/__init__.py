@@ -1,1 +1,1 @@
-"""The multimodal model: which modules a rank holds, the embedding merge, the loss."""
+"""The multimodal model: its modules by name, those that a rank holds, and the loss."""

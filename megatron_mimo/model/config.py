@@ -1,10 +1,31 @@
 """The architecture of a multimodal model, module by module."""
 
-from dataclasses import dataclass, field
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
-from megatron_mimo.encoders.config import ProjectorConfig
-from megatron_mimo.encoders.radio.config import RadioConfig
-from megatron_mimo.language.config import GptConfig, LanguageConfig
+from megatron_mimo.model.reduce import ReduceConfig as ReduceConfig
+from megatron_mimo.modules.adapter import ModuleConfig
+from megatron_mimo.modules.families import adapter_of, language_adapter, source_adapter
+from megatron_mimo.modules.projector.config import ProjectorConfig
+from megatron_mimo.modules.radio.config import RadioConfig, RadioModuleConfig
+
+Frozen = frozenset[str]
+"""Names of the parts of a model that do not train, as in `ModelConfig.parts`."""
+
+
+class _Place(NamedTuple):
+    """Position of a part in a model.
+
+    Attributes:
+        module: Name of the module.
+        part: Name of the part within the module.
+    """
+
+    module: str
+    part: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,54 +33,163 @@ class ModelConfig:
     """Architecture of every module.
 
     Attributes:
-        vision: The vision encoder.
-        projector: From the encoder's rows into the language model's width.
-        language: The language model.
+        modules: Architecture of each module by its name, in order; the last is the language model,
+            which all others feed.
+
+    Raises:
+        ValueError: A module is of no known family, or the last one is not a language model, or
+            another one is.
     """
 
-    vision: RadioConfig = field(default_factory=RadioConfig)
-    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    language: LanguageConfig = field(default_factory=GptConfig)
+    modules: Mapping[str, ModuleConfig]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReduceConfig:
-    """When data-parallel ranks of the language model exchange gradients and weights.
-
-    The encoder's exchange theirs behind the last backward: which of its ranks have images in a
-    microbatch differs, so no bucket of gradients is ready everywhere at the same time before.
-
-    Attributes:
-        overlap_grads: Reduce a bucket's gradients while the last backward still runs.
-        overlap_params: Gather updated weights while the next forward already runs.
-        num_buckets: Buckets of about equal size; None: by `bucket_size`.
-        bucket_size: Least size of a bucket, in weights; None: 40 million, or a million for each
-            rank.
-        pad_buckets: Pad buckets to sizes at which NCCL is fastest.
-    """
-
-    overlap_grads: bool = False
-    overlap_params: bool = False
-    num_buckets: int | None = None
-    bucket_size: int | None = None
-    pad_buckets: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FreezeConfig:
-    """Which parts of the model are frozen.
-
-    Attributes:
-        vision: The vision encoder.
-        projector: The projector.
-        language: The language model.
-    """
-
-    vision: bool = False
-    projector: bool = False
-    language: bool = False
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise ValueError("a model without modules: expected a language model at least")
+        language_adapter(self.target)
+        for config in self.sources.values():
+            source_adapter(config)
 
     @property
-    def encoder_trains(self) -> bool:
-        """Whether anything on the encoder's grid trains, so that gradients cross the bridge."""
-        return not (self.vision and self.projector)
+    def target_name(self) -> str:
+        """Name of the language model."""
+        return list(self.modules)[-1]
+
+    @property
+    def target(self) -> ModuleConfig:
+        """Architecture of the language model."""
+        return self.modules[self.target_name]
+
+    @property
+    def sources(self) -> Mapping[str, ModuleConfig]:
+        """The modules that feed the language model."""
+        return {name: self.modules[name] for name in list(self.modules)[:-1]}
+
+    @property
+    def row_width(self) -> int:
+        """H, width of the language model and of every row that it is fed."""
+        return language_adapter(self.target).hidden_width(self.target)
+
+    @property
+    def hidden_widths(self) -> Mapping[str, int]:
+        """Width of the hidden states between the stages of each module."""
+        return {
+            name: adapter_of(config).hidden_width(config) for name, config in self.modules.items()
+        }
+
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        """Parts of all modules by name, each with its config.
+
+        A name is the family's own, such as "vision"; where several modules have a part of the
+        same name, it is MODULE.PART.
+        """
+        return {
+            name: adapter_of(self.modules[place.module]).parts(self.modules[place.module])[
+                place.part
+            ]
+            for name, place in self._places()
+        }
+
+    def part(self, name: str) -> Any:
+        """The config of a part.
+
+        Raises:
+            ValueError: The model has no such part; names those that it has.
+        """
+        parts = self.parts
+        if name not in parts:
+            raise ValueError(unknown(name, parts))
+        return parts[name]
+
+    def with_parts(self, **parts: Any) -> Self:
+        """The model with some of its parts replaced, by the names of `parts`.
+
+        Raises:
+            ValueError: The model has no such part, or parts of a module do not fit each other.
+        """
+        places, modules = dict(self._places()), dict(self.modules)
+        changed: dict[str, dict[str, Any]] = {}
+        for name, config in parts.items():
+            if name not in places:
+                raise ValueError(unknown(name, places))
+            changed.setdefault(places[name].module, {})[places[name].part] = config
+        for module, configs in changed.items():
+            modules[module] = adapter_of(modules[module]).with_parts(modules[module], configs)
+        return type(self)(modules=modules)
+
+    def part_name(self, module: str, part: str) -> str:
+        """Name of a part in `parts`, from the name of its module and its name within the module."""
+        return next(name for name, place in self._places() if place == (module, part))
+
+    def parts_of(self, module: str) -> tuple[str, ...]:
+        """Names of a module's parts in `parts`."""
+        return tuple(name for name, place in self._places() if place.module == module)
+
+    def frozen_in(self, module: str, frozen: Frozen) -> frozenset[str]:
+        """Names, within the module, of its parts that do not train.
+
+        Args:
+            module: Name of the module.
+            frozen: Names of parts of the model.
+
+        Raises:
+            ValueError: The model has no such part; names those that it has.
+        """
+        places = dict(self._places())
+        for name in sorted(frozen):
+            if name not in places:
+                raise ValueError(unknown(name, places))
+        return frozenset(
+            place.part
+            for name, place in places.items()
+            if name in frozen and place.module == module
+        )
+
+    def trains(self, module: str, frozen: Frozen) -> bool:
+        """Whether any part of a module trains; arguments and errors are those of `frozen_in`."""
+        config = self.modules[module]
+        return adapter_of(config).trains(config, self.frozen_in(module, frozen))
+
+    def prefixes(self) -> Mapping[str, Mapping[str, str]]:
+        """Module -> beginning of a weight's name in it -> its beginning in checkpoints.
+
+        Where modules of one family would share names, those of each stand under the module's.
+        """
+        found = {
+            name: adapter_of(config).prefixes(config, name) for name, config in self.modules.items()
+        }
+        uses = Counter(stored for prefixes in found.values() for stored in prefixes.values())
+        return {
+            module: {
+                own: stored if uses[stored] == 1 else f"{module}.{stored}"
+                for own, stored in prefixes.items()
+            }
+            for module, prefixes in found.items()
+        }
+
+    def _places(self) -> Iterator[tuple[str, _Place]]:
+        """Name of each part, and its position."""
+        places = [
+            _Place(module, part)
+            for module, config in self.modules.items()
+            for part in adapter_of(config).parts(config)
+        ]
+        uses = Counter(place.part for place in places)
+        for place in places:
+            yield place.part if uses[place.part] == 1 else ".".join(place), place
+
+
+def vision_language(
+    *, vision: RadioConfig, projector: ProjectorConfig, language: ModuleConfig
+) -> ModelConfig:
+    """A model of the modules "encoder", RADIO with a projector, and "llm", which it feeds."""
+    encoder = RadioModuleConfig(vision=vision, projector=projector)
+    return ModelConfig(modules={"encoder": encoder, "llm": language})
+
+
+def unknown(name: str, known: Mapping[str, Any]) -> str:
+    """Error text for an unknown name, with the nearest known one."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? known" if near else "known"
+    return f"unknown {name!r}; {hint}: {', '.join(known)}"

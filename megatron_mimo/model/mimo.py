@@ -1,20 +1,24 @@
 """The multimodal model of one rank: the modules it holds, ready to train."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_mimo.images import PackedImages
-from megatron_mimo.language.config import ExecutionConfig
-from megatron_mimo.model.config import FreezeConfig, ModelConfig, ReduceConfig
+from megatron_mimo.model.config import Frozen, ModelConfig, ReduceConfig, unknown
+from megatron_mimo.model.flow import gradient_flow
 from megatron_mimo.model.initialize import initialize_topology_invariant
-from megatron_mimo.model.modules import EncoderModule, LanguageModule
+from megatron_mimo.modules.adapter import BuildContext, ModuleConfig
+from megatron_mimo.modules.families import adapter_of
+from megatron_mimo.modules.language import ExecutionConfig
+from megatron_mimo.modules.stage import ModuleStage
 from megatron_mimo.runtime import Device, seed_everything
-from megatron_mimo.runtime.packed import PackedSegments
-from megatron_mimo.topology import SequenceSharding
+from megatron_mimo.schedule.graph import GradientFlow
+from megatron_mimo.topology import Layout, SequenceSharding
 from megatron_mimo.topology.groups import ModuleGroups, Topology
 
 _LEAST_BUCKET, _LEAST_BUCKET_SHARE = 40_000_000, 1_000_000
@@ -22,18 +26,18 @@ _LEAST_BUCKET, _LEAST_BUCKET_SHARE = 40_000_000, 1_000_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildConfig:
-    """What building a model needs beyond its architecture.
+    """Settings that building a model needs beyond its architecture.
 
     Attributes:
         params_dtype: Dtype of parameters, activations and rows.
-        seed: Run seed.
-        init: "megatron" draws weights from the rank's random stream; "topology-invariant" draws
-            each from (seed, name), whatever the layout.
-        vocab_size: V.
-        seq_length: S.
-        sequence_parallel: In the language model, when its tp size is above one.
-        execution: What of the language model is recomputed, grouped and fused.
-        reduce: When its data-parallel ranks exchange gradients and weights.
+        seed: Seed of the run.
+        init: Kind of initial weights: "megatron" draws them from the rank's random stream,
+            "topology-invariant" draws each from (seed, name), whatever the layout.
+        vocab_size: Number of tokens of the vocabulary, V.
+        seq_length: Number of positions of a sequence, S.
+        sequence_parallel: Whether the language model's tp ranks divide the sequence among them.
+        execution: Recomputation, grouping and fusing in the language model.
+        reduce: Times at which its data-parallel ranks exchange gradients and weights.
     """
 
     params_dtype: torch.dtype
@@ -50,34 +54,63 @@ class ModuleReplica:
     """One module on this rank, wrapped for data parallelism where it trains.
 
     Attributes:
-        groups: The module's groups.
-        module: The bare module.
-        ddp: Its gradient buffers; None when nothing in it trains.
+        groups: Process groups of the module.
+        module: Stage without the wrapper for data parallelism.
+        config: Architecture of the module.
+        prefixes: Beginning of a weight's name in the stage -> its beginning in checkpoints.
+        ddp: Wrapper with the gradient buffers; None when no part of the module trains.
     """
 
     def __init__(
         self,
         groups: ModuleGroups,
-        module: EncoderModule | LanguageModule,
+        module: ModuleStage,
+        config: ModuleConfig,
+        prefixes: Mapping[str, str],
         reduce: ReduceConfig | None = None,
     ) -> None:
         self.groups = groups
         self.module = module
+        self.config = config
+        self.prefixes = prefixes
         self.ddp = _wrap(groups, module, reduce or ReduceConfig())
 
-    def __call__(self, *args: Tensor | PackedImages | PackedSegments | None) -> Tensor:
-        """Run the module's forward."""
-        output: Tensor = (self.ddp or self.module)(*args)
+    @property
+    def name(self) -> str:
+        """Name of the module."""
+        return self.groups.spec.name
+
+    @property
+    def gradient_buffers(self) -> list[Tensor]:
+        """Flat buffers, float32 [n], that gradients are summed in; none where no part trains."""
+        if self.ddp is None:
+            return []
+        buffers = self.ddp.buffers + self.ddp.expert_parallel_buffers
+        return [buffer.grad_data for buffer in buffers]
+
+    def __call__(self, *args: Any) -> Tensor:
+        """Run the stage's forward; shapes [N, width] and dtypes are those of `ModuleStage`.
+
+        Raises:
+            RuntimeError: The stage returns something other than a tensor.
+        """
+        output = (self.ddp or self.module)(*args)
+        if not isinstance(output, Tensor):
+            # Passed on, it would look like a microbatch without rows, which peers wait for.
+            raise RuntimeError(
+                f"module {self.name} returned {type(output).__name__}: expected a tensor, its rows "
+                f"or hidden states"
+            )
         return output
 
     def zero_grad(self) -> None:
-        """Clear the gradient buffers for the next step; no backward of it reduces them."""
+        """Clear the gradient buffers for the next step; its backward does not reduce them yet."""
         if self.ddp is not None:
             self.ddp.zero_grad_buffer()
             self._reduce_in_backward(False)
 
     def begin_last_backward(self) -> None:
-        """From here on backward reduces what is ready, if it is to overlap."""
+        """Let backward reduce gradients as they become ready, where this is to overlap."""
         if self.ddp is not None:
             self._reduce_in_backward(True)
 
@@ -91,32 +124,39 @@ class ModuleReplica:
         (self.ddp or self.module).train(mode and self.ddp is not None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MimoModel:
     """The modules that this rank holds.
 
     Attributes:
-        encoder: Vision encoder and projector; None outside the encoder's grid.
-        language: Language model; None outside its grid.
-        row_width: H of the language model, width of a row on the bridge.
-        row_dtype: Dtype of a row.
-        device: Where tensors live.
-        encoder_trains: Whether gradients of rows go back over the bridge.
-        sharding: Which positions of a sequence each rank of the language model holds.
+        modules: The modules by name, in the order of the layout.
+        target_name: Name of the language model, whether or not this rank holds it.
+        flow: Boundaries that gradients cross.
+        trains: Whether any part of the language model trains.
+        row_width: Width of the language model and of a row on a bridge, H.
+        row_dtype: Dtype of rows.
+        device: Device of the tensors.
+        sharding: Positions of a sequence that each rank of the language model holds.
     """
 
-    encoder: ModuleReplica | None
-    language: ModuleReplica | None
+    modules: Mapping[str, ModuleReplica]
+    target_name: str
+    flow: GradientFlow
+    trains: bool
     row_width: int
     row_dtype: torch.dtype
     device: torch.device
-    encoder_trains: bool
     sharding: SequenceSharding
 
     @property
+    def target(self) -> ModuleReplica | None:
+        """The language model; None outside its grid."""
+        return self.modules.get(self.target_name)
+
+    @property
     def replicas(self) -> tuple[ModuleReplica, ...]:
-        """The modules of this rank, encoder first."""
-        return tuple(replica for replica in (self.encoder, self.language) if replica is not None)
+        """The modules of this rank, in the order of the layout."""
+        return tuple(self.modules.values())
 
     def train(self, mode: bool = True) -> None:
         """Switch every module between training and evaluation."""
@@ -126,7 +166,7 @@ class MimoModel:
 
 def build_model(
     config: ModelConfig,
-    freeze: FreezeConfig,
+    frozen: Frozen,
     build: BuildConfig,
     topology: Topology,
     device: Device,
@@ -135,54 +175,83 @@ def build_model(
 
     Collective over each module's grid.
 
+    Args:
+        config: Architecture of every module.
+        frozen: Names of the parts that do not train.
+        build: Further settings of the modules.
+        topology: Groups of the modules that this rank holds.
+        device: Device of the modules.
+
     Raises:
-        ValueError: Every part is frozen, or a size does not divide by a parallel size.
+        ValueError: A grid has no module, the model has no such part, every part is frozen, or a
+            size does not divide by a parallel size.
     """
-    if freeze.language and not (topology.layout.encoder and freeze.encoder_trains):
-        raise ValueError(
-            "nothing trains: the language model"
-            + (", the vision encoder and the projector are" if topology.layout.encoder else " is")
-            + " frozen; drop one of --freeze-lm, --freeze-vit, --freeze-projection, or choose "
-            "another --training-stage"
-        )
-    llm = topology.layout.llm
+    layout = topology.layout
+    _check(config, frozen, layout)
+    target, sources = layout.target, [source.name for source in layout.sources]
     sharding = SequenceSharding(
         seq_length=build.seq_length,
-        cp=llm.cp,
-        tp=llm.tp,
-        sequence_parallel=build.sequence_parallel and llm.tp > 1,
+        cp=target.cp,
+        tp=target.tp,
+        sequence_parallel=build.sequence_parallel and target.tp > 1,
     )
-    encoder = language = None
-    if topology.encoder is not None:
-        _seed(topology.encoder, build.seed)
-        encoder_module = EncoderModule(
-            config, freeze, topology.encoder.pg_collection, build.params_dtype
-        )
-        _initialize(encoder_module, "encoder", build, topology.encoder)
-        encoder = ModuleReplica(topology.encoder, encoder_module.to(device.torch))
-    if topology.llm is not None:
-        _seed(topology.llm, build.seed)
-        language_module = LanguageModule(
-            config,
-            freeze,
-            topology.llm.pg_collection,
-            build.params_dtype,
+    prefixes, built = config.prefixes(), {}
+    # The language model comes last.
+    for name in (*sources, target.name):
+        groups, architecture = topology.modules.get(name), config.modules[name]
+        if groups is None:
+            continue
+        _seed(groups, build.seed)
+        context = BuildContext(
+            pg_collection=groups.pg_collection,
+            params_dtype=build.params_dtype,
+            frozen=config.frozen_in(name, frozen),
+            row_width=config.row_width,
             vocab_size=build.vocab_size,
             seq_length=build.seq_length,
             sequence_parallel=build.sequence_parallel,
             execution=build.execution,
         )
-        _initialize(language_module, "llm", build, topology.llm)
-        language = ModuleReplica(topology.llm, language_module.to(device.torch), build.reduce)
+        with device.building:
+            module = adapter_of(architecture).build(architecture, context)
+        if not isinstance(module, ModuleStage):
+            raise ValueError(
+                f"module {name}: {type(adapter_of(architecture)).__name__}.build returned "
+                f"{type(module).__name__}: expected a ModuleStage"
+            )
+        _initialize(module, name, build, groups)
+        reduce = build.reduce if name == target.name else None
+        built[name] = ModuleReplica(
+            groups, module.to(device.torch), architecture, prefixes[name], reduce
+        )
     return MimoModel(
-        encoder=encoder,
-        language=language,
-        row_width=config.language.hidden_size,
+        modules={name: built[name] for name in topology.modules},
+        target_name=target.name,
+        flow=gradient_flow(config, frozen, sources),
+        trains=config.trains(target.name, frozen),
+        row_width=config.row_width,
         row_dtype=build.params_dtype,
         device=device.torch,
-        encoder_trains=topology.layout.encoder is not None and freeze.encoder_trains,
         sharding=sharding,
     )
+
+
+def _check(config: ModelConfig, frozen: Frozen, layout: Layout) -> None:
+    """Refuse grids without a module, and a model of which no part trains."""
+    for name in layout.modules:
+        if name not in config.modules:
+            raise ValueError(f"grid {name!r} has no module: {unknown(name, config.modules)}")
+    if layout.target.name != config.target_name:
+        raise ValueError(
+            f"grid {layout.target.name!r} is fed by the others, the model's last module is "
+            f"{config.target_name!r}: expected the same"
+        )
+    if not any(config.trains(name, frozen) for name in layout.modules):
+        raise ValueError(
+            f"nothing trains: {', '.join(sorted(frozen))} "
+            f"{'is' if len(frozen) == 1 else 'are'} frozen; drop one of --freeze-lm, --freeze-vit, "
+            f"--freeze-projection, --freeze, or choose another --training-stage"
+        )
 
 
 def _seed(groups: ModuleGroups, seed: int) -> None:
@@ -197,12 +266,7 @@ def _seed(groups: ModuleGroups, seed: int) -> None:
     )
 
 
-def _initialize(
-    module: EncoderModule | LanguageModule,
-    name: str,
-    build: BuildConfig,
-    groups: ModuleGroups,
-) -> None:
+def _initialize(module: ModuleStage, name: str, build: BuildConfig, groups: ModuleGroups) -> None:
     if build.init == "topology-invariant":
         initialize_topology_invariant(
             module,
@@ -217,7 +281,7 @@ def _initialize(
 
 
 def _wrap(
-    groups: ModuleGroups, module: EncoderModule | LanguageModule, reduce: ReduceConfig
+    groups: ModuleGroups, module: ModuleStage, reduce: ReduceConfig
 ) -> DistributedDataParallel | None:
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trainable:
@@ -253,7 +317,7 @@ def _wrap(
 
 
 def _bucket_size(reduce: ReduceConfig, num_weights: int, dp_size: int) -> int | None:
-    """Weights of a bucket, at least; None for a single one, where nothing overlaps."""
+    """Smallest number of weights of a bucket; None for one bucket, where nothing overlaps."""
     if not reduce.overlap_grads:
         return None
     if reduce.num_buckets is not None:

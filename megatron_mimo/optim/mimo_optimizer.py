@@ -1,8 +1,8 @@
 """One distributed optimizer per module, stepped as one."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,24 +20,26 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_mimo.model.mimo import MimoModel, ModuleReplica
+from megatron_mimo.modules.families import adapter_of
 from megatron_mimo.optim.config import AdamConfig, LossScaleConfig, ScheduleConfig
-from megatron_mimo.optim.state import ParamState, param_states, set_step
-from megatron_mimo.runtime.engine import world_is
-
-# Position of each module in the vector that the world agrees on.
-_MODULES = ("encoder", "llm")
+from megatron_mimo.optim.state import ParamState, param_states, set_step, state_tensors
+from megatron_mimo.runtime.megatron_core import world_is
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """What an optimizer step did, the same on every rank.
+    """Result of an optimizer step, equal on every rank.
 
     Attributes:
-        applied: False when the gradients were not finite and nothing was changed.
+        applied: Whether weights were updated; they are not when the loss or a gradient is not
+            finite.
         grad_norm: Global gradient norm over all modules, before clipping.
-        module_norms: Gradient norm of each module; 0 for one that does not train.
-        num_zeros: Zeros in the gradients of all modules; None when they are not counted.
-        loss_scale: That the step's loss was multiplied by.
+        module_norms: Gradient norm of each module by its name; 0 for one that does not train.
+        num_zeros: Number of zeros in the gradients of all modules; None when not counted.
+        loss_scale: Factor that the step's loss was multiplied by.
+        loss_sum: Summed cross entropy of all ranks, from what each gave to the step.
+        scale_falls: Whether the scale is not yet the smallest, so that gradients which are not
+            finite make it fall.
     """
 
     applied: bool
@@ -45,26 +47,38 @@ class Update:
     module_norms: Mapping[str, float]
     num_zeros: int | None
     loss_scale: float
+    loss_sum: float = 0.0
+    scale_falls: bool = False
 
 
 class MimoOptimizer:
     """Chains one megatron-core distributed optimizer per module that trains on this rank.
 
-    A module that is frozen has no optimizer and takes part in the agreement all the same.
+    A frozen module has no optimizer, but its ranks still take part in the agreement.
 
     Args:
         model: The modules of this rank.
-        config: AdamW and clipping.
-        control: gloo group of the world.
+        config: Settings of AdamW and of clipping.
+        names: Names of all modules of the layout, equal on every rank.
+        control: Group of the world, gloo.
     """
 
-    def __init__(self, model: MimoModel, config: AdamConfig, control: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        model: MimoModel,
+        config: AdamConfig,
+        names: Sequence[str],
+        control: dist.ProcessGroup,
+    ) -> None:
         self._config = config
+        # Position of each module in the vector that the world agrees on.
+        self._names = tuple(names)
         self._control = control
+        self._device = model.device
         self._num_updates = 0
         self._scaler = _scaler(config.loss_scale)
         self._optimizers: dict[str, MegatronOptimizer] = {
-            replica.groups.spec.name: _build(replica, config)
+            replica.name: _build(replica, _settings(replica, config))
             for replica in model.replicas
             if replica.ddp is not None
         }
@@ -76,22 +90,23 @@ class MimoOptimizer:
 
     @property
     def loss_scale(self) -> float:
-        """What the next loss is to be multiplied by; 1 unless parameters are float16."""
+        """Factor of the next loss; 1 unless parameters are float16."""
         return float(self._scaler.scale) if self._scaler is not None else 1.0
 
     @property
     def scaler_state(self) -> dict[str, Any]:
-        """Of the loss scale; empty where it is 1."""
+        """State of the loss scale; empty where it is 1."""
         return self._scaler.state_dict() if self._scaler is not None else {}
 
     @scaler_state.setter
     def scaler_state(self, state: dict[str, Any]) -> None:
         if self._scaler is not None and state:
             self._scaler.load_state_dict(state)
+            _kept_on_host(self._scaler)
 
     @property
     def num_updates(self) -> int:
-        """Updates made so far, which Adam's bias correction counts; equal on every rank."""
+        """Number of updates so far, as Adam's bias correction counts them; equal on every rank."""
         return self._num_updates
 
     @num_updates.setter
@@ -101,33 +116,41 @@ class MimoOptimizer:
             set_step(optimizer, number)
 
     def param_states(self) -> dict[int, ParamState]:
-        """What this rank owns of each weight's state, by the weight's address."""
+        """The part of each weight's state that this rank owns, by the weight's address."""
         found: dict[int, ParamState] = {}
         for optimizer in self._optimizers.values():
             found |= param_states(optimizer)
         return found
 
-    def refresh_main_params(self) -> None:
-        """Copy the model's weights into the fp32 main parameters, after they were loaded alone.
+    def state_tensors(self, module: str) -> list[Tensor]:
+        """A module's optimizer state on this rank, float32 [n], beyond weights of the model."""
+        optimizer = self._optimizers.get(module)
+        return [] if optimizer is None else list(state_tensors(optimizer))
 
-        Without it the first update would step from where the weights were initialised.
+    def refresh_main_params(self) -> None:
+        """Copy the model's weights into the float32 main parameters, after loading only weights.
+
+        Without this the first update would start from the initial weights.
         """
         for optimizer in self._optimizers.values():
             optimizer.reload_model_params()
 
     @torch.no_grad()
-    def step(self) -> Update:
-        """Clip by the one global norm and update every module.
+    def step(self, loss: Tensor | None = None) -> Update:
+        """Clip by the global norm of all modules and update every module.
 
         The gradients must be finalised. One reduction of a few numbers over the world, on the host,
-        agrees on the norms; a stage without anything to train takes part in it like the others.
+        agrees on the norms and on the loss; stages in which no part trains take part in it too.
+
+        Args:
+            loss: This rank's part of the summed loss, a scalar; None for no part.
         """
         for optimizer in self._optimizers.values():
             # Without loss scaling this only moves gradients to the fp32 main parameters.
             optimizer.prepare_grads()
-        norms, zeros = self._agree()
+        norms, zeros, loss_sum = self._agree(loss)
         total = math.sqrt(sum(norm * norm for norm in norms.values()))
-        applied = math.isfinite(total)
+        applied = math.isfinite(total) and math.isfinite(loss_sum)
         if applied:
             for optimizer in self._optimizers.values():
                 if self._config.clip_grad > 0:
@@ -136,9 +159,9 @@ class MimoOptimizer:
                     )
                 optimizer.step_with_ready_grads()
             self._num_updates += 1
-        scale = self.loss_scale
+        scale, scale_falls = self.loss_scale, _can_fall(self._scaler)
         if self._scaler is not None:
-            # Of the agreement, so that the scale stays the same on every rank.
+            # The result of the agreement, so that the scale stays equal on every rank.
             self._scaler.update(not applied)
         return Update(
             applied=applied,
@@ -146,46 +169,59 @@ class MimoOptimizer:
             module_norms=norms,
             num_zeros=sum(zeros) if self._config.log_num_zeros else None,
             loss_scale=scale,
+            loss_sum=loss_sum,
+            scale_falls=scale_falls,
         )
 
-    def _agree(self) -> tuple[dict[str, float], list[int]]:
-        """Norm and zero count of every module, on every rank.
+    def _agree(self, loss: Tensor | None) -> tuple[dict[str, float], list[int], float]:
+        """Norm and number of zeros of every module, and the summed loss, on every rank.
 
-        Optimizer shards hold every gradient of a module once, so squares and zeros just add up.
+        This is the one place of a step that waits for the device: whether weights are updated, and
+        by how much gradients are clipped, is decided on the host.
+
+        Optimizer shards hold every gradient of a module once, so squares and zeros add up.
         """
-        numbers = torch.zeros(2, len(_MODULES), dtype=torch.float64)
+        count = len(self._names)
+        # Squares of every module, zeros of every module, the loss: on the device until all are
+        # there, so that the host waits for it once.
+        numbers = torch.zeros(2 * count + 1, dtype=torch.float64, device=self._device)
         for name, optimizer in self._optimizers.items():
-            column = _MODULES.index(name)
+            column = self._names.index(name)
             gradients = _own_gradients(optimizer)
-            numbers[0, column] = _sum_of_squares(gradients)
-            if self._config.log_num_zeros:
-                numbers[1, column] = sum(int((grad == 0).sum()) for grad in gradients)
-        dist.all_reduce(numbers, op=dist.ReduceOp.SUM, group=self._control)
-        squares, zeros = numbers.tolist()
+            if gradients:
+                numbers[column] = _sum_of_squares(gradients)
+                if self._config.log_num_zeros:
+                    numbers[count + column] = sum((grad == 0).sum() for grad in gradients)
+        if loss is not None:
+            numbers[-1] = loss
+        message = numbers.cpu()
+        dist.all_reduce(message, op=dist.ReduceOp.SUM, group=self._control)
+        squares, zeros = message[:-1].view(2, count).tolist()
         # NaN survives a sum, but not a comparison of losses; infinity says the same.
         norms = [math.sqrt(s) if math.isfinite(s) else math.inf for s in squares]
-        return dict(zip(_MODULES, norms, strict=True)), [int(count) for count in zeros]
+        counts = [int(count) for count in zeros]
+        return dict(zip(self._names, norms, strict=True)), counts, float(message[-1])
 
 
 def finalize_gradients(
     model: MimoModel,
     num_target_tokens: int,
     *,
-    encoder_scale: float = 1.0,
+    scales: Mapping[str, float] | None = None,
     loss_scale: float = 1.0,
 ) -> None:
     """Sum each module's gradients over its own groups, then divide once.
 
     Args:
         model: The modules of this rank, after the backward of every microbatch.
-        num_target_tokens: Of the global batch, over all lanes; at least 1.
-        encoder_scale: Multiplies the encoder's gradients.
-        loss_scale: That the losses were multiplied by.
+        num_target_tokens: Number of target tokens of the global batch over all lanes, at least 1.
+        scales: Module name -> factor of its gradients; 1 for modules that are left out, and None.
+        loss_scale: Factor that the losses were multiplied by.
     """
     for replica in model.replicas:
         if replica.ddp is not None:
             finalize_model_grads([replica.ddp], pg_collection=replica.groups.pg_collection)
-            scale = encoder_scale if replica is model.encoder else 1.0
+            scale = (scales or {}).get(replica.groups.spec.name, 1.0)
             replica.ddp.scale_gradients(scale / (num_target_tokens * loss_scale))
 
 
@@ -216,27 +252,49 @@ def _own_gradients(optimizer: MegatronOptimizer) -> list[Tensor]:
     return [grad for part in parts for grad in part.get_grads_for_grad_norm()]
 
 
-def _sum_of_squares(gradients: list[Tensor]) -> float:
-    """Of all elements; the only wait for the device, and in float64 past each tensor's norm."""
-    if not gradients:
-        return 0.0
+def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
+    """Sum of the squares of all elements, a float64 scalar; float64 beyond each tensor.
+
+    Args:
+        gradients: Gradients of any shapes and dtypes, at least one.
+    """
     norms = torch.stack(torch._foreach_norm([grad.float() for grad in gradients]))
-    return float(norms.double().square().sum())
+    return norms.double().square().sum()
 
 
 def _scaler(config: LossScaleConfig | None) -> MegatronGradScaler | None:
     if config is None:
         return None
     if config.constant is not None:
-        return ConstantGradScaler(config.constant)
-    return DynamicGradScaler(
-        initial_scale=config.initial,
-        min_scale=config.least,
-        growth_factor=2.0,
-        backoff_factor=0.5,
-        growth_interval=config.window,
-        hysteresis=config.hysteresis,
+        return _kept_on_host(ConstantGradScaler(config.constant))
+    return _kept_on_host(
+        DynamicGradScaler(
+            initial_scale=config.initial,
+            min_scale=config.least,
+            growth_factor=2.0,
+            backoff_factor=0.5,
+            growth_interval=config.window,
+            hysteresis=config.hysteresis,
+        )
     )
+
+
+def _kept_on_host(scaler: MegatronGradScaler) -> MegatronGradScaler:
+    """A scaler with its numbers on the host, which alone reads them, several times a step."""
+    for name, value in vars(scaler).items():
+        if isinstance(value, Tensor):
+            setattr(scaler, name, value.cpu())
+    return scaler
+
+
+def _can_fall(scaler: MegatronGradScaler | None) -> bool:
+    """Whether gradients that are not finite make the scale of the loss smaller."""
+    return isinstance(scaler, DynamicGradScaler) and float(scaler.scale) > float(scaler.min_scale)
+
+
+def _settings(replica: ModuleReplica, config: AdamConfig) -> AdamConfig:
+    """The run's settings, with what the module's family wants otherwise."""
+    return replace(config, **(adapter_of(replica.config).optimizer(replica.config) or {}))
 
 
 def _build(replica: ModuleReplica, config: AdamConfig) -> MegatronOptimizer:
@@ -251,16 +309,20 @@ def _build(replica: ModuleReplica, config: AdamConfig) -> MegatronOptimizer:
         adam_eps=config.eps,
         clip_grad=config.clip_grad,
         log_num_zeros_in_grad=config.log_num_zeros,
-        # Not fp16: it would scale, and agree on it, for each module apart.
+        # Not fp16: megatron-core would scale, and agree on the scale, for each module separately.
         bf16=dtype != torch.float32,
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    # The agreement that this replaces stays within a stage: another may have nothing to train.
-    with world_is(replica.groups.pg_collection.tp_dp_cp):
-        return get_megatron_optimizer(
+    # The agreement that this replaces stays within a stage; another may have no part that trains.
+    with world_is(replica.groups.stage_hosts):
+        optimizer = get_megatron_optimizer(
             optimizer_config,
             [replica.ddp],
             use_gloo_process_groups=False,
             pg_collection=replica.groups.pg_collection,
         )
+    for group in optimizer.param_groups:
+        # The schedule would set the run's weight decay; learning rates are in the group already.
+        group["start_wd"] = group["end_wd"] = config.weight_decay
+    return optimizer

@@ -1,4 +1,4 @@
-"""The optimizer's own tensors, by weight: what a checkpoint stores of them."""
+"""The optimizer's tensors by weight, as a checkpoint stores them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, slots=True)
 class ParamState:
-    """What this data-parallel rank owns of one weight.
+    """The part of one weight's state that this data-parallel rank owns.
 
     Attributes:
-        start: First element that it owns, of the flattened local weight.
-        stop: Behind the last.
-        tensors: "fp32_param", "exp_avg" and "exp_avg_sq" -> float32 [stop - start], the optimizer's
-            own memory.
+        start: Index of the first element that it owns, in the flattened local weight.
+        stop: Index after the last element that it owns.
+        tensors: Tensors in the optimizer's own memory: "fp32_param", "exp_avg" and "exp_avg_sq" ->
+            float32 [stop - start].
     """
 
     start: int
@@ -29,12 +29,12 @@ class ParamState:
 
 
 def param_states(optimizer: MegatronOptimizer) -> dict[int, ParamState]:
-    """The state of each weight of which this rank owns something, by the weight's address.
+    """The state of each weight of which this rank owns a part, by the weight's address.
 
-    Moments that do not exist yet, before the first step, are made: zeros.
+    Moments that do not exist before the first step are created as zeros.
 
     Args:
-        optimizer: Of one module.
+        optimizer: Optimizer of one module.
     """
     found = {}
     for part in _parts(optimizer):
@@ -49,31 +49,50 @@ def param_states(optimizer: MegatronOptimizer) -> dict[int, ParamState]:
     return found
 
 
+def state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
+    """Moments, float32 [n], and main weights that are copies, float32 [n], that this rank owns.
+
+    Main weights of float32 models are those of the model. Before the first step there are no
+    moments.
+
+    Args:
+        optimizer: Optimizer of one module.
+    """
+    for part in _parts(optimizer):
+        for state in part.optimizer.state.values():
+            yield from (value for name, value in state.items() if name in _MOMENTS)
+        for group in part.shard_fp32_from_float16_groups:
+            yield from group
+
+
 def set_step(optimizer: MegatronOptimizer, step: int) -> None:
-    """Set what the bias correction counts from."""
+    """Set the number of updates that the bias correction counts from."""
     for part in _parts(optimizer):
         _allocate(part)
-        for state in part.optimizer.state.values():
-            if "step" in state:
-                # Each its own tensor: AdamW counts in place.
-                state["step"] = torch.full_like(state["step"], step)
-        for group in part.optimizer.param_groups:
-            if "step" in group:
+        inner: Any = part.optimizer
+        if not _counts_by_weight(inner):
+            # Fused ones count in their groups, which have no count before their first update.
+            for group in inner.param_groups:
                 group["step"] = step
+        for state in inner.state.values():
+            if "step" in state:
+                # A separate tensor for each: AdamW counts in place.
+                state["step"] = torch.full_like(state["step"], step)
 
 
 def _parts(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
-    """Of dense weights, and of expert weights where they are shared out."""
+    """Optimizers of the dense weights, and of expert weights where these are distributed."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         assert isinstance(part, DistributedOptimizer)
         yield part
 
 
 def _pairs(part: DistributedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each weight with what this rank updates of it.
+    """Each weight with the part of it that this rank updates.
 
-    Not by megatron-core's `model_param_group_index_map`: that counts weights as the gradient
-    buffers hold them, the optimizer's groups hold float32 ones first, and Mamba layers have both.
+    megatron-core's `model_param_group_index_map` is not used: it numbers weights as the gradient
+    buffers hold them, while the optimizer's groups hold float32 weights first, and Mamba layers
+    have both kinds.
     """
     for weights, mains in (
         (part.model_fp32_groups, part.shard_fp32_groups),
@@ -91,5 +110,10 @@ def _allocate(part: DistributedOptimizer) -> None:
             for name in _MOMENTS:
                 if name not in state:
                     state[name] = torch.zeros_like(main, dtype=torch.float32)
-            if isinstance(inner, torch.optim.Adam) and "step" not in state:
+            if _counts_by_weight(inner) and "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
+
+
+def _counts_by_weight(inner: Any) -> bool:
+    """Whether an optimizer counts its updates for each weight, as torch's does."""
+    return isinstance(inner, torch.optim.Adam)

@@ -1,5 +1,6 @@
 """Which device a rank computes on, and which backend its process groups use."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,32 +16,43 @@ class Device:
     """The device of one rank.
 
     Attributes:
-        type: "cpu" (a host) or "cuda".
+        type: "cpu" (a host), "cuda", or "meta", whose tensors have shapes and no content: a dry run
+            computes on it.
         index: Index of the GPU on this machine; 0 on a host.
     """
 
-    type: Literal["cpu", "cuda"]
+    type: Literal["cpu", "cuda", "meta"]
     index: int = 0
 
     @property
     def torch(self) -> torch.device:
         """The device as torch names it."""
-        return torch.device("cpu") if self.type == "cpu" else torch.device("cuda", self.index)
+        return torch.device("cuda", self.index) if self.type == "cuda" else torch.device(self.type)
+
+    @property
+    def building(self) -> AbstractContextManager[object]:
+        """Context in which modules are built: weights without content are not drawn on a host."""
+        return self.torch if self.type == "meta" else nullcontext()
 
     @property
     def backend(self) -> str:
-        """Backend for `init_process_group`; on a GPU, host tensors travel by gloo."""
-        return "gloo" if self.type == "cpu" else "cpu:gloo,cuda:nccl"
+        """Backend of the groups in which tensors of the device travel, and nothing else."""
+        return "gloo" if self.type == "cpu" else "nccl"
+
+
+def computes_on_gpu(choice: DeviceChoice | str) -> bool:
+    """Whether ranks with this `--device` compute on a GPU, as far as this machine tells."""
+    return choice != "cpu" and torch.cuda.is_available()
 
 
 def resolve_device(choice: DeviceChoice | str = "auto", *, local_rank: int = 0) -> Device:
     """Turn `--device` into the device of this rank.
 
-    A launcher that shows each rank only its own GPU leaves one visible: that one is taken.
+    Where a launcher makes one GPU visible to each rank, that GPU is taken.
 
     Args:
-        choice: "auto" takes a GPU where there is one.
-        local_rank: Rank within this machine; picks among several visible GPUs.
+        choice: Device that is asked for; "auto" takes a GPU where there is one.
+        local_rank: Rank within this machine; selects one of several visible GPUs.
 
     Raises:
         ValueError: An unknown choice, "cuda" without a GPU, or fewer GPUs than ranks on a machine.

@@ -1,4 +1,4 @@
-"""Tensors as they are now, for whoever reads them while training goes on."""
+"""Copies of tensors in host memory, to be read while training changes the originals."""
 
 import math
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ _ALIGNMENT = 64
 
 
 class HostCopy:
-    """Host memory for copies of the same tensors again and again; locked where they are a device's.
+    """Host memory for repeated copies of the same tensors; page-locked for tensors of a GPU.
 
-    Each copy has a storage of its own, so that to store it is to store its bytes and no others.
+    Each copy has a storage of its own, so that a file of it holds its bytes and no others.
     """
 
     def __init__(self) -> None:
@@ -21,11 +21,14 @@ class HostCopy:
 
     @torch.no_grad()
     def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Copy tensors, over those of the last call.
+        """Copy tensors into host memory, over the copies of the last call.
 
         Args:
-            tensors: Contiguous, of any shapes and dtypes; new memory is taken only when these, or
-                their devices, are not the last call's.
+            tensors: Contiguous tensors [...] of any shapes and dtypes. New memory is allocated only
+                when shapes, dtypes or devices differ from those of the last call.
+
+        Returns:
+            Copies on the host, each with the shape [...] and dtype of its original.
         """
         fitting = len(tensors) == len(self._copies) and all(
             tensor.shape == copy.shape and tensor.dtype == copy.dtype

@@ -1,12 +1,15 @@
-"""The one piece of megatron-core's global state that every run needs."""
+"""How much memory a process has used."""
+
+import resource
+
+import torch
+
+from megatron_mimo.runtime.device import Device
 
 
-def ensure_global_memory_buffer() -> None:
-    """Create the scratch buffer of sequence parallelism; a second call changes nothing.
-
-    It has no public constructor outside `initialize_model_parallel`, which would also build groups.
-    """
-    from megatron.core import parallel_state
-
-    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
-        parallel_state._set_global_memory_buffer()
+def peak_memory(device: Device) -> int:
+    """Most bytes that this process has used so far: allocated on a GPU, resident on a host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device.index)
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

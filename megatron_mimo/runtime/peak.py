@@ -1,6 +1,4 @@
-"""What a device can do at most, and what it has used."""
-
-import resource
+"""What a device can compute at most."""
 
 import torch
 
@@ -33,21 +31,13 @@ _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 def peak_tflops(device: Device, dtype: torch.dtype) -> float | None:
-    """TFLOP/s of a device in products of a dtype; None where that is not known, as on a host."""
+    """Peak TFLOP/s of a device in matrix products of a dtype; None where unknown, as on a host."""
     if device.type == "cpu" or dtype not in _SIXTEEN_BIT:
         return None
     return peak_of_name(torch.cuda.get_device_name(device.index))
 
 
 def peak_of_name(name: str) -> float | None:
-    """Dense 16-bit TFLOP/s of a GPU by the name that its driver gives; None for an unknown one."""
+    """Dense 16-bit TFLOP/s of a GPU by the name that its driver reports; None where unknown."""
     words = name.replace("-", " ").split()
     return next((peak for known, peak in _PEAKS if set(known) <= set(words)), None)
-
-
-def peak_memory(device: Device) -> int:
-    """Bytes that this process used at most so far: allocated on a GPU, resident on a host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device.index)
-    # Linux counts in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

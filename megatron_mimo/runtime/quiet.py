@@ -1,4 +1,4 @@
-"""Silence for upstream messages that no user of this trainer can act on."""
+"""Filters for upstream messages that users of this trainer cannot act on."""
 
 import logging
 import warnings

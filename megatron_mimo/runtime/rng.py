@@ -28,15 +28,15 @@ def seed_everything(
     it builds each: they share megatron-core's one tracker.
 
     Args:
-        seed: Run seed, from 0.
-        tp_rank: Tensor-parallel rank; has its own stream for sharded weights and dropout.
+        seed: Seed of the run, 0 or larger.
+        tp_rank: Tensor-parallel rank, which has its own stream for sharded weights and dropout.
         pp_rank: Pipeline stage; stages draw different weights.
         dp_rank: Data-parallel rank.
         ep_rank: Expert-parallel rank.
         expt_tp_rank: Tensor-parallel rank inside an expert.
 
     Raises:
-        ValueError: A negative seed.
+        ValueError: The seed is negative.
     """
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -57,12 +57,16 @@ def seed_everything(
 
 
 def rng_state() -> dict[str, Any]:
-    """Of every generator of this process, as Megatron's checkpoints name them."""
+    """States of all random generators of this process, named as in Megatron's checkpoints.
+
+    They are tensors and plain values, which a checkpoint can hold without a pickle of other types.
+    """
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+    kind, keys, *rest = np.random.get_state(legacy=True)
     state = {
         "random_rng_state": random.getstate(),
-        "np_rng_state": np.random.get_state(),
+        "np_rng_state": (kind, torch.from_numpy(np.array(keys, np.int64)), *rest),
         "torch_rng_state": torch.get_rng_state(),
         "rng_tracker_states": dict(get_cuda_rng_tracker().get_states()),
     }
@@ -72,11 +76,13 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put every generator where `rng_state` found it; a GPU's only where there is one."""
+    """Restore the states that `rng_state` returned; those of a GPU only where there is one."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     random.setstate(state["random_rng_state"])
-    np.random.set_state(state["np_rng_state"])
+    kind, keys, *rest = state["np_rng_state"]
+    # Earlier checkpoints hold an array.
+    np.random.set_state((kind, np.asarray(keys).astype(np.uint32), *rest))
     torch.set_rng_state(state["torch_rng_state"])
     if torch.cuda.is_available() and "cuda_rng_state" in state:
         torch.cuda.set_rng_state(state["cuda_rng_state"])

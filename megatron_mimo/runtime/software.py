@@ -1,4 +1,4 @@
-"""What a run stands on: versions, the machine, and the variables that change how it runs."""
+"""Versions, machine and environment variables that a run depends on."""
 
 import os
 import platform
@@ -31,23 +31,26 @@ _VARIABLES = (
 
 
 def software() -> dict[str, str]:
-    """Versions of Python, of ours and of what computes, and the commit of a checkout."""
+    """Versions of Python, of this package and of its numerical libraries, and the commit."""
+    commit = _commit()
+    return versions() | ({} if commit is None else {"commit": commit})
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of its numerical libraries; no program is run."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    commit = _commit()
-    if commit is not None:
-        found["commit"] = commit
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     return found
 
 
 def machine(device: Device) -> dict[str, str]:
-    """The host of this rank and what it computes on."""
+    """Description of this rank's host and device."""
     found = {"host": socket.gethostname(), "system": platform.platform()}
     if device.type == "cpu":
         return found | {"device": f"host, {os.cpu_count()} cores"}
@@ -57,8 +60,12 @@ def machine(device: Device) -> dict[str, str]:
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those variables that bear on speed or numbers, by name."""
-    return {name: environment[name] for name in sorted(environment) if name.startswith(_VARIABLES)}
+    """Environment variables that affect speed or numerical results, by name; no secrets."""
+    return {
+        name: environment[name]
+        for name in sorted(environment)
+        if name.startswith(_VARIABLES) and "SECRET" not in name
+    }
 
 
 def _commit() -> str | None:

@@ -20,9 +20,10 @@ _upstream = getattr(utils, _NAME)
 
 
 class PaperGroup(dist.ProcessGroup):
-    """A group that knows its size and this rank's place in it, and cannot communicate.
+    """A process group that has a size and a rank in it, and cannot communicate.
 
-    Nobody asks a group of one to. A larger one serves to build a module, not to run it.
+    A group of one rank never has to communicate. A larger one serves to build a module, not to run
+    it.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -38,11 +39,11 @@ def solo_groups() -> ProcessGroupCollection:
 
 
 def paper_groups(places: Mapping[str, tuple[int, int]]) -> ProcessGroupCollection:
-    """A collection for a rank of a grid that does not run.
+    """A collection of groups for a rank of a grid that is not running.
 
     Args:
-        places: Axis (tp, cp, pp, dp, ep, expt_tp, expt_dp) -> this rank's place and the size;
-            others have size one.
+        places: Rank and size along each axis (tp, cp, pp, dp, ep, expt_tp, expt_dp); axes that are
+            missing have size one.
     """
     _keep_given_groups()
     return ProcessGroupCollection(**{axis: PaperGroup(*places.get(axis, (0, 1))) for axis in _AXES})
@@ -50,11 +51,11 @@ def paper_groups(places: Mapping[str, tuple[int, int]]) -> ProcessGroupCollectio
 
 @contextmanager
 def solo_world() -> Iterator[None]:
-    """A world for as long as a module is built, as some of megatron-core's builders ask torch.
+    """Provide a default process group while a module is built, for builders that need one.
 
-    Where there is a default process group it stays; otherwise one of this process alone comes and
-    goes. Paper groups, which torch does not know, answer for themselves. The same goes for
-    megatron-core's random streams; the caller's are left as they were.
+    An existing default group is kept; otherwise a group of this process alone is created and
+    removed again. Paper groups, which torch does not know, are handled as well. megatron-core's
+    random streams are provided in the same way; those of the caller are restored.
     """
     tracker = get_cuda_rng_tracker()
     seeded = tracker.is_initialized()
@@ -91,10 +92,10 @@ def _group_or_default(tp_group: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _keep_given_groups() -> None:
-    """Let megatron-core use the group it is given although torch has no default process group.
+    """Let megatron-core use the group that it is given when there is no default process group.
 
-    Its lookup of a group returns None then, even for one that was passed; layers ask it when they
-    are built and whenever they run.
+    Its lookup of a group returns None in that case, even for a group that was passed. Layers call
+    this lookup when they are built and whenever they run.
     """
     for name, module in list(sys.modules.items()):
         found = getattr(module, _NAME, None) if name.startswith("megatron.") else None

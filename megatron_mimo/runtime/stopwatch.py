@@ -1,4 +1,4 @@
-"""Moments of a rank's work, noted without waiting for the device."""
+"""Times of a rank's work, recorded without waiting for the device."""
 
 import time
 from typing import Protocol
@@ -9,14 +9,14 @@ from megatron_mimo.runtime.device import Device
 
 
 class Stopwatch(Protocol):
-    """Notes moments, and says later when they were."""
+    """Records times, and returns them later."""
 
     def mark(self) -> None:
-        """Note the present moment of what the rank computes; waits for nothing."""
+        """Record the present moment of what the rank computes, without waiting."""
         ...
 
     def read(self) -> list[float]:
-        """The moments noted since the last call, in order; seconds of `time.perf_counter`.
+        """Times recorded since the last call, in order; seconds of `time.perf_counter`.
 
         Waits for the device.
         """
@@ -24,7 +24,7 @@ class Stopwatch(Protocol):
 
 
 class HostStopwatch:
-    """For ranks that compute on a host."""
+    """Stopwatch of a rank that computes on a host."""
 
     def __init__(self) -> None:
         self._marks: list[float] = []
@@ -40,10 +40,10 @@ class HostStopwatch:
 
 
 class CudaStopwatch:
-    """For ranks that compute on a GPU: an event in the current stream marks each moment.
+    """Stopwatch of a rank that computes on a GPU: an event in the current stream marks each time.
 
-    An event is reached when all that was started before it is done, so between two of them lies
-    the time that the device took, or waited for other ranks.
+    An event is reached when all work that was started before it is done. So the time between two
+    events is the time that the device computed, or waited for other ranks.
     """
 
     def __init__(self) -> None:

@@ -1,11 +1,12 @@
-"""What each rank does in a step, in order: a pure function of the layout and the microbatches.
+"""The actions of each rank in a step, in order: a pure function of layout and microbatches.
 
-The stages of the encoder and of the language model form one long pipeline. The language model runs
-1F1B (PipeDream-Flush, Narayanan et al. 2021): stage `p` of `P` has at most `P - p` microbatches
-forward without their backward. The encoder's last stage feeds the first of them and runs
-`run_ahead` microbatches further ahead, so that it encodes while the language model computes; its
-earlier stages are one more ahead each. A rank that holds a stage of both modules works through both
-lists in the order in which they would become ready if every forward and backward took equally long.
+The stages of all modules form a tree: those of a module follow each other, and the last stage of
+each source feeds the first of the target. The target runs 1F1B (PipeDream-Flush, Narayanan et al.
+2021): stage `p` of `P` has at most `P - p` microbatches forward without their backward. A source's
+last stage runs `run_ahead` microbatches further ahead than the target's first, so that it computes
+while the target does; its earlier stages are one more ahead each. A rank that holds stages of
+several modules works through their lists in the order in which they would become ready if every
+forward and backward took equally long.
 """
 
 from collections import deque
@@ -13,18 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_mimo.topology import Layout, ModuleGridSpec
-
-
-class Module(StrEnum):
-    """A module, by the name of its grid."""
-
-    ENCODER = "encoder"
-    LLM = "llm"
+from megatron_mimo.schedule.graph import GradientFlow, StageGraph
+from megatron_mimo.topology import Layout, StageId
 
 
 class Kind(StrEnum):
-    """One kind of work of a stage."""
+    """Kind of work of a stage."""
 
     POST_INPUT = "post input"
     WAIT_INPUT = "wait input"
@@ -42,58 +37,21 @@ class Action:
     """One entry of a schedule.
 
     Attributes:
-        kind: What to do.
-        module: For which of the rank's stages.
-        microbatch: Index within the step.
+        kind: Kind of work.
+        module: Name of the module whose stage does the work.
+        microbatch: Index of the microbatch within the step.
     """
 
     kind: Kind
-    module: Module
+    module: str
     microbatch: int
 
     def __str__(self) -> str:
         return f"{self.module} {self.kind} {self.microbatch}"
 
 
-@dataclass(frozen=True, slots=True)
-class Role:
-    """The pipeline stages that a rank holds.
-
-    Attributes:
-        encoder: Stage of the encoder, or None.
-        llm: Stage of the language model, or None.
-    """
-
-    encoder: int | None
-    llm: int | None
-
-    def stage(self, module: Module) -> int | None:
-        """The stage that is held of a module."""
-        return self.encoder if module is Module.ENCODER else self.llm
-
-
-@dataclass(frozen=True, slots=True)
-class GradientFlow:
-    """Where gradients go back; inside the language model they always do.
-
-    Attributes:
-        encoder: Between stages of the encoder: something before its last stage trains.
-        bridge: Over the bridge: something on the encoder's side trains.
-    """
-
-    encoder: bool
-    bridge: bool
-
-    def __post_init__(self) -> None:
-        assert self.bridge or not self.encoder, "gradients reach the encoder over the bridge only"
-
-
-def role_of(layout: Layout, rank: int) -> Role:
-    """The stages that a global rank holds."""
-    return Role(
-        encoder=_stage(layout.encoder, rank),
-        llm=_stage(layout.llm, rank),
-    )
+# The stages that a rank holds, in the order of the modules. Ranks that hold the same do the same.
+Role = tuple[StageId, ...]
 
 
 def build_schedule(
@@ -107,166 +65,88 @@ def build_schedule(
     """The actions of every role in one step.
 
     Args:
-        layout: Both grids.
-        num_microbatches: Microbatches of the step, at least 1.
-        run_ahead: Microbatches that the encoder may be ahead of the language model's first stage.
-            Without effect on ranks that hold both modules: they have nothing to overlap.
-        gradients: False for evaluation.
-        flow: Where gradients go back.
+        layout: The grids of all modules.
+        num_microbatches: Number of microbatches of the step, at least 1.
+        run_ahead: Number of microbatches that a source may be ahead of the target's first stage.
+            It has no effect on a source that shares ranks with the target, where no work can
+            overlap.
+        gradients: Whether there is a backward; False for evaluation.
+        flow: Boundaries that gradients cross.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: `num_microbatches` or `run_ahead` is out of range.
     """
     if num_microbatches < 1 or run_ahead < 0:
         raise ValueError(
             f"{num_microbatches} microbatches with a run-ahead of {run_ahead}: "
             f"expected at least 1 and 0"
         )
-    stages = _Stages(
-        encoder=layout.encoder.pp if layout.encoder else 0,
-        llm=layout.llm.pp,
-        num_microbatches=num_microbatches,
-        run_ahead=0 if layout.colocated else run_ahead,
-        gradients=gradients,
-        flow=flow,
-    )
-    roles = sorted({role_of(layout, rank) for rank in range(layout.world_size)}, key=str)
-    passes = {role: stages.passes(role) for role in roles}
-    orders = (
-        _interleave(stages, passes)
-        if layout.colocated
-        else {role: order for role, (order,) in passes.items()}
-    )
-    return {role: tuple(stages.actions(role, order)) for role, order in orders.items()}
+    graph = StageGraph(layout, run_ahead=run_ahead, gradients=gradients, flow=flow)
+    roles = sorted({layout.stages_of(rank) for rank in range(layout.world_size)})
+    passes = {
+        role: tuple(_stage_order(graph, stage, num_microbatches) for stage in role)
+        for role in roles
+    }
+    if all(len(role) == 1 for role in roles):
+        orders = {role: order for role, (order,) in passes.items()}
+    else:
+        orders = _interleave(graph, passes)
+    return {
+        role: tuple(_actions(graph, role, order, num_microbatches))
+        for role, order in orders.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
     """One microbatch through one stage, forward or backward."""
 
-    module: Module
+    stage: StageId
     microbatch: int
     backward: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Stages:
-    """What the schedule of every stage follows from."""
+def _stage_order(graph: StageGraph, stage: StageId, num_microbatches: int) -> tuple[_Pass, ...]:
+    """The passes of one stage: 1F1B, or forwards alone where it runs no backward."""
+    forwards = [_Pass(stage, m, backward=False) for m in range(num_microbatches)]
+    if not graph.runs_backward(stage):
+        return tuple(forwards)
+    depth = min(graph.depth(stage), num_microbatches)
+    order = forwards[:depth]
+    for m in range(num_microbatches):
+        order.append(_Pass(stage, m, backward=True))
+        order += forwards[m + depth : m + depth + 1]
+    return tuple(order)
 
-    encoder: int
-    llm: int
-    num_microbatches: int
-    run_ahead: int
-    gradients: bool
-    flow: GradientFlow
 
-    def depth(self, module: Module, stage: int) -> int:
-        """Microbatches that a stage may have forward without their backward."""
-        if module is Module.LLM:
-            return self.llm - stage
-        return self.llm + self.run_ahead + self.encoder - 1 - stage
-
-    def returns(self, module: Module, stage: int) -> bool:
-        """Whether a stage runs backward."""
-        if module is Module.LLM:
-            return self.gradients
-        last = stage == self.encoder - 1
-        return self.gradients and (self.flow.bridge if last else self.flow.encoder)
-
-    def input_returns(self, module: Module, stage: int) -> bool:
-        """Whether a stage sends gradients to the one before."""
-        if module is Module.LLM and stage == 0:
-            return self.encoder > 0 and self.gradients and self.flow.bridge
-        return stage > 0 and self.returns(module, stage - 1)
-
-    def passes(self, role: Role) -> tuple[tuple[_Pass, ...], ...]:
-        """The passes of each module that a role holds, in order."""
-        held = ((module, role.stage(module)) for module in Module)
-        return tuple(self._order(module, stage) for module, stage in held if stage is not None)
-
-    def needs(self, role: Role, step: _Pass) -> Iterator[tuple[int, _Pass]]:
-        """The stages and their passes that must have run before a pass may."""
-        stage = role.stage(step.module)
-        assert stage is not None
-        line = [(Module.ENCODER, j) for j in range(self.encoder)]
-        line += [(Module.LLM, p) for p in range(self.llm)]
-        index = line.index((step.module, stage)) + (1 if step.backward else -1)
-        if 0 <= index < len(line):
-            module, neighbour = line[index]
-            yield neighbour, _Pass(module, step.microbatch, step.backward)
-        ahead = step.microbatch - self.depth(step.module, stage)
-        if step.module is Module.ENCODER and ahead >= 0 and not self.returns(step.module, stage):
-            # No gradient holds this stage back, so the language model's progress does.
-            yield 0, _Pass(Module.LLM, ahead, backward=False)
-
-    def _order(self, module: Module, stage: int) -> tuple[_Pass, ...]:
-        forwards = [_Pass(module, m, backward=False) for m in range(self.num_microbatches)]
-        if not self.returns(module, stage):
-            return tuple(forwards)
-        depth = min(self.depth(module, stage), self.num_microbatches)
-        order = forwards[:depth]
-        for m in range(self.num_microbatches):
-            order.append(_Pass(module, m, backward=True))
-            order += forwards[m + depth : m + depth + 1]
-        return tuple(order)
-
-    def actions(self, role: Role, order: Sequence[_Pass]) -> Iterator[Action]:
-        """Passes with what they wait for and what they send, receives posted one pass ahead."""
-        # Both ends of the bridge on one rank: a microbatch's transfers are posted together, when it
-        # has something to send. See `bridge.transport`.
-        both_ends = role.encoder == self.encoder - 1 and role.llm == 0
-        for module in Module:
-            stage = role.stage(module)
-            if stage is not None and self._has_input(module, stage, both_ends):
-                yield Action(Kind.POST_INPUT, module, 0)
-        for step in order:
-            stage = role.stage(step.module)
-            assert stage is not None
-            run = self._backward if step.backward else self._forward
-            yield from run(step.module, stage, step.microbatch, both_ends)
-
-    def _forward(self, module: Module, stage: int, m: int, both_ends: bool) -> Iterator[Action]:
-        if self._has_input(module, stage, both_ends) and m + 1 < self.num_microbatches:
-            yield Action(Kind.POST_INPUT, module, m + 1)
-        if not self._is_first(module, stage):
-            yield Action(Kind.WAIT_INPUT, module, m)
-        sends = not (module is Module.LLM and stage == self.llm - 1)
-        ahead = m - self.depth(module, stage)
-        if sends and ahead >= 0 and not self.returns(module, stage):
-            # No gradient holds this stage back, so what it has sent does.
-            yield Action(Kind.WAIT_SENT, module, ahead)
-        yield Action(Kind.FORWARD, module, m)
-        if sends:
-            yield Action(Kind.SEND_OUTPUT, module, m)
-            if self.returns(module, stage) and not (both_ends and module is Module.ENCODER):
-                yield Action(Kind.POST_GRAD, module, m)
-
-    def _backward(self, module: Module, stage: int, m: int, both_ends: bool) -> Iterator[Action]:
-        if not (module is Module.LLM and stage == self.llm - 1):
-            yield Action(Kind.WAIT_GRAD, module, m)
-        yield Action(Kind.BACKWARD, module, m)
-        if self.input_returns(module, stage):
-            yield Action(Kind.SEND_GRAD, module, m)
-
-    def _is_first(self, module: Module, stage: int) -> bool:
-        """Whether a stage has no stage before it."""
-        return stage == 0 and (module is Module.ENCODER or self.encoder == 0)
-
-    def _has_input(self, module: Module, stage: int, both_ends: bool) -> bool:
-        """Whether a stage posts its input by itself."""
-        over_bridge = module is Module.LLM and stage == 0
-        return not self._is_first(module, stage) and not (both_ends and over_bridge)
+def _needs(graph: StageGraph, step: _Pass) -> Iterator[_Pass]:
+    """The passes that must have run before a pass may, on every rank that holds their stage."""
+    if step.backward:
+        successor = graph.successor(step.stage)
+        if successor is not None:
+            yield _Pass(successor, step.microbatch, backward=True)
+    else:
+        for predecessor in graph.predecessors(step.stage):
+            yield _Pass(predecessor, step.microbatch, backward=False)
+    ahead = step.microbatch - graph.depth(step.stage)
+    if ahead >= 0 and graph.is_source(step.stage) and not graph.runs_backward(step.stage):
+        # No gradient limits this stage, so the target's progress does.
+        yield _Pass(graph.first_of_target, ahead, backward=False)
 
 
 def _interleave(
-    stages: _Stages, passes: Mapping[Role, tuple[tuple[_Pass, ...], ...]]
+    graph: StageGraph, passes: Mapping[Role, tuple[tuple[_Pass, ...], ...]]
 ) -> dict[Role, tuple[_Pass, ...]]:
-    """One list per role from the lists of its modules: list scheduling with unit costs.
+    """One list per role from the lists of its stages: list scheduling with unit costs.
 
     Always runs what can start first; of two that can start together a backward, which frees memory,
-    then the earlier microbatch. The result is an order that was executed, so it has no deadlock.
+    then the earlier microbatch. The result is an order that was simulated, so it has no deadlock.
     """
-    queues = [(role, deque(order)) for role, both in passes.items() for order in both]
+    queues = [(role, deque(order)) for role, orders in passes.items() for order in orders]
+    holders: dict[StageId, list[Role]] = {}
+    for role in passes:
+        for stage in role:
+            holders.setdefault(stage, []).append(role)
     clock = dict.fromkeys(passes, 0)
     ends: dict[tuple[Role, _Pass], int] = {}
     merged: dict[Role, list[_Pass]] = {role: [] for role in passes}
@@ -275,9 +155,8 @@ def _interleave(
         for index, (role, queue) in enumerate(queues):
             needs = [
                 ends.get((other, need))
-                for need_stage, need in stages.needs(role, queue[0])
-                for other in passes
-                if other.stage(need.module) == need_stage
+                for need in _needs(graph, queue[0])
+                for other in holders[need.stage]
             ]
             if None not in needs:
                 start = max([clock[role], *(end for end in needs if end is not None)])
@@ -292,5 +171,42 @@ def _interleave(
     return {role: tuple(order) for role, order in merged.items()}
 
 
-def _stage(grid: ModuleGridSpec | None, rank: int) -> int | None:
-    return grid.coordinates(rank).pp if grid is not None and rank in grid.ranks else None
+def _actions(
+    graph: StageGraph, role: Role, order: Sequence[_Pass], num_microbatches: int
+) -> Iterator[Action]:
+    """Passes with what they wait for and what they send, receives posted one pass ahead."""
+    posts = {stage.module for stage in role if graph.posts_input(stage, role)}
+    for stage in role:
+        if stage.module in posts:
+            yield Action(Kind.POST_INPUT, stage.module, 0)
+    for step in order:
+        module, m = step.stage.module, step.microbatch
+        if step.backward:
+            yield from _backward(graph, step.stage, m)
+            continue
+        if module in posts and m + 1 < num_microbatches:
+            yield Action(Kind.POST_INPUT, module, m + 1)
+        yield from _forward(graph, role, step.stage, m)
+
+
+def _forward(graph: StageGraph, role: Role, stage: StageId, m: int) -> Iterator[Action]:
+    if graph.predecessors(stage):
+        yield Action(Kind.WAIT_INPUT, stage.module, m)
+    sends, returns = graph.successor(stage) is not None, graph.runs_backward(stage)
+    ahead = m - graph.depth(stage)
+    if sends and ahead >= 0 and not returns:
+        # No gradient limits this stage, so the completion of its sends does.
+        yield Action(Kind.WAIT_SENT, stage.module, ahead)
+    yield Action(Kind.FORWARD, stage.module, m)
+    if sends:
+        yield Action(Kind.SEND_OUTPUT, stage.module, m)
+        if returns and not graph.holds_both_ends(stage, role):
+            yield Action(Kind.POST_GRAD, stage.module, m)
+
+
+def _backward(graph: StageGraph, stage: StageId, m: int) -> Iterator[Action]:
+    if graph.successor(stage) is not None:
+        yield Action(Kind.WAIT_GRAD, stage.module, m)
+    yield Action(Kind.BACKWARD, stage.module, m)
+    if any(graph.runs_backward(before) for before in graph.predecessors(stage)):
+        yield Action(Kind.SEND_GRAD, stage.module, m)

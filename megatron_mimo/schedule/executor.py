@@ -1,87 +1,106 @@
-"""Run a rank's actions: call the model, move rows and gradients, run autograd at the boundaries."""
+"""Run a rank's actions: call the model, transfer rows and gradients, run autograd."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_mimo.bridge.plan import BridgePlanner, ModulePlan
-from megatron_mimo.schedule.actions import Action, Kind, Module, build_schedule, role_of
-from megatron_mimo.schedule.boundary import Boundary, neighbour_plan
-from megatron_mimo.schedule.channels import (
-    BoundaryConfig,
-    begin_check,
-    bridge_channels,
-    pipeline_channels,
-)
-from megatron_mimo.schedule.crossing import Crossing, StepManifest, plan_crossing
+from megatron_mimo.bridge.boundary import Traffic, neighbour_plan
+from megatron_mimo.bridge.channels import TransportConfig, begin_check, open_bridges, open_pipelines
+from megatron_mimo.bridge.microbatch import MicrobatchManifest, MicrobatchPlan, plan_microbatch
+from megatron_mimo.bridge.plan import BridgePlanner, RankPlan
+from megatron_mimo.schedule.actions import Action, Kind, build_schedule
+from megatron_mimo.schedule.graph import GradientFlow
 from megatron_mimo.schedule.laps import Note, Phase, ignore
 from megatron_mimo.schedule.stage import Stage
+from megatron_mimo.topology import SequenceSharding
 from megatron_mimo.topology.groups import ModuleGroups, Topology
 
 
 class StepProgram(Protocol):
     """The model's part of a step."""
 
-    def encode(self, microbatch: int, hidden: Tensor | None) -> Tensor:
-        """Run this rank's encoder stage; called only where its dp rank has rows.
+    def forward(self, module: str, microbatch: int, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Run this rank's stage of a module.
+
+        A source's stage is called only for microbatches in which its dp rank has rows.
 
         Args:
+            module: Name of the module.
             microbatch: Index within the step.
-            hidden: [T, width] of the stage before; None on the first.
+            inputs: Inputs by the name of the module that they come from, in the dtype of rows. On
+                later stages the hidden states [N, width] of the module's previous stage. On the
+                target's first stage the rows [R, H] of each source whose rows the lane uses: those
+                of this rank's shard of the sequence. R is 0 where only other shards of the lane
+                have rows; such an input must still be a part of the autograd graph.
 
         Returns:
-            [T, width] hidden states, or [R, H] rows on the last stage.
+            Hidden states [N, width]; on the last stage of a source rows [R, H]; on the last stage
+            of the target the scalar to run backward from: the summed loss of this rank's lane.
         """
         ...
 
-    def forward(self, microbatch: int, inputs: Tensor | None) -> Tensor:
-        """Run this rank's stage of the language model.
-
-        Args:
-            microbatch: Index within the step.
-            inputs: On the first stage the rows [R, H] of this rank's shard of the sequence; R is 0
-                where only other shards of the lane have rows, which must stay a part of the graph
-                all the same, and it is None where the lane has none. On later stages the hidden
-                states [N, H] of the stage before.
-
-        Returns:
-            [N, H] hidden states, or on the last stage the scalar to run backward from: the summed
-            loss of this rank's lane.
-        """
+    def hidden_rows(self, module: str, microbatch: int) -> int:
+        """Number N of the hidden states [N, width] that stages of a module send to the next."""
         ...
 
-    def hidden_rows(self, module: Module, microbatch: int) -> int:
-        """N of the hidden states [N, width] that stages of a module hand on."""
+    def begin_last_backward(self, module: str) -> None:
+        """Prepare for the last backward of a module in this step, which follows."""
         ...
 
-    def begin_last_backward(self, module: Module) -> None:
-        """The step's last backward of a module follows."""
-        ...
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutorConfig:
+    """Settings of a step, equal on every rank.
+
+    Attributes:
+        transport: Properties of the transfers between stages.
+        sharding: Positions of a sequence that each rank of the target holds.
+        flow: Boundaries that gradients cross.
+        target_trains: Whether any part of the target trains.
+        run_ahead: Number of microbatches that a source may be ahead of the target.
+    """
+
+    transport: TransportConfig
+    sharding: SequenceSharding
+    flow: GradientFlow = field(default_factory=GradientFlow)
+    target_trains: bool = True
+    run_ahead: int = 1
 
 
 class Executor:
-    """Runs steps over one topology."""
+    """Runs steps over one topology.
 
-    def __init__(self, topology: Topology, config: BoundaryConfig) -> None:
+    Args:
+        topology: Grids and groups of this rank.
+        config: Settings of a step.
+
+    Attributes:
+        planners: Source name -> planner of its bridge.
+    """
+
+    def __init__(self, topology: Topology, config: ExecutorConfig) -> None:
         self._topology = topology
         self._config = config
-        self._role = role_of(topology.layout, topology.rank)
         self._schedules: dict[tuple[int, bool], tuple[Action, ...]] = {}
-        self.planner = BridgePlanner(topology.layout, config.sharding)
-        self._bridge = bridge_channels(topology, config)
-        self._pipelines = pipeline_channels(topology, config)
+        self.planners = {
+            source.name: BridgePlanner(topology.layout, source.name, config.sharding)
+            for source in topology.layout.sources
+        }
+        self._bridges = open_bridges(topology, config.transport)
+        self._pipelines = open_pipelines(topology, config.transport)
 
-    def plan(self, manifest: StepManifest) -> Crossing:
-        """Plan what a microbatch moves; needs no other rank, so it can be done ahead."""
+    def plan(self, manifest: MicrobatchManifest) -> MicrobatchPlan:
+        """Plan the transfers of a microbatch; needs no other rank, so it can be done ahead."""
         layout, rank = self._topology.layout, self._topology.rank
-        return plan_crossing(layout, rank, self.planner, manifest)
+        return plan_microbatch(layout, rank, self.planners, manifest)
 
     def run(
         self,
         program: StepProgram,
-        crossings: Sequence[Crossing],
+        plans: Sequence[MicrobatchPlan],
         *,
         gradients: bool,
         note: Note = ignore,
@@ -89,21 +108,21 @@ class Executor:
         """Run one step; every rank calls it with the same number of microbatches.
 
         Args:
-            program: The model's part.
-            crossings: Of each microbatch, from `plan`.
-            gradients: False for evaluation: no backward, no autograd state.
-            note: Told of each action as it begins.
+            program: The model's part of the step.
+            plans: Plan of each microbatch, from `plan`.
+            gradients: Whether to run backward; False for evaluation, which keeps no autograd state.
+            note: Function that is called with each action as it begins.
 
         Raises:
             RuntimeError: The model produced another number of rows than a manifest names, or no
                 gradient reached them.
         """
-        stages = self._stages(program, crossings, gradients)
+        stages = self._stages(program, plans, gradients)
         handlers = {module: _handlers(stage) for module, stage in stages.items()}
         with torch.set_grad_enabled(gradients):
-            for action in self.actions(len(crossings), gradients=gradients):
+            for action in self.actions(len(plans), gradients=gradients):
                 note(action)
-                if action.kind is Kind.BACKWARD and action.microbatch == len(crossings) - 1:
+                if action.kind is Kind.BACKWARD and action.microbatch == len(plans) - 1:
                     program.begin_last_backward(action.module)
                 handlers[action.module][action.kind](action.microbatch)
             note(Phase.DRAIN)
@@ -114,89 +133,118 @@ class Executor:
         """The actions of this rank in a step."""
         key = (num_microbatches, gradients)
         if key not in self._schedules:
+            layout = self._topology.layout
             schedule = build_schedule(
-                self._topology.layout,
+                layout,
                 num_microbatches=num_microbatches,
                 run_ahead=self._config.run_ahead,
                 gradients=gradients,
                 flow=self._config.flow,
             )
-            self._schedules[key] = schedule[self._role]
+            self._schedules[key] = schedule[layout.stages_of(self._topology.rank)]
         return self._schedules[key]
 
-    def bridge(self, crossings: Sequence[Crossing], *, gradients: bool) -> Boundary:
-        """The bridge in one step; without plans on ranks of other stages."""
-        begin_check(self._bridge, lambda m, lane, rows: crossings[m].manifest.view(lane, rows))
-        encoder, llm = self._topology.encoder, self._topology.llm
-        produces = encoder is not None and encoder.is_last_stage
-        uses = llm is not None and llm.is_first_stage
-        return Boundary(
-            self._bridge,
-            source=[crossing.source for crossing in crossings] if produces else None,
-            target=[crossing.target for crossing in crossings] if uses else None,
-            returns=[gradients and self._config.flow.bridge] * len(crossings),
+    def bridge_traffic(
+        self, source: str, plans: Sequence[MicrobatchPlan], *, gradients: bool
+    ) -> Traffic:
+        """Transfers over a bridge in one step; this rank holds at least one end of it."""
+        bridge = self._bridges[source]
+        begin_check(bridge, lambda m, lane, rows: plans[m].manifest.view(source, lane, rows))
+        producer, user = self._topology.modules.get(source), self._topology.target
+        produces = producer is not None and producer.is_last_stage
+        uses = user is not None and user.is_first_stage
+        return Traffic(
+            bridge,
+            source=[plan.edges[source].source for plan in plans] if produces else None,
+            target=[plan.edges[source].target for plan in plans] if uses else None,
+            returns=[gradients and source in self._config.flow.returning] * len(plans),
         )
 
     def _stages(
-        self, program: StepProgram, crossings: Sequence[Crossing], gradients: bool
-    ) -> dict[Module, Stage]:
-        topology, config, num = self._topology, self._config, len(crossings)
-        bridge = None
-        if topology.layout.encoder is not None:
-            bridge = self.bridge(crossings, gradients=gradients)
-        stages = {}
-        if topology.encoder is not None:
-            before, after = self._neighbours(
-                topology.encoder,
-                lambda m: program.hidden_rows(Module.ENCODER, m) if crossings[m].encodes else None,
-                [gradients and config.flow.encoder] * num,
+        self, program: StepProgram, plans: Sequence[MicrobatchPlan], gradients: bool
+    ) -> dict[str, Stage]:
+        bridges = {
+            source: self.bridge_traffic(source, plans, gradients=gradients)
+            for source in self._bridges
+        }
+        target = self._topology.layout.target.name
+        return {
+            name: (
+                self._target_stage(name, groups, program, plans, gradients, bridges)
+                if name == target
+                else self._source_stage(name, groups, program, plans, gradients, bridges)
             )
-            stages[Module.ENCODER] = Stage(
-                program.encode,
-                lambda m: crossings[m].encodes,
-                before=before,
-                after=after or bridge,
-            )
-        if topology.llm is not None:
-            # A frozen language model has gradients to hand back only where there are rows.
-            before, after = self._neighbours(
-                topology.llm,
-                lambda m: program.hidden_rows(Module.LLM, m),
-                [
-                    gradients
-                    and (config.language_trains or (config.flow.bridge and crossing.takes_rows))
-                    for crossing in crossings
-                ],
-            )
-            stages[Module.LLM] = Stage(
-                program.forward,
-                lambda _: True,
-                before=bridge if topology.llm.is_first_stage else before,
-                after=after,
-            )
-        return stages
+            for name, groups in self._topology.modules.items()
+        }
+
+    def _source_stage(
+        self,
+        name: str,
+        groups: ModuleGroups,
+        program: StepProgram,
+        plans: Sequence[MicrobatchPlan],
+        gradients: bool,
+        bridges: Mapping[str, Traffic],
+    ) -> Stage:
+        before, after = self._neighbours(
+            groups,
+            lambda m: program.hidden_rows(name, m) if plans[m].edges[name].produces else None,
+            [gradients and name in self._config.flow.inside] * len(plans),
+        )
+        return Stage(
+            lambda m, inputs: program.forward(name, m, inputs),
+            lambda m: plans[m].edges[name].produces,
+            before={} if before is None else {name: before},
+            after=after or bridges[name],
+        )
+
+    def _target_stage(
+        self,
+        name: str,
+        groups: ModuleGroups,
+        program: StepProgram,
+        plans: Sequence[MicrobatchPlan],
+        gradients: bool,
+        bridges: Mapping[str, Traffic],
+    ) -> Stage:
+        config = self._config
+
+        def returns(plan: MicrobatchPlan) -> bool:
+            # A frozen target returns gradients only where there are rows that need them.
+            takes = any(plan.edges[source].takes for source in config.flow.returning)
+            return gradients and (config.target_trains or takes)
+
+        before, after = self._neighbours(
+            groups, lambda m: program.hidden_rows(name, m), [returns(plan) for plan in plans]
+        )
+        return Stage(
+            lambda m, inputs: program.forward(name, m, inputs),
+            lambda _: True,
+            before=bridges if before is None else {name: before},
+            after=after,
+        )
 
     def _neighbours(
         self,
         module: ModuleGroups,
         hidden_rows: Callable[[int], int | None],
         returns: Sequence[bool],
-    ) -> tuple[Boundary | None, Boundary | None]:
-        """The boundaries inside a module, in front of and behind this rank's stage."""
+    ) -> tuple[Traffic | None, Traffic | None]:
+        """The traffic inside a module, before and after this rank's stage."""
         spec, place = module.spec, module.place
 
-        def plans(stage: int) -> list[ModulePlan | None]:
+        def plans(stage: int) -> list[RankPlan | None]:
             peer = spec.rank(tp=place.tp, cp=place.cp, dp=place.dp, pp=stage)
             counts = [hidden_rows(m) for m in range(len(returns))]
             return [None if rows is None else neighbour_plan(peer, rows) for rows in counts]
 
         before = after = None
         if not module.is_first_stage:
-            channels = self._pipelines[spec.name][(place.pp - 1) % 2]
-            before = Boundary(channels, source=None, target=plans(place.pp - 1), returns=returns)
+            boundary = self._pipelines[spec.name][(place.pp - 1) % 2]
+            before = Traffic(boundary, source=None, target=plans(place.pp - 1), returns=returns)
         if not module.is_last_stage:
-            channels = self._pipelines[spec.name][place.pp % 2]
-            after = Boundary(channels, source=plans(place.pp + 1), target=None, returns=returns)
+            boundary = self._pipelines[spec.name][place.pp % 2]
+            after = Traffic(boundary, source=plans(place.pp + 1), target=None, returns=returns)
         return before, after
 
 

@@ -1,4 +1,4 @@
-"""What a rank did when: its actions and the other parts of a step, one after the other."""
+"""Times of a rank's actions and of the other parts of a step, one after the other."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from megatron_mimo.schedule.actions import Action
 
 
 class Phase(StrEnum):
-    """A part of a step that is no action of the schedule."""
+    """A part of a step that is not an action of the schedule."""
 
     DATA = "data"
     AGREEMENT = "agreement"
@@ -22,7 +22,7 @@ class Phase(StrEnum):
 
 
 Label = Action | Phase
-# Told what a rank begins to do; it has then ended what it did before.
+# Function that is called with what a rank begins, which also ends what it did before.
 Note = Callable[[Label], None]
 
 
@@ -32,13 +32,13 @@ def ignore(_: Label) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Lap:
-    """One thing that a rank did.
+    """One action, or other part of a step, of a rank.
 
     Attributes:
-        iteration: In which.
-        what: It did.
-        start: Seconds of the rank's clock.
-        end: When the next thing began.
+        iteration: Number of the iteration.
+        what: Action or part of a step.
+        start: Time at which it began, in seconds of the rank's clock.
+        end: Time at which the next one began, in seconds of the same clock.
     """
 
     iteration: int
@@ -48,15 +48,15 @@ class Lap:
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """Duration, seconds."""
         return self.end - self.start
 
 
 class Recorder:
-    """Keeps what it is told until it is asked.
+    """Collects the laps of this rank.
 
     Args:
-        stopwatch: Of this rank.
+        stopwatch: Clock of this rank.
     """
 
     def __init__(self, stopwatch: Stopwatch) -> None:
@@ -65,7 +65,7 @@ class Recorder:
         self._iteration = 0
 
     def begin_step(self, iteration: int) -> None:
-        """What follows is of this iteration."""
+        """Begin an iteration; the laps that follow belong to it."""
         self._iteration = iteration
 
     def note(self, what: Label) -> None:
@@ -74,7 +74,7 @@ class Recorder:
         self._noted.append((self._iteration, what))
 
     def take(self) -> list[Lap]:
-        """Everything since the last call, what lies between steps left out. Waits for the device.
+        """Return the laps since the last call, without time between steps; waits for the device.
 
         Call it between steps.
         """

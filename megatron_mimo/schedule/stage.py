@@ -1,74 +1,80 @@
 """One pipeline stage of a module on this rank, through one step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megatron_mimo.schedule.boundary import Boundary
+from megatron_mimo.bridge.boundary import Traffic
 
 
 class Stage:
-    """Runs the forward and backward of one stage and moves what goes in and out.
+    """Runs the forward and backward of one stage, and transfers its inputs and outputs.
 
-    What a microbatch leaves behind is dropped as soon as it has been used. Of an output that was
-    sent, only its place in the autograd graph is kept, so its memory is free once it has left
-    (megatron-core's `deallocate_output_tensor` to the same end replaces the tensor's data).
+    The state of a microbatch is released as soon as it has been used. Of an output that was sent,
+    only its node in the autograd graph is kept, so its memory is free once the send is complete
+    (megatron-core's `deallocate_output_tensor` replaces the tensor's data for the same purpose).
 
     Args:
-        compute: Runs the model on a microbatch: (index, input or None) to output.
-        has_work: Whether the model runs on a microbatch at all.
-        before: Boundary to the stage before; None on the first.
-        after: Boundary to the stage behind; None on the last, whose output is a loss.
+        compute: Function that runs the model: (index of a microbatch, inputs by the name of the
+            module that they come from) -> output.
+        has_work: Function that says whether the model runs on a microbatch at all.
+        before: Name of the module that feeds this stage -> traffic on the boundary to it; the
+            previous stage belongs to the same module. Empty on a stage without inputs.
+        after: Traffic to the next stage; None on the last stage, whose output is a loss.
     """
 
     def __init__(
         self,
-        compute: Callable[[int, Tensor | None], Tensor],
+        compute: Callable[[int, Mapping[str, Tensor]], Tensor],
         has_work: Callable[[int], bool],
         *,
-        before: Boundary | None,
-        after: Boundary | None,
+        before: Mapping[str, Traffic],
+        after: Traffic | None,
     ) -> None:
         self._compute = compute
         self._has_work = has_work
         self._before = before
         self._after = after
-        self._inputs: dict[int, Tensor] = {}
+        self._inputs: dict[int, dict[str, Tensor]] = {}
         self._outputs: dict[int, Tensor] = {}
-        # What backward starts from: a loss, or the place of an output in the graph.
+        # What backward starts from: a loss, or the node of an output in the graph.
         self._heads: dict[int, Tensor | GradientEdge] = {}
         self._output_grads: dict[int, Tensor] = {}
 
     def post_input(self, m: int) -> None:
-        """Ask for a microbatch's input."""
-        assert self._before is not None
-        self._before.post_forward(m, None)
+        """Post the receives of a microbatch's input, except those posted with this rank's sends."""
+        for traffic in self._before.values():
+            if not traffic.has_both_ends:
+                traffic.post_forward(m, None)
 
     def wait_input(self, m: int) -> None:
         """Wait for a microbatch's input."""
-        assert self._before is not None
-        rows = self._before.wait_forward(m)
-        if rows is not None:
-            # A leaf of this stage's graph: its gradient is what goes back.
-            self._inputs[m] = rows.detach().requires_grad_(self._returns_input(m))
+        found = {}
+        for name, traffic in self._before.items():
+            rows = traffic.wait_forward(m)
+            if rows is not None:
+                # A leaf of this stage's graph: its gradient is what is sent back.
+                found[name] = rows.detach().requires_grad_(traffic.returns[m])
+        if found:
+            self._inputs[m] = found
 
     def forward(self, m: int) -> None:
         """Run the model."""
         if not self._has_work(m):
             return
-        output = self._compute(m, self._inputs.get(m))
+        output = self._compute(m, self._inputs.get(m, {}))
         if self._after is not None:
             self._outputs[m] = output
         elif output.requires_grad:
             # A frozen model has nothing to do for a microbatch without rows.
             self._heads[m] = output
         if not self._runs_backward(m):
-            self._release_input(m)
+            self._release_inputs(m, list(self._before))
 
     def send_output(self, m: int) -> None:
-        """Hand a microbatch's output on."""
+        """Send a microbatch's output to the next stage."""
         assert self._after is not None
         output = self._outputs.pop(m, None)
         self._after.post_forward(m, None if output is None else output.detach())
@@ -76,12 +82,12 @@ class Stage:
             self._heads[m] = get_gradient_edge(output)
 
     def wait_sent(self, m: int) -> None:
-        """Wait until a microbatch's output has left."""
+        """Wait until a microbatch's output has been sent."""
         assert self._after is not None
         self._after.wait_sent(m)
 
     def post_grad(self, m: int) -> None:
-        """Ask for the gradient of a microbatch's output."""
+        """Post the receive of the gradient of a microbatch's output."""
         assert self._after is not None
         if self._after.returns[m]:
             self._after.post_backward(m, None)
@@ -100,36 +106,40 @@ class Stage:
             torch.autograd.backward(head, self._output_grads.pop(m, None))
         if self._after is not None:
             self._after.release_backward(m)
-        if not self._returns_input(m):
-            self._release_input(m)
+        self._release_inputs(m, [n for n, of in self._before.items() if not of.returns[m]])
 
     def send_grad(self, m: int) -> None:
-        """Send the gradient of a microbatch's input back."""
-        assert self._before is not None
-        if not self._before.returns[m]:
-            return
-        leaf = self._inputs.pop(m, None)
-        if leaf is not None and leaf.grad is None:
-            raise RuntimeError(
-                f"microbatch {m}: no gradient reached the {leaf.shape[0]} rows that this stage was "
-                f"given: does its output depend on them?"
-            )
-        self._before.post_backward(m, None if leaf is None else leaf.grad)
-        self._before.release_forward(m)
+        """Send the gradients of a microbatch's inputs back.
+
+        Raises:
+            RuntimeError: No gradient reached an input.
+        """
+        for name, traffic in self._before.items():
+            if not traffic.returns[m]:
+                continue
+            leaf = self._inputs.get(m, {}).get(name)
+            if leaf is not None and leaf.grad is None:
+                raise RuntimeError(
+                    f"microbatch {m}: no gradient reached the {leaf.shape[0]} rows that this stage "
+                    f"was given by {name}: does its output depend on them?"
+                )
+            traffic.post_backward(m, None if leaf is None else leaf.grad)
+            self._release_inputs(m, [name])
 
     def drain(self) -> None:
-        """Wait until everything has left."""
-        for boundary in (self._before, self._after):
-            if boundary is not None:
-                boundary.drain()
-
-    def _returns_input(self, m: int) -> bool:
-        return self._before is not None and self._before.returns[m]
+        """Wait until everything has been sent."""
+        for traffic in self._before.values():
+            traffic.drain()
+        if self._after is not None:
+            self._after.drain()
 
     def _runs_backward(self, m: int) -> bool:
         return torch.is_grad_enabled() and (self._after is None or self._after.returns[m])
 
-    def _release_input(self, m: int) -> None:
-        self._inputs.pop(m, None)
-        if self._before is not None:
-            self._before.release_forward(m)
+    def _release_inputs(self, m: int, names: list[str]) -> None:
+        held = self._inputs.get(m, {})
+        for name in names:
+            held.pop(name, None)
+            self._before[name].release_forward(m)
+        if not held:
+            self._inputs.pop(m, None)

@@ -1,4 +1,4 @@
-"""When each action of a step starts and ends, given how long forwards and backwards take.
+"""Start and end of each action of a step, given the durations of forwards and backwards.
 
 Pure arithmetic over lists of actions: it draws schedules, judges what the executor achieves, and
 proves that a schedule has no deadlock.
@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_mimo.schedule.actions import Action, Kind, Module, Role, role_of
-from megatron_mimo.topology import Layout
+from megatron_mimo.schedule.actions import Action, Kind, Role
+from megatron_mimo.topology import Layout, ModuleGridSpec, StageId
 
 _COMPUTE = (Kind.FORWARD, Kind.BACKWARD)
 # (rank, action): what happens, and where.
@@ -18,14 +18,14 @@ Place = tuple[int, Action]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One action of one rank.
+    """One action of one rank, with its times in the unit of the durations.
 
     Attributes:
         rank: Global rank.
-        action: What it does.
-        start: When it has what it needs.
-        end: When it is done.
-        cause: What it waited for: the action of its own rank before it, or another rank's.
+        action: Action of the schedule.
+        start: Time at which everything that it needs is there.
+        end: Time at which it is done.
+        cause: Action that it waited for last: the previous one of its rank, or another rank's.
     """
 
     rank: int
@@ -37,21 +37,21 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """A step, in the unit of the durations.
+    """A simulated step, in the unit of the durations.
 
     Attributes:
-        events: Every action, by rank in its order.
+        events: Event of every action, rank by rank in the rank's order.
     """
 
     events: Mapping[Place, Event]
 
     @property
     def makespan(self) -> float:
-        """From the start of the step to its end."""
+        """Time from the start of the step to its end."""
         return max(event.end for event in self.events.values())
 
     def busy(self, rank: int) -> float:
-        """Time that a rank computes."""
+        """Time during which a rank computes."""
         return sum(e.end - e.start for e in self.compute(rank))
 
     def compute(self, rank: int) -> Iterator[Event]:
@@ -74,18 +74,18 @@ def timeline(
     schedule: Mapping[Role, Sequence[Action]],
     duration: Callable[[int, Action], float],
 ) -> Timeline:
-    """Run a schedule on paper. Only forwards and backwards take time.
+    """Simulate a schedule in which only forwards and backwards take time.
 
     Args:
-        layout: Both grids.
+        layout: The grids of all modules.
         schedule: Actions of every role, from `build_schedule`.
-        duration: Of a rank's forward or backward, in any unit.
+        duration: Function that returns the time of a rank's forward or backward, in any unit.
 
     Raises:
-        RuntimeError: The schedule never ends; names the ranks and the actions that wait.
+        RuntimeError: The schedule never ends; the message names the ranks and actions that wait.
     """
     feeds = _Feeds(layout)
-    lists = {rank: schedule[role_of(layout, rank)] for rank in range(layout.world_size)}
+    lists = {rank: schedule[layout.stages_of(rank)] for rank in range(layout.world_size)}
     position = dict.fromkeys(lists, 0)
     events: dict[Place, Event] = {}
     waiting: dict[Place, list[int]] = {}
@@ -117,48 +117,58 @@ def timeline(
 
 
 class _Feeds:
-    """Which actions of other ranks an action waits for."""
+    """Actions of other ranks that an action waits for."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        # A rank with both ends of the bridge posts what it receives when it sends.
-        self._both_ends = {
-            rank
-            for rank in range(layout.world_size)
-            if layout.encoder is not None
-            and role_of(layout, rank) == Role(encoder=layout.encoder.pp - 1, llm=0)
-        }
+        self._target = layout.target
+        self._sources = {grid.name: grid for grid in layout.sources}
 
     def needs(self, rank: int, action: Action) -> Iterator[Place]:
         """The actions that must have ended before this one can."""
         module, m = action.module, action.microbatch
         if action.kind is Kind.WAIT_INPUT:
-            for other, of in self._neighbours(rank, module, -1):
+            for other, of in self._before(rank, module):
                 yield other, Action(Kind.SEND_OUTPUT, of, m)
         elif action.kind is Kind.WAIT_GRAD:
-            for other, of in self._neighbours(rank, module, +1):
+            for other, of in self._behind(rank, module):
                 yield other, Action(Kind.SEND_GRAD, of, m)
         elif action.kind is Kind.WAIT_SENT:
-            for other, of in self._neighbours(rank, module, +1):
-                if module is Module.ENCODER and of is Module.LLM and other in self._both_ends:
+            for other, of in self._behind(rank, module):
+                if of != module and self._holds_both_ends(other, module):
+                    # Such a rank posts its receives together with its sends.
                     yield other, Action(Kind.SEND_OUTPUT, module, m)
                 else:
                     yield other, Action(Kind.POST_INPUT, of, m)
 
-    def _neighbours(self, rank: int, module: Module, step: int) -> Iterator[tuple[int, Module]]:
-        """Ranks of the stage in front of (-1) or behind (+1) a rank's, and their module."""
-        encoder, llm = self._layout.encoder, self._layout.llm
-        grid = encoder if module is Module.ENCODER else llm
-        assert grid is not None
+    def _holds_both_ends(self, rank: int, source: str) -> bool:
+        held = self._layout.stages_of(rank)
+        ends = (StageId(source, self._sources[source].pp - 1), StageId(self._target.name, 0))
+        return all(end in held for end in ends)
+
+    def _before(self, rank: int, module: str) -> Iterator[tuple[int, str]]:
+        """Ranks that feed a rank's stage of a module, and their module."""
+        grid = self._layout.modules[module]
         place = grid.coordinates(rank)
-        stage = place.pp + step
-        if 0 <= stage < grid.pp:
-            yield grid.rank(tp=place.tp, cp=place.cp, dp=place.dp, pp=stage), module
-        elif module is Module.ENCODER:
-            for lane in self._layout.served(place.dp):
-                for other in llm.stage_ranks(dp=lane, pp=0):
-                    yield other, Module.LLM
-        elif encoder is not None:
-            for dp in self._layout.serving(place.dp):
-                for other in encoder.stage_ranks(dp=dp, pp=encoder.pp - 1):
-                    yield other, Module.ENCODER
+        if place.pp:
+            yield self._neighbour(grid, rank, -1), module
+        elif grid is self._target:
+            for name in self._sources:
+                for dp in self._layout.serving(name, place.dp):
+                    for other in self._layout.producers(name, dp):
+                        yield other, name
+
+    def _behind(self, rank: int, module: str) -> Iterator[tuple[int, str]]:
+        """Ranks that a rank's stage of a module feeds, and their module."""
+        grid = self._layout.modules[module]
+        place = grid.coordinates(rank)
+        if place.pp + 1 < grid.pp:
+            yield self._neighbour(grid, rank, +1), module
+        elif module in self._sources:
+            for lane in self._layout.served(module, place.dp):
+                for other in self._layout.users(lane):
+                    yield other, self._target.name
+
+    def _neighbour(self, grid: ModuleGridSpec, rank: int, step: int) -> int:
+        place = grid.coordinates(rank)
+        return grid.rank(tp=place.tp, cp=place.cp, dp=place.dp, pp=place.pp + step)

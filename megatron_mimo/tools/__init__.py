@@ -1,1 +1,1 @@
-"""Programs around training: the demo and its report."""
+"""Programs beside training: demo, plan, report, parity, and tools for data and checkpoints."""

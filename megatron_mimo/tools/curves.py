@@ -1,7 +1,7 @@
-"""The curves of a run, from our metrics.jsonl or from anybody's TensorBoard event files.
+"""Curves of a run, from our metrics.jsonl or from TensorBoard event files of any program.
 
-Both are appended to when a run is resumed. Where iterations go back, what the run had written from
-there on was undone by loading a checkpoint: the later values count.
+A resumed run appends to its files. Where iterations go back, the values that the run had written
+from there on were undone by loading a checkpoint: the later values count.
 """
 
 import json
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_mimo.training.tags import METRICS_FILE, TAGS
+from megatron_mimo.watch.tags import METRICS_FILE, TAGS
 
 _EVENTS = "events.out.tfevents."
 _VS_SAMPLES = " vs samples"
@@ -21,12 +21,12 @@ Curve = Mapping[int, float]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantity:
-    """Something that a run logs each iteration.
+    """A quantity that a run logs in each iteration.
 
     Attributes:
-        name: In words.
-        field: In metrics.jsonl.
-        tag: In event files; Megatron-LM's.
+        name: Name in a report.
+        field: Field in metrics.jsonl.
+        tag: Tag in event files, which is that of Megatron-LM.
     """
 
     name: str
@@ -40,13 +40,13 @@ NORM = Quantity(name="gradient norm", field="grad_norm", tag="grad-norm")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunCurves:
-    """What a run has logged.
+    """Curves that a run has logged.
 
     Attributes:
-        name: The run as its reader called it.
-        files: Those that were read, of one folder.
-        curves: By TensorBoard tag. What was not logged is missing.
-        rewritten: Iterations that were undone by a resume.
+        name: Path under which the user gave the run.
+        files: Files that were read, all of one folder.
+        curves: Curves by TensorBoard tag; quantities that were not logged are missing.
+        rewritten: Iterations that a resume has undone.
     """
 
     name: str
@@ -56,41 +56,41 @@ class RunCurves:
 
     @property
     def folder(self) -> Path:
-        """Where the run has written."""
+        """Folder that the run has written to."""
         return self.files[0].parent
 
     @property
     def source(self) -> str:
-        """What was read, in words."""
+        """Description of the files that were read."""
         if self.files[0].suffix == ".jsonl":
             return str(self.files[0])
         return f"{self.folder} ({len(self.files)} event file{'s' if len(self.files) > 1 else ''})"
 
     @property
     def loss(self) -> Curve:
-        """Of training."""
+        """Curve of the training loss."""
         return self.curves[LOSS.tag]
 
     @property
     def interval(self) -> int:
-        """Least distance of two logged iterations; 0 for a single one."""
+        """Smallest distance of two logged iterations; 0 for a single one."""
         return min((b - a for a, b in pairwise(self.loss)), default=0)
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What was written at once."""
+    """Values that were written at the same time."""
 
     iteration: int
     values: Mapping[str, float]
 
 
 def read_run(path: str) -> RunCurves:
-    """Read a run.
+    """Read the curves of a run.
 
     Args:
-        path: metrics.jsonl, an event file, or a folder that has either, possibly deeper down.
-            metrics.jsonl is preferred: event files have float32.
+        path: Path to metrics.jsonl, to an event file, or to a folder that has either, possibly in
+            subfolders. metrics.jsonl is preferred, since event files have float32.
 
     Raises:
         ValueError: There is nothing to read, several runs to choose from, a damaged line, or no
@@ -207,7 +207,7 @@ def _in_order(entries: Iterable[_Entry]) -> tuple[dict[str, Curve], tuple[int, .
 
 
 def _cut(curve: dict[int, float], start: int) -> list[int]:
-    """Drop a curve's end."""
+    """Remove the end of a curve, from an iteration on."""
     behind = [iteration for iteration in curve if iteration >= start]
     for iteration in behind:
         del curve[iteration]

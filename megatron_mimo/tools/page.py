@@ -1,4 +1,4 @@
-"""The frame of our HTML pages: one file that needs nothing beside it."""
+"""Frame of our HTML pages: one file without external resources."""
 
 import html
 import re
@@ -54,13 +54,13 @@ def write_page(
     """Write a page.
 
     Args:
-        path: Where to.
-        title: Heading, as text.
-        lead: A sentence below it, as text.
-        sections: Heading as text, and HTML.
-        style: More CSS.
-        head: More HTML in the head.
-        width: Of the text at most, rem.
+        path: Path to the HTML file to write.
+        title: Heading, as plain text.
+        lead: Sentence below the heading, as plain text.
+        sections: Heading as plain text, and HTML, of each section.
+        style: Additional CSS.
+        head: Additional HTML in the head.
+        width: Largest width of the text in rem.
     """
     page = _FRAME.substitute(
         title=escape(title),
@@ -74,16 +74,16 @@ def write_page(
 
 
 def escape(text: str) -> str:
-    """Text as HTML."""
+    """Plain text as HTML."""
     return html.escape(text)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; cells are text, those that are numbers stand to the right.
+    """HTML table; cells are plain text, and those that are numbers are aligned to the right.
 
     Args:
-        head: Of each column.
-        rows: Of cells.
+        head: Heading of each column.
+        rows: Rows of cells.
     """
     headings = "".join(f"<th>{escape(name)}</th>" for name in head)
     lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
@@ -91,7 +91,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> str:
-    """A table of names and values, text both."""
+    """HTML table of names and values, both plain text."""
     lines = "".join(
         f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows
     )
@@ -99,12 +99,12 @@ def facts(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def folded(summary: str, body: str) -> str:
-    """HTML that shows when its summary, text, is clicked."""
+    """HTML that is shown when the user clicks its summary, which is plain text."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 
 def note(text: str) -> str:
-    """A remark in small print."""
+    """HTML of a remark in small print."""
     return f'<p class="small">{escape(text)}</p>'
 
 

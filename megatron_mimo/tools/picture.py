@@ -1,13 +1,13 @@
-"""Pictures that a command draws into the file of `--png`."""
+"""Pictures that a command draws to the file of `--png`."""
 
 from typing import Any
 
 
 def blank(**how: Any) -> Any:
-    """A matplotlib figure that belongs to nobody: no window, no state of pyplot's.
+    """A matplotlib figure without a window and without state of pyplot.
 
     Args:
-        how: As matplotlib's `Figure` takes it.
+        how: Arguments of matplotlib's `Figure`.
 
     Raises:
         ValueError: matplotlib is missing.
@@ -15,17 +15,20 @@ def blank(**how: Any) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("--png needs matplotlib: install megatron-mimo[demo]") from error
+        raise ValueError(
+            "--png needs matplotlib, which is not installed: run `pip install matplotlib`, or "
+            "install this package with its extra demo"
+        ) from error
     return Figure(**how)
 
 
 def save(figure: Any, path: str, **how: Any) -> None:
-    """Write a figure.
+    """Write a figure to a file.
 
     Args:
-        figure: From `blank`.
-        path: Its ending says the format.
-        how: As `Figure.savefig` takes it.
+        figure: Figure from `blank`.
+        path: Path to the file; its ending states the format.
+        how: Arguments of `Figure.savefig`.
 
     Raises:
         ValueError: The file cannot be written.

@@ -1,34 +1,33 @@
 """Process groups of every module, built once from the layout."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
-from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mimo.topology.layout import Layout
-from megatron_mimo.topology.spec import AXES, EXPERT_AXES, GridCoordinates, ModuleGridSpec
-
-# Each field of a ProcessGroupCollection, the view and the axes that it spans, in the order of
-# creation. It must be the same on every rank: creating a group is a collective of the world.
-_FIELDS: tuple[tuple[str, str | None, tuple[str, ...]], ...] = (
-    ("tp", None, ("tp",)),
-    ("cp", None, ("cp",)),
-    ("dp", None, ("dp",)),
-    ("pp", None, ("pp",)),
-    ("tp_cp", None, ("tp", "cp")),
-    ("mp", None, ("tp", "pp")),
-    ("dp_cp", None, ("cp", "dp")),
-    ("tp_dp_cp", None, ("tp", "cp", "dp")),
-    ("intra_dist_opt", None, ("tp", "cp", "dp", "pp")),
-    ("ep", "expert", ("ep",)),
-    ("expt_tp", "expert", ("expt_tp",)),
-    ("expt_dp", "expert", ("expt_dp",)),
-    ("tp_ep", "expert", ("expt_tp", "ep")),
-    ("tp_ep_pp", "expert", ("expt_tp", "ep", "pp")),
+from megatron_mimo.runtime import Device
+from megatron_mimo.runtime.open_files import connected_at_once
+from megatron_mimo.topology.group_plan import (
+    CONTROL,
+    FIELDS,
+    HOST_BACKEND,
+    Carries,
+    PlannedGroup,
+    boundary_groups,
+    bridge_name,
+    field_group,
+    planned_groups,
+    stage_hosts,
+    stages_name,
 )
+from megatron_mimo.topology.layout import Layout
+from megatron_mimo.topology.spec import GridCoordinates, ModuleGridSpec
+
+_HOST = Device("cpu")
 
 # megatron-core asks for these under other names; without weight rematerialisation and with one
 # optimizer instance they are the same groups.
@@ -46,20 +45,23 @@ class ModuleGroups:
     """One module's groups, as seen by a rank of its grid.
 
     Attributes:
-        spec: The module's grid.
-        place: This rank's coordinates in it.
-        pg_collection: Every group that megatron-core asks for; complete.
+        spec: Grid of the module.
+        place: Coordinates of this rank in the grid.
+        pg_collection: Groups of the module, for tensors of the device alone; every group that
+            megatron-core asks for is set.
+        stage_hosts: gloo group of the ranks of this rank's pipeline stage, for host tensors and
+            objects.
     """
 
     spec: ModuleGridSpec
     place: GridCoordinates
     pg_collection: ProcessGroupCollection
+    stage_hosts: dist.ProcessGroup
 
     @property
-    def everyone(self) -> dist.ProcessGroup:
-        """The group of all the ranks of the module's grid."""
-        group: dist.ProcessGroup = self.pg_collection.intra_dist_opt
-        return group
+    def answers_for_replica(self) -> bool:
+        """Whether this rank reports for its data-parallel replica of the module; one rank does."""
+        return (self.place.tp, self.place.cp, self.place.pp) == (0, 0, 0)
 
     @property
     def is_first_stage(self) -> bool:
@@ -74,15 +76,16 @@ class ModuleGroups:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BoundaryGroups:
-    """World groups of the messages over a boundary, one for each direction.
+    """Groups of the messages over a boundary, one for each direction.
 
-    NCCL runs the operations of a group in order, so a receive that was posted ahead would hold a
-    send of the same group back. A rank therefore only sends or only receives in each of them: both
-    directions are apart, and so are the boundaries in front of and behind a stage.
+    Each spans the ranks that exchange messages over the boundary, and no others. NCCL runs the
+    operations of a group in order, so a receive that was posted early would delay a send of the
+    same group. A rank therefore only sends or only receives in each group: the two directions have
+    separate groups, and so have the boundaries before and after a stage.
 
     Attributes:
-        forward: Rows and hidden states.
-        backward: Their gradients.
+        forward: Group of the messages with rows or hidden states.
+        backward: Group of the messages with their gradients.
     """
 
     forward: dist.ProcessGroup
@@ -94,24 +97,29 @@ class Topology:
     """The layout and the groups of the modules that this rank holds.
 
     Attributes:
-        layout: Both grids.
-        rank: This global rank.
-        encoder: Groups of the encoder; None on ranks outside its grid.
-        llm: Groups of the language model; None on ranks outside its grid.
+        layout: The grids of all modules.
+        rank: Global rank of this process.
+        modules: Module name -> its groups, for the modules that this rank holds.
         control: gloo group of the world for small host tensors (counts, digests, agreements); it
             never touches a device stream.
-        bridge: Groups of the boundary between the modules.
-        pipelines: Module name -> groups of the boundaries between its stages: boundary `k`, behind
-            stage `k`, uses number `k % 2`. Empty for a module of one stage.
+        bridges: Source name -> groups of the bridge along its edge, for the edges with an end on
+            this rank.
+        pipelines: Module name -> groups of the boundaries between its stages, for the modules that
+            this rank holds and that have several stages. Boundary `k`, after stage `k`, uses the
+            groups with index `k % 2`.
     """
 
     layout: Layout
     rank: int
-    encoder: ModuleGroups | None
-    llm: ModuleGroups | None
+    modules: Mapping[str, ModuleGroups]
     control: dist.ProcessGroup
-    bridge: BoundaryGroups
+    bridges: Mapping[str, BoundaryGroups]
     pipelines: Mapping[str, tuple[BoundaryGroups, ...]]
+
+    @property
+    def target(self) -> ModuleGroups | None:
+        """Groups of the language model; None on ranks outside of its grid."""
+        return self.modules.get(self.layout.target.name)
 
     @property
     def is_logging_rank(self) -> bool:
@@ -120,86 +128,125 @@ class Topology:
 
     @property
     def role(self) -> str:
-        """This rank's role in words."""
+        """Role of this rank in words, for messages."""
         return self.layout.describe_rank(self.rank)
 
 
-def build_topology(layout: Layout, *, timeout: timedelta | None = None) -> Topology:
-    """Create every group of every grid.
+def build_topology(
+    layout: Layout, *, device: Device = _HOST, timeout: timedelta | None = None
+) -> Topology:
+    """Create every group of every grid, as `planned_groups` has them.
 
     Collective: all ranks of the world call it with an equal layout.
 
     Args:
-        layout: Both grids.
-        timeout: Longest wait of an operation of these groups; None is torch's own, which differs
-            by backend. Groups do not inherit it from the default one.
+        layout: The grids of all modules.
+        device: Device of this rank, whose backend the groups have in which its tensors travel.
+        timeout: Longest time that an operation of these groups waits; None for torch's default,
+            which differs by backend. Groups do not inherit the timeout of the default group.
 
     Raises:
-        RuntimeError: The started world has another size than the layout.
+        RuntimeError: The number of started ranks differs from the layout's world size.
     """
     if dist.get_world_size() != layout.world_size:
         raise RuntimeError(
             f"the layout is for {layout.world_size} ranks, but {dist.get_world_size()} are running"
         )
     rank = dist.get_rank()
-    groups = {grid.name: _build_module(grid, rank, timeout) for grid in layout.grids}
+    maker = _Maker(rank, device, timeout)
+    made = {group.name: maker.make(group) for group in planned_groups(layout)}
+    control = made[CONTROL]
+    assert control is not None
     return Topology(
         layout=layout,
         rank=rank,
-        encoder=groups.get("encoder"),
-        llm=groups[layout.llm.name],
-        control=dist.new_group(backend="gloo", timeout=timeout, group_desc="control"),
-        bridge=_boundary_groups("bridge", timeout),
+        modules={
+            name: _module(grid, rank, made)
+            for name, grid in layout.modules.items()
+            if rank in grid.ranks
+        },
+        control=control,
+        bridges={
+            source.name: groups
+            for source in layout.sources
+            if (groups := _boundary(bridge_name(source.name), made)) is not None
+        },
         pipelines={
-            grid.name: tuple(_boundary_groups(f"{grid.name} stages {k}", timeout) for k in range(2))
-            if grid.pp > 1
-            else ()
-            for grid in layout.grids
+            name: tuple(
+                groups
+                for parity in range(2)
+                if (groups := _boundary(stages_name(name, parity), made)) is not None
+            )
+            for name, grid in layout.modules.items()
+            if grid.pp > 1 and rank in grid.ranks
         },
     )
 
 
-def _boundary_groups(name: str, timeout: timedelta | None) -> BoundaryGroups:
-    forward = dist.new_group(timeout=timeout, group_desc=f"{name} forward")
-    backward = dist.new_group(timeout=timeout, group_desc=f"{name} backward")
-    for group in (forward, backward):
-        # NCCL needs one collective of the whole group before batches of some of its ranks.
-        dist.barrier(group)
-    return BoundaryGroups(forward=forward, backward=backward)
+class _Maker:
+    """Makes the groups that are planned; all ranks make all of them, in the same order."""
+
+    def __init__(self, rank: int, device: Device, timeout: timedelta | None) -> None:
+        self._rank = rank
+        self._device = device
+        self._timeout = timeout
+        self._alone: dict[str, dist.ProcessGroup] = {}
+
+    def make(self, planned: PlannedGroup) -> dist.ProcessGroup | None:
+        """The group of this rank; None where it is in none."""
+        backend = planned.backend(self._device.backend)
+        has_messages = planned.carries is Carries.MESSAGES
+        mine: dist.ProcessGroup | None = None
+        for ranks in planned.sets:
+            if len(ranks) == 1:
+                continue
+            with connected_at_once() if has_messages else nullcontext():
+                group = dist.new_group(
+                    list(ranks), timeout=self._timeout, backend=backend, group_desc=planned.name
+                )
+            mine = group if self._rank in ranks else mine
+        if mine is None:
+            return None if planned.set_of(self._rank) is None else self._by_itself(backend)
+        if has_messages and backend != HOST_BACKEND:
+            # A reduction, not a barrier, which may run elsewhere than messages do. gloo needs none:
+            # its pairs are connected.
+            dist.all_reduce(torch.zeros(1, device=self._device.torch), group=mine)
+        return mine
+
+    def _by_itself(self, backend: str) -> dist.ProcessGroup:
+        """One for all groups of a single rank, which nothing is sent in; others need not know."""
+        if backend not in self._alone:
+            self._alone[backend] = dist.new_group(
+                [self._rank],
+                timeout=self._timeout,
+                backend=backend,
+                use_local_synchronization=True,
+                group_desc="alone",
+            )
+        return self._alone[backend]
 
 
-def _build_module(
-    spec: ModuleGridSpec, rank: int, timeout: timedelta | None
-) -> ModuleGroups | None:
-    grid = HyperCommGrid(list(spec.shape), list(AXES), rank_offset=spec.offset)
-    grid.register_view("expert", list(spec.expert_shape), list(EXPERT_AXES), shared_dims=["pp"])
-    groups: dict[str, dist.ProcessGroup | None] = {
-        name: grid.create_pg(list(axes), view=view, timeout=timeout) for name, view, axes in _FIELDS
-    }
-    if spec.name == "llm":
-        groups |= _embedding_groups(spec, timeout)
-    else:
-        # Only a language model may tie its embeddings; None tells megatron-core so.
-        groups |= {"embd": None, "pos_embd": None}
-    if rank not in spec.ranks:
-        return None
-    groups |= {name: groups[source] for name, source in _SYNONYMS.items()}
+_Made = Mapping[str, dist.ProcessGroup | None]
+
+
+def _module(grid: ModuleGridSpec, rank: int, made: _Made) -> ModuleGroups:
+    """Groups of a module on a rank of its grid."""
+    fields = {name: made[field_group(grid.name, name)] for name, _ in FIELDS}
+    # None tells megatron-core that no embeddings are tied, or not on this stage.
+    fields |= {name: made.get(field_group(grid.name, name)) for name in ("embd", "pos_embd")}
+    fields |= {name: fields[source] for name, source in _SYNONYMS.items()}
+    hosts = made[stage_hosts(grid.name)]
+    assert hosts is not None
     return ModuleGroups(
-        spec=spec, place=spec.coordinates(rank), pg_collection=ProcessGroupCollection(**groups)
+        spec=grid,
+        place=grid.coordinates(rank),
+        pg_collection=ProcessGroupCollection(**fields),
+        stage_hosts=hosts,
     )
 
 
-def _embedding_groups(
-    spec: ModuleGridSpec, timeout: timedelta | None
-) -> dict[str, dist.ProcessGroup | None]:
-    """Groups that tie the first and the last stage's embeddings; None on the stages between."""
-    pipelines = list(spec.groups("pp"))
-    both_ends = [sorted({ranks[0], ranks[-1]}) for ranks in pipelines]
-    first = [[ranks[0]] for ranks in pipelines]
-    embd, _ = dist.new_subgroups_by_enumeration(
-        both_ends, timeout=timeout, group_desc=f"{spec.name} embd"
-    )
-    pos_embd, _ = dist.new_subgroups_by_enumeration(
-        first, timeout=timeout, group_desc=f"{spec.name} pos_embd"
-    )
-    return {"embd": embd, "pos_embd": pos_embd}
+def _boundary(name: str, made: _Made) -> BoundaryGroups | None:
+    forward, backward = (made[direction] for direction in boundary_groups(name))
+    if forward is None or backward is None:
+        return None
+    return BoundaryGroups(forward=forward, backward=backward)

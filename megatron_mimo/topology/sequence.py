@@ -12,20 +12,21 @@ class SequenceSharding:
     """How the cp and tp ranks of one lane share the positions of a sequence.
 
     Context parallelism cuts a sequence into `2 * cp` chunks; rank `c` holds chunks `c` and
-    `2 * cp - 1 - c`, one behind the other, so that causal attention costs every rank the same (the
-    zig-zag of Transformer Engine and megatron-core). Sequence parallelism then cuts what a cp rank
-    holds evenly over its tp ranks. Without it every tp rank holds all of it.
+    `2 * cp - 1 - c`, one after the other, so that causal attention costs every rank the same (the
+    zig-zag order of Transformer Engine and megatron-core). Sequence parallelism then divides the
+    positions of a cp rank evenly over its tp ranks. Without it every tp rank holds all of them.
 
-    A *shard* is what one (cp, tp) rank holds; tp ranks that hold the same have the same shard.
+    A *shard* is the set of positions that one (cp, tp) rank holds; tp ranks with equal positions
+    have the same shard.
 
     Attributes:
-        seq_length: S, positions of a sequence.
-        cp: Context-parallel size.
-        tp: Tensor-parallel size.
-        sequence_parallel: Whether tp ranks share positions.
+        seq_length: Number of positions of a sequence, S.
+        cp: Context-parallel size, ranks.
+        tp: Tensor-parallel size, ranks.
+        sequence_parallel: Whether the tp ranks divide the positions among them.
 
     Raises:
-        ValueError: The sequence does not divide evenly; names the flags.
+        ValueError: The sequence does not divide evenly; the message names the flags.
     """
 
     seq_length: int
@@ -49,12 +50,12 @@ class SequenceSharding:
 
     @property
     def local_length(self) -> int:
-        """Positions of a cp rank, before sequence parallelism cuts them."""
+        """Number of positions of a cp rank, before sequence parallelism divides them."""
         return self.seq_length // self.cp
 
     @property
     def shard_length(self) -> int:
-        """Positions of a shard."""
+        """Number of positions of a shard."""
         return self.local_length // (self.tp if self.sequence_parallel else 1)
 
     @property
@@ -63,7 +64,7 @@ class SequenceSharding:
         return self.cp * (self.tp if self.sequence_parallel else 1)
 
     def shard(self, *, cp_rank: int, tp_rank: int) -> int:
-        """The shard that a rank holds."""
+        """Number of the shard that a rank holds."""
         return cp_rank * self.tp + tp_rank if self.sequence_parallel else cp_rank
 
     def cp_intervals(self, cp_rank: int) -> tuple[Interval, ...]:
@@ -101,7 +102,7 @@ class SequenceSharding:
 
 
 def cut(intervals: tuple[Interval, ...], start: int, stop: int) -> tuple[Interval, ...]:
-    """The part of intervals laid end to end that lies from offset `start` to offset `stop`."""
+    """The part of concatenated intervals from offset `start` to offset `stop`."""
     part = []
     offset = 0
     for low, high in intervals:

@@ -7,6 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from megatron_mimo.settings import Within
+from megatron_mimo.settings.ranges import MOST_RANKS
+
+SIZES = Within(1, MOST_RANKS)
+"""Sizes along an axis."""
+OFFSETS = Within(0, MOST_RANKS)
+"""First ranks of grids."""
 # Fastest-varying axis first, as megatron-core's default order "tp-cp-ep-dp-pp" has it.
 AXES = ("tp", "cp", "dp", "pp")
 EXPERT_AXES = ("expt_tp", "ep", "expt_dp", "pp")
@@ -17,18 +24,19 @@ class ModuleGridSpec:
     """Parallel sizes of one module and the first global rank of its grid.
 
     Attributes:
-        name: Module name, "encoder" or "llm"; flags in errors are spelled `--<name>-tp`.
+        name: Name of the module.
         offset: First global rank of the grid.
-        tp: Tensor-parallel size.
-        cp: Context-parallel size.
-        dp: Data-parallel size.
+        tp: Tensor-parallel size, ranks.
+        cp: Context-parallel size, ranks.
+        dp: Data-parallel size, replicas.
         pp: Number of pipeline stages.
-        ep: Expert-parallel size; experts are spread over this many ranks.
-        expt_tp: Tensor-parallel size inside an expert.
+        ep: Expert-parallel size: number of ranks that the experts are distributed over.
+        expt_tp: Tensor-parallel size inside an expert, ranks.
+        flag_form: Format of the flag of an axis in error messages.
 
     Raises:
-        ValueError: A size is below one, the offset is negative, or the ranks of a pipeline stage
-            cannot be cut into `expt_tp x ep` blocks.
+        ValueError: A size, the offset or the number of ranks is out of bounds, or the ranks of a
+            pipeline stage cannot be cut into `expt_tp x ep` blocks.
     """
 
     name: str
@@ -39,14 +47,20 @@ class ModuleGridSpec:
     pp: int = 1
     ep: int = 1
     expt_tp: int = 1
+    flag_form: str = "--{name}-{axis}"
 
     def __post_init__(self) -> None:
         for axis in ("tp", "cp", "dp", "pp", "ep", "expt_tp"):
             size = getattr(self, axis)
-            if size < 1:
-                raise ValueError(f"{self.flag(axis)} is {size}: expected at least 1")
-        if self.offset < 0:
-            raise ValueError(f"{self.flag('offset')} is {self.offset}: expected 0 or more")
+            if not SIZES.admits(size):
+                raise ValueError(f"{self.flag(axis)} is {size}: expected {SIZES.expected}")
+        if not OFFSETS.admits(self.offset):
+            raise ValueError(f"{self.flag('offset')} is {self.offset}: expected {OFFSETS.expected}")
+        if self.size > MOST_RANKS:
+            raise ValueError(
+                f"the {self.name} grid has {self.size:,} ranks (tp {self.tp} x cp {self.cp} x "
+                f"dp {self.dp} x pp {self.pp}): expected at most {MOST_RANKS:,}"
+            )
         if self.stage_size % (self.expt_tp * self.ep):
             raise ValueError(
                 f"{self.flag('expt_tp')} {self.expt_tp} x {self.flag('ep')} {self.ep} does not "
@@ -55,8 +69,8 @@ class ModuleGridSpec:
             )
 
     def flag(self, axis: str) -> str:
-        """The command-line flag of an axis, for errors."""
-        return f"--{self.name}-{axis.replace('_', '-')}"
+        """The command-line flag of an axis, for error messages."""
+        return self.flag_form.format(name=self.name, axis=axis.replace("_", "-"))
 
     @property
     def size(self) -> int:
@@ -89,7 +103,7 @@ class ModuleGridSpec:
         return (self.expt_tp, self.ep, self.expt_dp, self.pp)
 
     def coordinates(self, rank: int) -> "GridCoordinates":
-        """Where a global rank stands in the dense and in the expert view.
+        """Coordinates of a global rank in the dense and in the expert view.
 
         Raises:
             ValueError: The rank is outside the grid.
@@ -122,11 +136,12 @@ class ModuleGridSpec:
         ]
 
     def groups(self, *axes: str) -> Iterator[tuple[int, ...]]:
-        """Global ranks of every group that spans `axes` of the dense view, each ascending."""
+        """Global ranks of every group that spans `axes` of one of the views, each ascending."""
         seen: dict[tuple[int, ...], list[int]] = {}
+        view = AXES if set(axes) <= set(AXES) else EXPERT_AXES
         for rank in self.ranks:
             place = self.coordinates(rank)
-            fixed = tuple(getattr(place, axis) for axis in AXES if axis not in axes)
+            fixed = tuple(getattr(place, axis) for axis in view if axis not in axes)
             seen.setdefault(fixed, []).append(rank)
         return (tuple(ranks) for ranks in seen.values())
 

@@ -1,1 +1,1 @@
-"""Config and flags, set-up, the loop, metrics."""
+"""A training run: its set-up on each rank, the steps, and the loop around them."""

@@ -1,14 +1,14 @@
-"""What every rank must agree on before a step runs: the samples, their rows and the targets."""
+"""Agreement of all ranks before a step runs: on samples, their rows and the targets."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from megatron_mimo.bridge.microbatch import MicrobatchManifest
 from megatron_mimo.bridge.plan import BridgePlanner
-from megatron_mimo.data.batch import StepData
-from megatron_mimo.schedule.crossing import StepManifest
+from megatron_mimo.data.loader.batch import StepData
 from megatron_mimo.topology import Layout
 
 _ABSENT = torch.iinfo(torch.int64).min
@@ -16,26 +16,26 @@ _ABSENT = torch.iinfo(torch.int64).min
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """What a step needs to know of the lanes that this rank does not read.
+    """Facts for a step about all lanes, also those that this rank does not read.
 
     Attributes:
-        target_tokens: In the global batch.
-        positions: In it that are no padding; None without packing.
-        participating: Data-parallel ranks of the encoder that have an image in it.
-        wish: Largest of all ranks'.
-        manifests: Of each microbatch.
+        target_tokens: Number of target tokens in the global batch.
+        positions: Number of its positions that are not padding; None without packing.
+        participating: Source name -> number of its dp ranks that have an item in the batch.
+        wish: Largest `wish` of all ranks.
+        manifests: Manifest of each microbatch, with the rows that this rank knows.
     """
 
     target_tokens: int
     positions: int | None
-    participating: int
+    participating: Mapping[str, int]
     wish: int
-    manifests: tuple[StepManifest, ...]
+    manifests: tuple[MicrobatchManifest, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """One sample as one rank read it; readers of a lane are compared by all but the rank.
+    """One sample as one rank read it, for the comparison of the readers of a lane.
 
     Without packing, samples are counted by their sequences.
     """
@@ -44,44 +44,48 @@ class _Reading:
     sample: int
     start: int
     key: str
-    rows: tuple[tuple[int, int, int], ...]
+    rows: tuple[tuple[str, int, int, int], ...]
 
     def __str__(self) -> str:
-        images = [f"{count} rows at {start} from dp {dp}" for dp, start, count in self.rows]
+        items = [
+            f"{count} rows at {start} from {module} dp {dp}"
+            for module, dp, start, count in self.rows
+        ]
         at = f" at {self.start}" if self.start else ""
-        return f"{self.key!r}{at} with {', '.join(images) or 'no rows'}"
+        return f"{self.key!r}{at} with {', '.join(items) or 'no rows'}"
 
 
 def agree_on_step(
     step: StepData,
     where: str,
     layout: Layout,
-    planner: BridgePlanner,
+    planners: Mapping[str, BridgePlanner],
     control: dist.ProcessGroup,
     *,
     validate: bool,
     wish: int = 0,
 ) -> Agreement:
-    """Spread what ranks must know of every lane, and check that its readers drew the same samples.
+    """Exchange facts about every lane, and check that its readers drew the same samples.
 
-    One reduction over the world, on the host, of four integers per lane: its largest and smallest
-    digest, its target tokens and its positions in use; of one per data-parallel rank of the
-    encoder: whether it has an image; of this rank's wish; and, where encoder ranks share the
-    sending to several lanes, of one per microbatch and lane: its rows. It runs before any row
-    moves, because readers that disagree would also disagree about how many rows to expect.
+    One reduction over the world, on the host, covers four integers per lane: its largest and
+    smallest digest, its number of target tokens and of used positions; one per data-parallel rank
+    of each source: whether it has an item; this rank's `wish`; and, for each source whose ranks
+    divide the sending to several lanes, one per microbatch, dp rank and lane: its number of rows.
+    It runs before any row is sent, because readers that disagree would also expect different
+    numbers of rows.
 
     Args:
-        step: This rank's data.
-        where: Which step this is, for errors: "iteration 7".
-        layout: Both grids.
-        planner: Of the rows.
-        control: gloo group of the world.
-        validate: Compare the digests.
-        wish: Why this rank wants to leave after the step, 0 for not.
+        step: Data of this rank for the step.
+        where: Name of the step for error messages: "iteration 7".
+        layout: The grids of all modules.
+        planners: Source name -> planner of its bridge.
+        control: Group of the world, gloo.
+        validate: Whether to compare the digests.
+        wish: Reason for which this rank wants to stop after the step, 0 for none.
 
     Raises:
-        RuntimeError: The encoder and the language model read other samples for a lane; names the
-            first. Or the global batch has no target token.
+        RuntimeError: The readers of a lane have different samples (the message names the first), or
+            the global batch has no target token.
     """
     numbers = torch.full((4, layout.num_lanes), _ABSENT, dtype=torch.int64)
     for lane, digest in step.lane_digest.items():
@@ -89,13 +93,20 @@ def agree_on_step(
         numbers[1, lane] = -digest
         numbers[2, lane] = step.lane_target_tokens[lane]
         numbers[3, lane] = step.lane_positions.get(lane, _ABSENT)
-    pairs = _pairs(layout) if planner.needs_network_rows else []
-    rows = _network_rows(step, planner, pairs)
-    encodes = _encodes(step, layout)
-    message = torch.cat([numbers.flatten(), encodes, torch.tensor([wish]), rows.flatten()])
+    replicas = [(grid.name, dp) for grid in layout.sources for dp in range(grid.dp)]
+    busy = _busy(step, replicas)
+    pairs = [
+        (name, dp, lane)
+        for name, planner in planners.items()
+        if planner.needs_network_rows
+        for lane in range(layout.num_lanes)
+        for dp in layout.serving(name, lane)
+    ]
+    rows = _network_rows(step, planners, pairs)
+    message = torch.cat([numbers.flatten(), busy, torch.tensor([wish]), rows.flatten()])
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=control)
     agreed, participating, wishes, counted = message.split(
-        [numbers.numel(), len(encodes), 1, rows.numel()]
+        [numbers.numel(), len(replicas), 1, rows.numel()]
     )
     largest, negated_smallest, tokens, positions = agreed.view_as(numbers)
     parted = torch.nonzero(largest != -negated_smallest).flatten().tolist()
@@ -108,15 +119,18 @@ def agree_on_step(
             f"mean: check the answers of the dataset, or raise --global-batch-size"
         )
     counts = counted.view_as(rows).tolist()
+    counted_busy = dict.fromkeys((grid.name for grid in layout.sources), 0)
+    for (name, _), is_busy in zip(replicas, participating.tolist(), strict=True):
+        counted_busy[name] += is_busy
     return Agreement(
         target_tokens=total,
         positions=None if int(positions[0]) == _ABSENT else int(positions.sum()),
-        participating=int(participating.sum()),
+        participating=counted_busy,
         wish=int(wishes),
         manifests=tuple(
-            StepManifest(
+            MicrobatchManifest(
                 entries=microbatch.manifest,
-                network_rows=dict(zip(pairs, counts[i], strict=True)) if pairs else None,
+                network_rows=_by_source(pairs, counts[i]),
                 keys=microbatch.keys,
             )
             for i, microbatch in enumerate(step.microbatches)
@@ -124,38 +138,44 @@ def agree_on_step(
     )
 
 
-def _encodes(step: StepData, layout: Layout) -> torch.Tensor:
-    """Which data-parallel ranks of the encoder have an image of the lanes read here, int64."""
-    found = torch.zeros(0 if layout.encoder is None else layout.encoder.dp, dtype=torch.int64)
-    for microbatch in step.microbatches:
-        for entry in microbatch.manifest:
-            found[entry.encoder_rank] = 1
-    return found
-
-
-def _pairs(layout: Layout) -> list[tuple[int, int]]:
-    """(encoder dp rank, lane) of whoever serves whom."""
-    return [(dp, lane) for lane in range(layout.num_lanes) for dp in layout.serving(lane)]
+def _busy(step: StepData, replicas: list[tuple[str, int]]) -> torch.Tensor:
+    """Whether replicas of sources have an item of the lanes read here, int64 [replicas]."""
+    found = {
+        (entry.module, entry.source_rank)
+        for microbatch in step.microbatches
+        for entry in microbatch.manifest
+    }
+    return torch.tensor([int(replica in found) for replica in replicas], dtype=torch.int64)
 
 
 def _network_rows(
-    step: StepData, planner: BridgePlanner, pairs: list[tuple[int, int]]
+    step: StepData, planners: Mapping[str, BridgePlanner], pairs: list[tuple[str, int, int]]
 ) -> torch.Tensor:
-    """Rows of each microbatch that each pair exchanges, int64 [M, pairs]; absent when unknown."""
+    """Numbers of rows of each (source, dp rank, lane), int64 [M, pairs]; absent when unknown."""
     table = torch.full((len(step.microbatches), len(pairs)), _ABSENT, dtype=torch.int64)
-    if pairs:
-        for i, microbatch in enumerate(step.microbatches):
-            known = planner.network_rows(microbatch.manifest)
-            for j, (dp, lane) in enumerate(pairs):
-                if lane in step.lane_digest:
-                    table[i, j] = known.get((dp, lane), 0)
+    sources = {name for name, _, _ in pairs}
+    for i, microbatch in enumerate(step.microbatches):
+        known = {name: planners[name].network_rows(microbatch.manifest) for name in sources}
+        for j, (name, dp, lane) in enumerate(pairs):
+            if lane in step.lane_digest:
+                table[i, j] = known[name].get((dp, lane), 0)
     return table
+
+
+def _by_source(
+    pairs: list[tuple[str, int, int]], counts: list[int]
+) -> dict[str, dict[tuple[int, int], int]]:
+    """Source name -> number of rows by (dp rank, lane)."""
+    found: dict[str, dict[tuple[int, int], int]] = {}
+    for (name, dp, lane), count in zip(pairs, counts, strict=True):
+        found.setdefault(name, {})[dp, lane] = count
+    return found
 
 
 def _difference(
     step: StepData, lanes: list[int], layout: Layout, control: dist.ProcessGroup
 ) -> str:
-    """Where the readers of some lanes part, in words. Collective over the world."""
+    """Text on the first difference between readers of some lanes. Collective over the world."""
     mine = {lane: list(_readings(step, lane)) for lane in lanes if lane in step.lane_digest}
     everyone: list[dict[int, list[_Reading]]] = [{} for _ in range(layout.world_size)]
     dist.all_gather_object(everyone, mine, group=control)
@@ -176,7 +196,7 @@ def _difference(
                 )
                 break
     return (
-        f"the encoder and the language model read other samples for lanes "
+        f"the modules read other samples for lanes "
         f"{', '.join(map(str, lanes))}: {'; '.join(parts)}. Expected the same keys and rows in the "
         f"same order; write both sides' keys with --sample-trace-dir and compare them"
     )
@@ -189,7 +209,7 @@ def _readings(step: StepData, lane: int) -> Iterator[_Reading]:
         for i, (key, start) in enumerate(zip(keys, starts, strict=True)):
             end = starts[i + 1] if i + 1 < len(starts) else (len(keys), 0)
             rows = tuple(
-                (entry.encoder_rank, entry.start, entry.rows)
+                (entry.module, entry.source_rank, entry.start, entry.rows)
                 for entry in microbatch.manifest
                 if entry.lane == lane and start <= (entry.sequence, entry.start) < end
             )

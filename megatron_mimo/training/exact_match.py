@@ -1,4 +1,4 @@
-"""How many answers the model writes exactly right."""
+"""Answers of the model to given samples, to count those that are exactly right."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,13 +7,14 @@ import torch.distributed as dist
 
 from megatron_mimo.data import DataConfig, DataRole, RawSample, Tokenizer, build_list_loader
 from megatron_mimo.model.generate import Answer, GreedyStep
-from megatron_mimo.training.step import Engine, agree
+from megatron_mimo.training.runner import StepRunner
+from megatron_mimo.training.step import agree
 
 _MICRO_BATCH_SIZE = 32
 
 
 def write_answers(
-    engine: Engine,
+    runner: StepRunner,
     samples: Sequence[RawSample],
     data: DataConfig,
     role: DataRole,
@@ -24,11 +25,11 @@ def write_answers(
     Collective over the world; keys must be unique.
 
     Args:
-        engine: This rank's parts.
-        samples: Questions with images; the answers are not shown to the model.
-        data: Sequence length and image sizes.
-        role: What this rank needs of the data.
-        tokenizer: Of the texts.
+        runner: Model, optimizer and executor of this rank.
+        samples: Questions with their items; the answers are not shown to the model.
+        data: Settings of the sequences and items.
+        role: Part of the data that this rank needs.
+        tokenizer: Tokenizer of the texts.
 
     Returns:
         Answers by key on the logging rank, None elsewhere.
@@ -39,36 +40,37 @@ def write_answers(
     )
     loader = build_list_loader(samples, batch, role, tokenizer)
     longest = max(len(tokenizer.encode(sample.answer)) for sample in samples)
-    engine.model.train(False)
+    runner.model.train(False)
     answers: list[Answer] = []
     for _ in range(-(-len(samples) // batch.global_batch_size)):
         step = loader.next_step()
         program = GreedyStep(
-            engine.model,
+            runner.model,
             step.microbatches,
-            engine.image_token_id,
+            runner.inputs,
             pad_id=tokenizer.pad_id,
             eos_id=tokenizer.eos_id,
             max_new_tokens=longest + 1,
         )
-        agreement = agree(engine, step, "evaluation by exact match")
-        crossings = [engine.executor.plan(manifest) for manifest in agreement.manifests]
-        engine.executor.run(program, crossings, gradients=False)
+        agreement = agree(runner, step, "evaluation by exact match")
+        plans = [runner.executor.plan(manifest) for manifest in agreement.manifests]
+        runner.executor.run(program, plans, gradients=False)
         answers += program.answers
-    engine.model.train()
-    return _gather(engine, answers)
+    runner.model.train()
+    return _gather(runner, answers)
 
 
-def _gather(engine: Engine, answers: list[Answer]) -> dict[str, Answer] | None:
-    llm = engine.topology.llm
-    if llm is None or llm.place.tp != 0:
-        return None
-    lanes: list[list[Answer]] | None = (
-        [[] for _ in range(llm.spec.dp)] if llm.place.dp == 0 else None
+def _gather(runner: StepRunner, answers: list[Answer]) -> dict[str, Answer] | None:
+    topology = runner.topology
+    target = topology.target
+    # Tensor-parallel ranks have the same answers.
+    mine = answers if target is not None and target.answers_for_replica else []
+    everyone: list[list[Answer]] | None = (
+        [[] for _ in range(topology.layout.world_size)] if topology.is_logging_rank else None
     )
-    group = llm.pg_collection.dp
-    dist.gather_object(answers, lanes, dst=llm.spec.rank(), group=group)
-    if lanes is None:
+    # Objects, so over the hosts.
+    dist.gather_object(mine, everyone, dst=topology.layout.logging_rank, group=topology.control)
+    if everyone is None:
         return None
     # The last global batch wraps around to the first samples: a key may come twice.
-    return {answer.key: answer for lane in lanes for answer in lane}
+    return {answer.key: answer for rank in everyone for answer in rank}

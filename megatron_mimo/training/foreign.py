@@ -1,33 +1,37 @@
-"""Weights that another program has written, into a run's modules."""
+"""Loading of weights that another program has written into a run's modules."""
 
 import logging
 import time
 
-from megatron_mimo.checkpoint.checkpointer import TrainedParts
 from megatron_mimo.model.mimo import ModuleReplica
-from megatron_mimo.model.modules import EncoderModule, LanguageModule
-from megatron_mimo.omni.weights import Places, describe_carried, load_omni
+from megatron_mimo.model.omni.weights import Places, describe_carried, load_omni
+from megatron_mimo.modules.language.module import LanguageModule
+from megatron_mimo.modules.radio.module import RadioModule
+from megatron_mimo.optim.train_state import TrainState
 from megatron_mimo.weights.folder import WeightFolder
 
 logger = logging.getLogger(__name__)
 
 
-def load_folder(parts: TrainedParts, path: str) -> None:
-    """Begin with the weights of a `nemotron_h_omni` folder; each rank reads what it owns.
+def load_folder(state: TrainState, path: str) -> None:
+    """Load the weights of a `nemotron_h_omni` folder; each rank reads its own shards.
 
     Args:
-        parts: Freshly built.
-        path: The folder.
+        state: State of this rank, freshly built.
+        path: Path to the folder.
 
     Raises:
-        ValueError: Weights are missing, unexpected or of another shape; lists them.
+        ValueError: Weights are missing, unexpected or of another shape; the message lists them.
     """
     start = time.perf_counter()
-    encoder, language = parts.model.encoder, parts.model.language
+    model = state.model
+    # A folder's architecture has one source.
+    encoder = next((one for one in model.replicas if one is not model.target), None)
+    language = model.target
     encoder_module = None if encoder is None else encoder.module
     language_module = None if language is None else language.module
-    assert not isinstance(encoder_module, LanguageModule)
-    assert not isinstance(language_module, EncoderModule)
+    assert encoder_module is None or isinstance(encoder_module, RadioModule)
+    assert language_module is None or isinstance(language_module, LanguageModule)
     with WeightFolder(path) as folder:
         carried = load_omni(
             folder,
@@ -36,8 +40,8 @@ def load_folder(parts: TrainedParts, path: str) -> None:
             encoder_place=_place(encoder),
             language_place=_place(language),
         )
-    # The optimizer copied what the weights were initialised with.
-    parts.optimizer.refresh_main_params()
+    # The optimizer has copies of the initial weights.
+    state.optimizer.refresh_main_params()
     if described := describe_carried(carried):
         logger.info("%s", described)
     logger.info("loaded the weights of %s [ %.1f s ]", path, time.perf_counter() - start)

@@ -1,16 +1,16 @@
-"""When a run leaves before its last iteration: a time limit, or a signal."""
+"""Reasons to stop a run before its last iteration: a time limit, or a signal."""
 
 import signal
 import time
 from enum import IntEnum
 from types import FrameType
 
-# What Slurm and torchrun send before they kill, and what `sbatch --signal` is usually told to.
+# Signals that Slurm and torchrun send before they kill, and that `sbatch --signal` often names.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Leave(IntEnum):
-    """Why a rank wants to leave; of several reasons the largest counts."""
+    """Reason for which a rank wants to stop; of several reasons the largest counts."""
 
     NOT = 0
     TIME = 1
@@ -19,10 +19,10 @@ class Leave(IntEnum):
 
 
 class LeaveRequest:
-    """What this rank wants; the ranks agree on it at the start of each step.
+    """Request of this rank to stop; the ranks agree on it at the start of each step.
 
     Args:
-        minutes: From now on, after which it wants to leave; None: never.
+        minutes: Number of minutes from now after which to stop; None for no limit.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
@@ -31,15 +31,15 @@ class LeaveRequest:
         self._signal = Leave.NOT
 
     def watch_signals(self) -> None:
-        """Note the first SIGTERM or SIGUSR1; a second one ends the process as it otherwise would.
+        """Record the first SIGTERM or SIGUSR1; a second one ends the process as usual.
 
-        Only in the main thread.
+        It has an effect only in the main thread.
         """
         for number in SIGNALS:
             signal.signal(number, self._note)
 
     def wish(self) -> Leave:
-        """Whether this rank wants to leave after the coming step, and why."""
+        """Reason for which this rank wants to stop after the next step, if any."""
         if self._signal is not Leave.NOT:
             return self._signal
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -47,7 +47,7 @@ class LeaveRequest:
         return Leave.NOT
 
     def explain(self, why: Leave) -> str:
-        """What the log says, as Megatron does."""
+        """Log line for a reason, as Megatron writes it."""
         if why is Leave.TIME:
             return f"exiting program after {self._minutes:g} minutes"
         return f"exiting program after receiving {why.name}"

@@ -1,67 +1,68 @@
-"""The training loop: steps, evaluation, logging, the end."""
+"""The training loop: steps, evaluation, logging, and the end of training."""
 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from megatron_mimo.checkpoint.progress import Progress
-from megatron_mimo.data.batch import ResumableLoader, StepLoader
-from megatron_mimo.language.config import HybridConfig
-from megatron_mimo.training.experts import LayerLoad, read_load
+from megatron_mimo.config.loop_config import EvaluationConfig, StopConfig
+from megatron_mimo.data.loader.batch import ResumableLoader, StepLoader
+from megatron_mimo.modules.families import adapter_of
 from megatron_mimo.training.leaving import Leave, LeaveRequest
-from megatron_mimo.training.metrics import IterationMetrics, MetricsLogger
-from megatron_mimo.training.observe import Unobserved
+from megatron_mimo.training.nonfinite import NonfiniteRow
+from megatron_mimo.training.runner import StepRunner
 from megatron_mimo.training.step import (
-    Engine,
     StepMetrics,
     evaluate,
     train_step,
 )
+from megatron_mimo.watch.experts import LayerLoad, read_load
+from megatron_mimo.watch.metrics import IterationMetrics, MetricsLogger
+from megatron_mimo.watch.observe import Unobserved
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
-    """How long to train and when to look.
+    """Length of training, and times of logging and evaluation.
 
     Attributes:
-        train_iters: Optimizer steps, those before this run included.
-        global_batch_size: Samples per step.
-        exit_interval: Stop after an iteration that this divides; None trains to the end.
-        log_interval: Iterations per log line.
-        eval_interval: Iterations between evaluations; 0 evaluates never.
-        eval_iters: Global batches per evaluation.
-        progress: Where this run goes on.
+        train_iters: Number of iterations, those before this run included.
+        global_batch_size: Number of samples per iteration.
+        log_interval: Number of iterations per log line.
+        stop: Conditions that stop training before its end.
+        evaluation: Times and length of evaluations.
+        progress: Progress at which this run continues.
     """
 
     train_iters: int
     global_batch_size: int
-    exit_interval: int | None
     log_interval: int
-    eval_interval: int
-    eval_iters: int
+    stop: StopConfig = field(default_factory=StopConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     progress: Progress = Progress(0, 0)  # noqa: RUF009 (frozen)
 
     def is_last(self, iteration: int) -> bool:
         """Whether training ends after this iteration."""
-        exits = self.exit_interval is not None and iteration % self.exit_interval == 0
+        interval = self.stop.exit_interval
+        exits = interval is not None and iteration % interval == 0
         return exits or iteration == self.train_iters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainResult:
-    """How training ended.
+    """Result of training.
 
     Attributes:
-        iteration: Last finished iteration.
-        consumed_samples: Samples trained on.
+        iteration: Number of the last finished iteration.
+        consumed_samples: Number of samples trained on.
         lm_loss: Mean loss over the last log interval; None on ranks without the language model.
-        train_seconds: Wall time of the loop.
+        train_seconds: Wall time of the loop, seconds.
     """
 
     iteration: int
@@ -71,26 +72,26 @@ class TrainResult:
 
 
 class Checkpoints(Protocol):
-    """What a run asks of a `Checkpointer`, or of a `ReaderSaver`."""
+    """Interface of a `Checkpointer` and of a `ReaderSaver`."""
 
     def is_due(self, iteration: int) -> bool:
         """Whether to save after an iteration."""
         ...
 
     def save(self, progress: Progress, loader: dict[int, Any]) -> None:
-        """Save, or begin to."""
+        """Save, or begin to save in the background."""
         ...
 
     def poll(self) -> None:
-        """Publish what is ready."""
+        """Publish checkpoints that are complete."""
         ...
 
     def finish(self) -> None:
-        """Publish what is still being written."""
+        """Wait for checkpoints that are still being written, and publish them."""
         ...
 
     def close(self) -> None:
-        """Training has ended."""
+        """Release resources after training."""
         ...
 
 
@@ -118,12 +119,12 @@ class _Interval:
         return sum(fills) / len(fills) if fills else None
 
     def stop(self) -> None:
-        """What follows is no part of an iteration's time."""
+        """Stop the clock; what follows is not part of an iteration's time."""
         self.seconds_per_step = (time.perf_counter() - self.start) / len(self.steps)
 
 
 def train(
-    engine: Engine,
+    runner: StepRunner,
     loader: ResumableLoader,
     eval_loader: Callable[[], StepLoader],
     config: LoopConfig,
@@ -132,31 +133,36 @@ def train(
     leaving: LeaveRequest | None = None,
     observer: Unobserved | None = None,
 ) -> TrainResult:
-    """Train until the last iteration, an exit interval, or until a rank is told to leave.
+    """Train until the last iteration, an exit interval, or until a rank has a reason to stop.
 
     Args:
-        engine: This rank's parts.
-        loader: Training samples.
-        eval_loader: Gives the evaluation samples from their start.
-        config: How long, and when to look.
-        metrics: Writes the log line, TensorBoard and metrics.jsonl; on the logging rank only.
-        checkpoints: Saves; None saves nothing.
-        leaving: Whether this rank wants to leave early; None never does.
-        observer: Watches this rank's steps; None records nothing, then on every rank.
+        runner: Model, optimizer and executor of this rank.
+        loader: Loader of the training samples.
+        eval_loader: Function that returns a loader of the evaluation samples from their start.
+        config: Length of training, and times of logging and evaluation.
+        metrics: Writer of the log line, TensorBoard and metrics.jsonl; on the logging rank only.
+        checkpoints: Checkpointer; None saves nothing.
+        leaving: Request of this rank to stop early; None for no such request.
+        observer: Observer of this rank's steps; None, on every rank alike, records nothing.
+
+    Raises:
+        RuntimeError: Too many steps in a row, or the last one, have a loss or gradients that are
+            not finite.
     """
-    engine.model.train()
+    runner.model.train()
     leaving, observer = leaving or LeaveRequest(), observer or Unobserved()
-    is_llm = engine.topology.llm is not None
+    holds_target, evaluation = runner.topology.target is not None, config.evaluation
     start = time.perf_counter()
     interval = _Interval()
     iteration, consumed, loss = config.progress.iteration, config.progress.consumed_samples, None
     finished = iteration >= config.train_iters
+    nonfinite = NonfiniteRow(config.stop.max_nonfinite_steps, iteration)
     while not finished:
         iteration += 1
         consumed += config.global_batch_size
         observer.begin_step(iteration)
         step = train_step(
-            engine,
+            runner,
             loader,
             iteration,
             config.global_batch_size,
@@ -164,23 +170,28 @@ def train(
             observer,
         )
         observer.end_step(iteration)
-        finished = config.is_last(iteration) or step.leave is not Leave.NOT
+        nonfinite.note(iteration, step)
+        finished = config.is_last(iteration) or step.leave is not Leave.NOT or nonfinite.is_full
         interval.add(step)
         if iteration % config.log_interval == 0 or finished:
-            loss = interval.mean_loss() if is_llm else None
+            loss = interval.mean_loss() if holds_target else None
             interval.stop()
             interval.observed = observer.report(interval.seconds_per_step)
             if metrics is not None and loss is not None:
                 metrics.log_iteration(
                     _report(
-                        interval, loss, iteration, consumed, config, expert_load(engine, interval)
+                        interval, loss, iteration, consumed, config, expert_load(runner, interval)
                     )
                 )
             interval = _Interval()
+        if finished and nonfinite:
+            if checkpoints is not None:
+                checkpoints.finish()  # What was saved before is whole when the run ends.
+            nonfinite.require_none()
         if step.leave is not Leave.NOT:
             logger.info("%s at iteration %d", leaving.explain(step.leave), iteration)
-        elif config.eval_interval and (iteration % config.eval_interval == 0 or finished):
-            held_out = evaluate(engine, eval_loader(), config.eval_iters)
+        elif evaluation.eval_interval and (iteration % evaluation.eval_interval == 0 or finished):
+            held_out = evaluate(runner, eval_loader(), evaluation.eval_iters)
             if metrics is not None:
                 metrics.log_evaluation(iteration, consumed, float(held_out))
             # Evaluation is not part of an iteration's time.
@@ -188,14 +199,15 @@ def train(
         if checkpoints is not None:
             begin = time.perf_counter()
             checkpoints.poll()
-            if finished or checkpoints.is_due(iteration):
-                checkpoints.save(Progress(iteration, consumed), _lane_states(engine, loader))
+            # Weights that give no finite loss must not replace those that did.
+            if finished or (checkpoints.is_due(iteration) and not nonfinite):
+                checkpoints.save(Progress(iteration, consumed), _lane_states(runner, loader))
             interval.start += time.perf_counter() - begin
     if checkpoints is not None:
         checkpoints.finish()
     seconds = time.perf_counter() - start
     observer.close()
-    dist.barrier(group=engine.topology.control)
+    dist.barrier(group=runner.topology.control)
     return TrainResult(
         iteration=iteration,
         consumed_samples=consumed,
@@ -204,23 +216,23 @@ def train(
     )
 
 
-def _lane_states(engine: Engine, loader: ResumableLoader) -> dict[int, Any]:
-    """Of the lane for which this rank answers: one rank of its replica does."""
-    llm = engine.topology.llm
-    if llm is None or (llm.place.tp, llm.place.cp, llm.place.pp) != (0, 0, 0):
+def _lane_states(runner: StepRunner, loader: ResumableLoader) -> dict[int, Any]:
+    """Reader state of the lane that this rank reports; one rank of each replica does."""
+    target = runner.topology.target
+    if target is None or not target.answers_for_replica:
         return {}
-    lane = llm.place.dp
+    lane = target.place.dp
     return {lane: loader.state()[lane]}
 
 
-def expert_load(engine: Engine, interval: _Interval) -> tuple[LayerLoad, ...]:
-    """Of the interval's last step; empty for a model without experts."""
-    found, language = interval.steps[-1].experts, engine.model.language
+def expert_load(runner: StepRunner, interval: _Interval) -> tuple[LayerLoad, ...]:
+    """Load of the experts in the interval's last step; empty for a model without experts."""
+    found, language = interval.steps[-1].experts, runner.model.target
     if found is None or language is None:
         return ()
-    architecture = language.module.architecture
-    assert isinstance(architecture, HybridConfig)
-    return read_load(found, architecture)
+    experts = adapter_of(language.config).experts(language.config)
+    assert experts is not None
+    return read_load(found, experts)
 
 
 def _report(

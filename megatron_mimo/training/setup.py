@@ -1,16 +1,18 @@
-"""From checked flags to everything that a rank trains with."""
+"""Construction of everything that a rank trains with, from checked flags."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-
-from megatron_mimo.checkpoint.checkpointer import Checkpointer, Loaded, TrainedParts, load
+from megatron_mimo.checkpoint.checkpointer import Checkpointer, Loaded, load
+from megatron_mimo.checkpoint.config import FirstWeightsConfig
 from megatron_mimo.checkpoint.foreign import load_nemotron, load_vision
 from megatron_mimo.checkpoint.progress import Progress
 from megatron_mimo.checkpoint.readers import ReaderSaver, load_readers
+from megatron_mimo.checkpoint.start import own_positions
+from megatron_mimo.config.model_file import table_size
+from megatron_mimo.config.resolve import Resolved
 from megatron_mimo.data import (
     DataConfig,
     DataRole,
@@ -21,22 +23,22 @@ from megatron_mimo.data import (
     build_tokenizer,
     build_train_loader,
     check_prompt_format,
+    data_role,
+    placeholders,
 )
-from megatron_mimo.data.loader import StreamLoader
-from megatron_mimo.data.share import SharedLoader, build_reading_group
+from megatron_mimo.data.loader.share import SharedLoader, build_reading_group
+from megatron_mimo.data.loader.stream_loader import StreamLoader
 from megatron_mimo.model.flops import model_flops
 from megatron_mimo.model.mimo import BuildConfig
+from megatron_mimo.optim.train_state import TrainState
 from megatron_mimo.runtime import RuntimeContext
 from megatron_mimo.runtime.peak import peak_tflops
-from megatron_mimo.training.config import CheckpointSection, ModelSection
-from megatron_mimo.training.engine import build_engine, data_role
+from megatron_mimo.settings import values
 from megatron_mimo.training.foreign import load_folder
 from megatron_mimo.training.loop import Checkpoints, LoopConfig
-from megatron_mimo.training.model_file import table_size
-from megatron_mimo.training.observe import Observer, Speed
-from megatron_mimo.training.resolve import Resolved
-from megatron_mimo.training.step import Engine
-from megatron_mimo.training.usage import UsageMeter
+from megatron_mimo.training.runner import StepConfig, StepRunner, build_runner
+from megatron_mimo.watch.observe import Observer, Speed
+from megatron_mimo.watch.usage import UsageMeter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,17 +46,17 @@ class Trainer:
     """Everything that this rank trains with.
 
     Attributes:
-        engine: Runs steps.
-        loader: Training samples.
-        data: How samples are read.
-        role: What this rank needs of them.
-        tokenizer: Of the texts.
-        loop: How long to train, and when to look.
-        checkpoints: Saves; None saves nothing.
-        observer: Watches steps; None where nothing is recorded.
+        runner: Model, optimizer and executor of this rank.
+        loader: Loader of the training samples.
+        data: Settings of the samples.
+        role: Part of the data that this rank needs.
+        tokenizer: Tokenizer of the texts.
+        loop: Length of training, and times of logging and evaluation.
+        checkpoints: Checkpointer; None saves nothing.
+        observer: Observer of the steps; None records nothing.
     """
 
-    engine: Engine
+    runner: StepRunner
     loader: SharedLoader
     data: DataConfig
     role: DataRole
@@ -64,7 +66,7 @@ class Trainer:
     observer: Observer | None = None
 
     def eval_loader(self) -> StepLoader:
-        """The val split from its start."""
+        """A loader of the val split from its start."""
         return build_eval_loader(self.data, self.role, self.tokenizer)
 
 
@@ -72,11 +74,11 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
     """Build the model and the loaders of this rank. Collective over the world.
 
     Raises:
-        ValueError: The tokenizer or the dataset is missing or unfit, sizes do not divide, or the
+        ValueError: The tokenizer or the dataset is missing or unusable, sizes do not divide, or the
             checkpoint is damaged or of another model.
     """
-    model, data = resolved.config.model, resolved.data
-    tokenizer = build_tokenizer(model.tokenizer_model, model.image_token)
+    model, data = resolved.model, resolved.data
+    tokenizer = build_tokenizer(model.tokenizer_model, placeholders(data.inputs))
     check_prompt_format(data, tokenizer)
     roles = [data_role(resolved.layout, rank) for rank in range(resolved.layout.world_size)]
     role = roles[context.rank]
@@ -87,88 +89,105 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
         trace = SampleTrace(data.sample_trace_dir, context.rank, role_name)
     # Data first: a wrong path should not cost the time to build a model.
     source = build_train_loader(data, role, tokenizer) if readers.reads else None
-    loader = SharedLoader(source, readers, trace=trace)
-    engine = build_engine(
+    loader = SharedLoader(source, readers, inputs=data.inputs, trace=trace)
+    runner = build_runner(
         resolved.layout,
         resolved.architecture,
         resolved.freeze,
-        BuildConfig(
-            params_dtype=_dtype(model),
-            seed=resolved.config.training.seed,
-            init=model.init,
-            vocab_size=table_size(tokenizer, resolved.folder),
-            seq_length=model.seq_length,
-            sequence_parallel=bool(resolved.config.grids.sequence_parallel),
-            execution=resolved.execution,
-            reduce=resolved.reduce,
-        ),
+        build_config(resolved, table_size(tokenizer, resolved.folder)),
         resolved.adam,
         resolved.schedule,
-        run_ahead=resolved.config.grids.encoder_run_ahead,
-        check_bridge=resolved.config.grids.check_bridge,
-        image_token_id=tokenizer.image_token_id,
-        validate_data=resolved.config.data.validate_data_alignment,
-        correct_participation=(
-            resolved.config.training.correct_encoder_grad_for_partial_participation
-        ),
+        step_config(resolved, tokenizer),
         device=context.device,
-        timeout=timedelta(minutes=resolved.config.runtime.distributed_timeout_minutes),
+        timeout=timedelta(minutes=resolved.runtime.distributed_timeout_minutes),
     )
-    parts = TrainedParts(engine.topology, engine.model, engine.optimizer, engine.scheduler)
-    checkpoints = _build_checkpoints(resolved, parts)
-    loaded = None if resolved.load is None else load(parts, resolved.load)
+    loader.prepare_ahead(runner.inputs.prepare)
+    checkpoints = _build_checkpoints(resolved, runner)
+    trust = resolved.config.checkpoints.trust_checkpoint
+    loaded = None if resolved.load is None else load(runner, resolved.load, trust=trust)
     if loaded is None:
-        _load_first_weights(parts, resolved.config.checkpoints)
-    _restore_readers(loader, resolved, parts, loaded)
-    training, watching = resolved.config.training, resolved.config.watching
+        _load_first_weights(runner, resolved.first_weights, trust=trust)
+    _restore_readers(loader, resolved, runner, loaded)
     progress = Progress(0, 0) if loaded is None else loaded.progress
     loop = LoopConfig(
         train_iters=_last_iteration(resolved, progress),
         global_batch_size=resolved.global_batch_size,
-        exit_interval=training.exit_interval,
-        log_interval=watching.log_interval,
-        eval_interval=training.eval_interval,
-        eval_iters=training.eval_iters,
+        log_interval=resolved.watch.log_interval,
+        stop=resolved.stop,
+        evaluation=resolved.evaluation,
         progress=progress,
     )
     return Trainer(
-        engine=engine,
+        runner=runner,
         loader=loader,
         data=data,
         role=role,
         tokenizer=tokenizer,
         loop=loop,
         checkpoints=checkpoints,
-        observer=build_observer(resolved, context, engine, source, tokenizer),
+        observer=build_observer(resolved, context, runner, source, tokenizer),
     )
 
 
-def _build_checkpoints(resolved: Resolved, parts: TrainedParts) -> Checkpoints | None:
-    """What saves; None where nothing is saved. Collective over the world."""
-    readers = resolved.save_readers
+def build_config(resolved: Resolved, vocab_size: int) -> BuildConfig:
+    """Settings of the model that are no part of its architecture.
+
+    Args:
+        resolved: Checked settings of the run.
+        vocab_size: Number of rows of the embedding table, V.
+    """
+    return BuildConfig(
+        params_dtype=resolved.params_dtype,
+        seed=resolved.data.seed,
+        init=resolved.model.init,
+        vocab_size=vocab_size,
+        seq_length=resolved.model.seq_length,
+        sequence_parallel=bool(resolved.grids.sequence_parallel),
+        execution=resolved.execution,
+        reduce=resolved.reduce,
+    )
+
+
+def step_config(resolved: Resolved, tokenizer: Tokenizer) -> StepConfig:
+    """Settings of steps."""
+    return StepConfig(
+        placeholder_ids=tokenizer.placeholder_ids,
+        run_ahead=resolved.grids.encoder_run_ahead,
+        check_bridge=resolved.grids.check_bridge,
+        validate_data=resolved.data.validate_alignment,
+        correct_participation=resolved.adam.correct_participation,
+    )
+
+
+def _build_checkpoints(resolved: Resolved, state: TrainState) -> Checkpoints | None:
+    """The checkpointer; None where nothing is saved. Collective over the world."""
+    readers = None if resolved.readers.save is None else resolved.readers
     if resolved.save is None:
-        return None if readers is None else ReaderSaver(readers, parts.topology.control)
-    flags = {
-        name: value
-        for section in asdict(resolved.config).values()
-        for name, value in section.items()
-    }
-    return Checkpointer(parts, resolved.save, flags, readers)
+        return None if readers is None else ReaderSaver(readers, state.topology.control)
+    flags = {name.replace("-", "_"): value for name, value in values(resolved.config).items()}
+    return Checkpointer(state, resolved.save, flags, readers)
 
 
 def _restore_readers(
-    loader: SharedLoader, resolved: Resolved, parts: TrainedParts, loaded: Loaded | None
+    loader: SharedLoader, resolved: Resolved, state: TrainState, loaded: Loaded | None
 ) -> None:
-    """Go on with the data where --dataloader-load says, else where the checkpoint does.
+    """Continue reading where --dataloader-load says, else where the checkpoint does.
 
     Raises:
-        ValueError: What is there is damaged, or does not fit this run's readers.
+        ValueError: The stored position is damaged, or does not fit this run's readers.
     """
-    path = resolved.load_readers
+    path = resolved.readers.load
     if path is not None:
-        # With --finetune the model begins anew.
+        # With --finetune training starts from the beginning.
         iteration = None if loaded is None or loaded.loader is None else loaded.progress.iteration
-        lanes = load_readers(path, iteration, parts.topology.control)
+        checkpoints = resolved.config.checkpoints
+        lanes = load_readers(
+            Path(path),
+            iteration,
+            state.topology.control,
+            own=own_positions(resolved.readers, checkpoints.save),
+            trust=checkpoints.trust_checkpoint,
+        )
         if lanes is not None:
             try:
                 loader.restore(lanes)
@@ -182,36 +201,36 @@ def _restore_readers(
 def build_observer(
     resolved: Resolved,
     context: RuntimeContext,
-    engine: Engine,
+    runner: StepRunner,
     source: StreamLoader | None,
     tokenizer: Tokenizer,
 ) -> Observer | None:
-    """What watches this rank; None where the run records nothing. Collective over the world.
+    """The observer of this rank; None where the run records nothing. Collective over the world.
 
     Args:
-        resolved: The run.
-        context: This rank.
-        engine: Its parts.
-        source: What it reads, whose skipped samples count; None for none.
-        tokenizer: Of the texts.
+        resolved: Checked settings of the run.
+        context: Rank and device of this process.
+        runner: Model, optimizer and executor of this rank.
+        source: Loader whose skipped samples are counted; None on a rank that does not read.
+        tokenizer: Tokenizer of the texts.
     """
-    watch, model = resolved.watch, engine.model
+    watch, model = resolved.watch, runner.model
     if not watch.measures and watch.traces is None:
         return None
     vocab_size, seq_length = (
         table_size(tokenizer, resolved.folder),
-        resolved.config.model.seq_length,
+        resolved.model.seq_length,
     )
     peak = watch.peak_tflops
     return Observer(
         watch,
-        engine.topology,
+        runner.topology,
         context.device,
         UsageMeter(
-            topology=engine.topology,
-            vision=resolved.architecture.vision,
+            topology=runner.topology,
+            architecture=resolved.architecture,
             row_bytes=model.row_width * model.row_dtype.itemsize,
-            returns=model.encoder_trains,
+            returning=model.flow.returning,
         ),
         Speed(
             flops=lambda work: model_flops(
@@ -223,40 +242,34 @@ def build_observer(
             ),
             tokens_per_step=resolved.global_batch_size * seq_length,
             peak_tflops=(
-                peak_tflops(context.device, _dtype(resolved.config.model)) if peak is None else peak
+                peak_tflops(context.device, resolved.params_dtype) if peak is None else peak
             ),
         ),
-        _skipped(engine, source),
+        _skipped(runner, source),
     )
 
 
-def _skipped(engine: Engine, source: StreamLoader | None) -> Callable[[], int]:
-    """Counts the samples left out of a lane, on the one rank that answers for it."""
-    llm = engine.topology.llm
-    if source is None or llm is None or (llm.place.tp, llm.place.cp, llm.place.pp) != (0, 0, 0):
+def _skipped(runner: StepRunner, source: StreamLoader | None) -> Callable[[], int]:
+    """Function that counts the skipped samples of a lane, on the one rank that reports it."""
+    target = runner.topology.target
+    if source is None or target is None or not target.answers_for_replica:
         return lambda: 0
-    return lambda: source.skips.skipped_of(llm.place.dp)
+    return lambda: source.skips.skipped_of(target.place.dp)
 
 
-def _load_first_weights(parts: TrainedParts, checkpoints: CheckpointSection) -> None:
-    """Begin with weights that another program or run has written, where a flag names them."""
-    if checkpoints.load_hf is not None:
-        load_folder(parts, checkpoints.load_hf)
-    if checkpoints.load_nemotron_checkpoint is not None:
-        load_nemotron(parts, Path(checkpoints.load_nemotron_checkpoint))
-    if checkpoints.load_vision_from is not None:
-        load_vision(parts, Path(checkpoints.load_vision_from))
-
-
-def _dtype(model: ModelSection) -> torch.dtype:
-    if model.bf16:
-        return torch.bfloat16
-    return torch.float16 if model.fp16 else torch.float32
+def _load_first_weights(state: TrainState, first: FirstWeightsConfig, *, trust: bool) -> None:
+    """Load initial weights that another program or run has written, where a flag names them."""
+    if first.load_hf is not None:
+        load_folder(state, first.load_hf)
+    if first.load_nemotron_checkpoint is not None:
+        load_nemotron(state, Path(first.load_nemotron_checkpoint), trust=trust)
+    if first.load_vision_from is not None:
+        load_vision(state, Path(first.load_vision_from), trust=trust)
 
 
 def _last_iteration(resolved: Resolved, progress: Progress) -> int:
-    """Where training ends; samples count on when the global batch has changed on the way."""
-    samples = resolved.config.training.train_samples
+    """Number of the last iteration; samples keep counting when the global batch has changed."""
+    samples = resolved.length.train_samples
     if samples is None:
         return resolved.train_iters
     left = max(0, samples - progress.consumed_samples)

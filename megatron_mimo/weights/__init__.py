@@ -1,1 +1,1 @@
-"""Weights of other formats: folders of tensors, and tables of names. Knows no model."""
+"""Weights in other formats: folders of tensors, and tables of names. Independent of any model."""

@@ -1,4 +1,4 @@
-"""Folders as transformers writes them: config.json, and safetensors in one file or several."""
+"""Folders as transformers writes them: config.json, and safetensors in one or several files."""
 
 import copy
 import json
@@ -18,20 +18,20 @@ _INDEX = "model.safetensors.index.json"
 
 
 class WeightFolder:
-    """Reads a folder tensor by tensor; nothing is loaded before it is asked for.
+    """Reads a folder tensor by tensor; a tensor is read only when it is requested.
 
     Use it in a `with` statement.
 
     Args:
-        path: The folder.
+        path: Path to the folder.
 
     Attributes:
-        path: The folder.
-        config: What config.json holds.
-        config_name: Where that stands, for errors.
+        path: Path to the folder.
+        config: Contents of config.json.
+        config_name: Path to config.json and section in it, for error messages.
 
     Raises:
-        ValueError: A file is missing, or is not what its name says.
+        ValueError: A file is missing, or does not have the format that its name states.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -56,13 +56,14 @@ class WeightFolder:
     def part(
         self, prefix: str, *, section: str, config: dict[str, Any], without: Iterable[str] = ()
     ) -> Self:
-        """One of several models that the folder holds, as if it stood alone.
+        """One of several models in the folder, as if it were in a folder of its own.
 
         Args:
-            prefix: In front of the names of its tensors; they go without.
-            section: Of config.json, for errors.
-            config: What that section holds.
-            without: Tensors, by their names in the folder, that are none of its.
+            prefix: Prefix of its tensors' names, which is removed.
+            section: Name of its section in config.json, for error messages.
+            config: Contents of that section.
+            without: Names in the folder of tensors with that prefix that do not belong to the
+                model.
         """
         part = copy.copy(self)
         part.config = config
@@ -78,18 +79,18 @@ class WeightFolder:
 
     @property
     def names(self) -> frozenset[str]:
-        """Of every tensor."""
+        """Name of every tensor."""
         return frozenset(self._where)
 
     def full_name(self, name: str) -> str:
-        """What the folder calls a tensor of this part of it."""
+        """Name in the folder of a tensor of this part."""
         return self._prefix + name
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor.
 
         Raises:
-            ValueError: There is no such tensor.
+            ValueError: The folder has no tensor of that name.
         """
         if name not in self._where:
             raise ValueError(f"the weights in {self.path} lack {self.full_name(name)}")
@@ -101,13 +102,22 @@ class WeightFolder:
         return list(self._slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, whole, on the host."""
+        """Read a whole tensor [...] in its stored dtype, onto the host."""
         file = self._file(self._where[name])
         tensor: Tensor = file.get_tensor(self.full_name(name))
         return tensor
 
     def span(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        """A part of a tensor, from `start` to before `stop` along an axis; no more is read."""
+        """Read a slice [..., stop - start, ...] of a tensor, in its stored dtype, onto the host.
+
+        Nothing else of the tensor is read.
+
+        Args:
+            name: Name of the tensor.
+            axis: Axis that is sliced.
+            start: First index along the axis.
+            stop: Index after the last one.
+        """
         whole = (slice(None),) * axis
         tensor: Tensor = self._slice(name)[(*whole, slice(start, stop))]
         return tensor
@@ -152,15 +162,16 @@ def write_folder(
     *,
     file_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a folder that transformers loads; it is made where it does not exist.
+    """Write a folder that transformers loads; the folder is created where it does not exist.
 
-    config.json comes last: a folder that is not complete has none, and does not load.
+    config.json is written last: an incomplete folder has none, and cannot be loaded.
 
     Args:
-        path: The folder; weights in it are replaced.
-        config: What config.json holds.
-        tensors: By name, each once. Of an iterator no more is in memory than fills a file.
-        file_bytes: Where a file of weights ends and another begins.
+        path: Path to the folder; weights in it are replaced.
+        config: Contents of config.json.
+        tensors: Tensors [...] of any shapes and dtypes, each with its name. Of an iterator, no more
+            tensors are in memory than one file holds.
+        file_bytes: Bytes of weights after which a new file begins.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +197,7 @@ def write_folder(
 
 
 def is_described(name: str) -> bool:
-    """Whether a file is one of those that `write_folder` writes, by its name."""
+    """Whether a file has a name that `write_folder` writes."""
     return name in (_CONFIG, _INDEX) or name.endswith(".safetensors")
 
 
@@ -214,10 +225,10 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def require_names(
     where: Path, wanted: Iterable[str], held: Iterable[str], optional: Iterable[str] = ()
 ) -> None:
-    """Refuse weights that are missing or that nothing asks for.
+    """Refuse weights that are missing or that are not expected.
 
     Raises:
-        ValueError: Lists them.
+        ValueError: Weights are missing or unexpected; the message lists them.
     """
     wanted, held, optional = set(wanted), set(held), set(optional)
     missing, unexpected = sorted(wanted - held), sorted(held - wanted - optional)

@@ -8,16 +8,16 @@ from torch import Generator, Tensor
 
 
 class Draw(Protocol):
-    """Fills a float32 tensor from a generator."""
+    """A distribution that fills a float32 tensor from a generator."""
 
     def fill(self, tensor: Tensor, generator: Generator) -> None:
-        """Overwrite `tensor`."""
+        """Overwrite `tensor`, float32 [...], with numbers drawn from the generator."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Normal:
-    """Around zero.
+    """Normal distribution around zero.
 
     Attributes:
         std: Standard deviation.
@@ -26,16 +26,16 @@ class Normal:
     std: float
 
     def fill(self, tensor: Tensor, generator: Generator) -> None:
-        """Overwrite `tensor`."""
+        """Overwrite `tensor`, float32 [...], with numbers drawn from the generator."""
         tensor.normal_(0.0, self.std, generator=generator)
 
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """Evenly between two bounds.
+    """Uniform distribution between two bounds.
 
     Attributes:
-        low: Least value.
+        low: Smallest value.
         high: Largest value.
     """
 
@@ -43,16 +43,16 @@ class Uniform:
     high: float
 
     def fill(self, tensor: Tensor, generator: Generator) -> None:
-        """Overwrite `tensor`."""
+        """Overwrite `tensor`, float32 [...], with numbers drawn from the generator."""
         tensor.uniform_(self.low, self.high, generator=generator)
 
 
 @dataclass(frozen=True, slots=True)
 class LogOfUniform:
-    """Logarithms of numbers evenly between two bounds, as Mamba's decay rates.
+    """Logarithms of numbers that are uniform between two bounds, as Mamba's decay rates.
 
     Attributes:
-        low: Least number, positive.
+        low: Smallest number, positive.
         high: Largest number.
     """
 
@@ -60,16 +60,16 @@ class LogOfUniform:
     high: float
 
     def fill(self, tensor: Tensor, generator: Generator) -> None:
-        """Overwrite `tensor`."""
+        """Overwrite `tensor`, float32 [...], with numbers drawn from the generator."""
         tensor.uniform_(self.low, self.high, generator=generator).log_()
 
 
 @dataclass(frozen=True, slots=True)
 class StepBias:
-    """What softplus turns into steps evenly spread by magnitude, as Mamba's step biases.
+    """Inverse of softplus of steps that are log-uniform between two bounds, as Mamba's step biases.
 
     Attributes:
-        low: Least step, positive.
+        low: Smallest step, positive.
         high: Largest step.
     """
 
@@ -77,7 +77,7 @@ class StepBias:
     high: float
 
     def fill(self, tensor: Tensor, generator: Generator) -> None:
-        """Overwrite `tensor`."""
+        """Overwrite `tensor`, float32 [...], with numbers drawn from the generator."""
         tensor.uniform_(math.log(self.low), math.log(self.high), generator=generator).exp_()
         # Inverse of softplus.
         tensor.copy_(tensor + (-(-tensor).expm1()).log())

@@ -1,4 +1,4 @@
-"""Filling a module from a folder of weights, by a table of names."""
+"""Filling a module with weights from a folder, by a table of names."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -25,21 +25,21 @@ def fill_module(
     change: Callable[[str, Tensor], Tensor] | None = None,
     optional: Iterable[str] = (),
 ) -> None:
-    """Copy this rank's shard of each weight from a folder, reading nothing else.
+    """Copy this rank's shard of each weight from a folder; nothing else is read.
 
     Args:
-        module: What is filled: its parameters, and those of its buffers that the table has.
-        table: Every weight of the whole model.
-        folder: The weights.
-        table_name: A parameter's name in the table, from its name in the module.
-        tp: This rank's place among those that share a dense weight.
-        expt_tp: Its place among those that share an expert's.
-        change: A tensor as it is wanted, from its name and what the rank read of it; by default as
-            it is.
-        optional: Tensors that the folder may hold beside the table's.
+        module: Module whose parameters, and buffers that are in the table, are overwritten.
+        table: Entries for every weight of the whole model.
+        folder: Folder with the weights.
+        table_name: Function that maps a parameter's name in the module to its name in the table.
+        tp: Rank and size of the group that shares a dense weight.
+        expt_tp: Rank and size of the group that shares an expert's weight.
+        change: Function that maps a name, and the tensor [...] that the rank has read, to the
+            tensor that is copied, of the same shape; the identity by default.
+        optional: Names of tensors that the folder may hold beside those of the table.
 
     Raises:
-        ValueError: A weight is missing, unexpected or of another shape; lists them.
+        ValueError: A weight is missing, unexpected or of another shape; the message lists them.
     """
     entries = {entry.ours: entry for entry in table}
     require_table(folder, entries.values(), optional)
@@ -59,12 +59,12 @@ def require_table(
     """Refuse a folder whose weights are not those of a table.
 
     Args:
-        folder: The weights.
-        table: Every weight that it has to hold.
-        optional: Tensors that it may hold.
+        folder: Folder with the weights.
+        table: Entries for every weight that the folder has to hold.
+        optional: Names of tensors that the folder may hold as well.
 
     Raises:
-        ValueError: Weights are missing or unexpected; lists them.
+        ValueError: Weights are missing or unexpected; the message lists them.
     """
     wanted = (name for entry in table for name in entry.theirs)
     names = [map(folder.full_name, group) for group in (wanted, folder.names, optional)]
@@ -90,7 +90,7 @@ def _require_shape(folder: WeightFolder, entry: Entry, wanted: list[int]) -> Non
 def _read(
     folder: WeightFolder, name: str, shard: Tensor, blocks: int, rank: int, size: int
 ) -> Tensor:
-    """What a rank's shard takes of a stored tensor."""
+    """The part of a stored tensor that a rank's shard consists of."""
     axis = sharded_axis(shard)
     if axis is None or size == 1:
         return folder.tensor(name)
@@ -101,14 +101,17 @@ def _read(
 
 
 def as_stored(exported: Mapping[str, Tensor], folder: WeightFolder) -> Iterator[tuple[str, Tensor]]:
-    """Exported weights as the folder has them that they were read from.
+    """Exported weights in the form of the folder that they were read from.
 
-    One that still is what was read comes out bit for bit as it stands there, even where the module
-    holds it in a shorter dtype; any other in the dtype that it has there.
+    A weight that has not changed since it was read comes out bit for bit as it is stored, even
+    where the module holds it in a shorter dtype; any other weight comes out in its stored dtype.
 
     Args:
-        exported: By name, whole.
-        folder: What the module was filled from; it has every name.
+        exported: Whole tensors [...] by name.
+        folder: Folder that the module was filled from; it has every name.
+
+    Yields:
+        Name and tensor [...], in the dtype of the folder.
     """
     for name, tensor in exported.items():
         stored = folder.tensor(name)
@@ -119,7 +122,7 @@ def as_stored(exported: Mapping[str, Tensor], folder: WeightFolder) -> Iterator[
 def export_module(
     module: nn.Module, table: Iterable[Entry], *, table_name: Callable[[str], str]
 ) -> dict[str, Tensor]:
-    """The weights of a whole module, one rank's all, by their names elsewhere."""
+    """Whole weights [...] of a module that is not sharded, by the names that the table gives."""
     entries = {entry.ours: entry for entry in table}
     exported: dict[str, Tensor] = {}
     for name, tensor in _tensors(module, entries, table_name):

@@ -9,17 +9,18 @@ from torch import Tensor, nn
 def shard_spans(
     length: int, parameter: Tensor, *, tp_rank: int, tp_size: int, blocks: int = 1
 ) -> list[tuple[int, int]]:
-    """Where a rank's shard lies along the sharded axis of a whole weight.
+    """Intervals of the sharded axis of a whole weight that a rank's shard consists of.
 
     Args:
-        length: Of the whole weight, along that axis.
-        parameter: The rank's shard.
-        tp_rank: Its place among those that share the weight.
-        tp_size: How many these are.
-        blocks: Equal weights that the whole one holds end to end, beside what the parameter says.
+        length: Length of the whole weight along that axis.
+        parameter: Shard [...] of the rank, of any dtype, with the marks that megatron-core sets.
+        tp_rank: Rank in the group that shares the weight.
+        tp_size: Size of that group.
+        blocks: Number of equal weights that the whole one holds end to end, in addition to what the
+            parameter states.
 
     Returns:
-        Half-open intervals, laid end to end in the shard.
+        Half-open intervals, in the order in which they lie in the shard.
     """
     sizes: list[int] | None = getattr(parameter, "partition_sizes", None)
     if sizes is None:
@@ -31,7 +32,7 @@ def shard_spans(
 
 
 def full_shape(parameter: Tensor, tp_size: int) -> list[int]:
-    """Shape of the whole weight of which `parameter` is a rank's shard."""
+    """Shape of the whole weight of which `parameter` [...] is a rank's shard."""
     shape, axis = list(parameter.shape), sharded_axis(parameter)
     if axis is not None:
         shape[axis] *= tp_size
@@ -39,7 +40,16 @@ def full_shape(parameter: Tensor, tp_size: int) -> list[int]:
 
 
 def take_shard(full: Tensor, parameter: Tensor, *, tp_rank: int, tp_size: int) -> Tensor:
-    """A rank's shard of a whole weight; the whole where the parameter is not sharded."""
+    """A rank's shard [...] of a whole weight [...] of the same dtype; a view where possible.
+
+    The whole weight is returned where the parameter is not sharded.
+
+    Args:
+        full: Whole weight [...].
+        parameter: Parameter [...] that the shard is for, with the marks that megatron-core sets.
+        tp_rank: Rank in the group that shares the weight.
+        tp_size: Size of that group.
+    """
     axis = sharded_axis(parameter)
     if axis is None:
         return full
@@ -60,7 +70,7 @@ def _parts(full: Tensor, parameter: Tensor, axis: int) -> tuple[Tensor, ...]:
 
 
 def sharded_axis(parameter: Tensor) -> int | None:
-    """The axis along which tensor-parallel ranks share a weight out; None for a whole one."""
+    """Axis along which tensor-parallel ranks shard a parameter [...]; None if they do not."""
     # megatron-core marks sharded parameters; the marks are absent on plain torch modules.
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
@@ -69,6 +79,6 @@ def sharded_axis(parameter: Tensor) -> int | None:
 
 
 def is_expert(parameter: nn.Parameter) -> bool:
-    """Whether a parameter belongs to an expert, whose tensor-parallel ranks are others."""
+    """Whether a parameter belongs to an expert, which has tensor-parallel groups of its own."""
     # megatron-core's mark of what is not reduced over the dense data-parallel group.
     return not getattr(parameter, "allreduce", True)

@@ -1,9 +1,10 @@
-"""One weight here, one or several elsewhere: the lines of a table of names."""
+"""Correspondence of one weight here with one or several elsewhere: entries of a table of names."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -18,16 +19,17 @@ def _alone(tensor: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A weight of ours, and what it is called and looks like elsewhere.
+    """A weight of ours, and its names and form elsewhere.
 
     Attributes:
-        ours: Name here, layers counted over all pipeline stages.
-        theirs: Names there.
-        join: Their whole tensors to our whole tensor; also, of a weight that is sharded, a rank's
-            shards of theirs to its shard of ours. Both are sharded along the same axis.
-        split: The reverse, of whole tensors.
-        blocks: Equal weights that each of theirs holds end to end, each of which is sharded by
-            itself.
+        ours: Name here, with layers counted over all pipeline stages.
+        theirs: Names in the other format.
+        join: Function that maps their whole tensors [...] to our whole tensor. For a sharded weight
+            it also maps a rank's shards of theirs to its shard of ours; both are sharded along the
+            same axis.
+        split: Inverse of `join`, for whole tensors.
+        blocks: Number of equal weights that each of theirs holds end to end, each of which is
+            sharded by itself.
     """
 
     ours: str
@@ -38,13 +40,13 @@ class Entry:
 
 
 def interleaved_qkv(ours: str, theirs: tuple[str, ...], *, groups: int, head_dim: int) -> Entry:
-    """Query, key and value of a projection; megatron-core holds them group by group.
+    """Query, key and value of a projection, which megatron-core interleaves by group.
 
     Args:
-        ours: Name here: [groups * (queries of a group + 2) * head_dim, ...].
-        theirs: Query, key and value; or one weight that holds the three end to end, each with as
-            many heads.
-        groups: Key-value heads.
+        ours: Name here, of a weight [groups * (queries of a group + 2) * head_dim, ...].
+        theirs: Names of query, key and value; or one name of a weight that holds the three end to
+            end, each with as many heads.
+        groups: Number of key-value heads.
         head_dim: Width of a head.
     """
 
@@ -54,14 +56,16 @@ def interleaved_qkv(ours: str, theirs: tuple[str, ...], *, groups: int, head_dim
         held = len(parts[1]) // head_dim
         if parts[1].shape != parts[2].shape or len(parts[1]) != held * head_dim:
             raise ValueError("keys and values are not whole heads, as many of each")
-        by_group = [part.view(held, -1, *part.shape[1:]) for part in parts]
-        return torch.cat(by_group, dim=1).flatten(0, 1)
+        by_group = [rearrange(part, "(g d) ... -> g d ...", g=held) for part in parts]
+        joined: Tensor = rearrange(torch.cat(by_group, dim=1), "g d ... -> (g d) ...")
+        return joined
 
     def split(tensor: Tensor) -> tuple[Tensor, ...]:
-        by_group = tensor.view(groups, -1, *tensor.shape[1:])
+        by_group = rearrange(tensor, "(g d) ... -> g d ...", g=groups)
         queries = by_group.size(1) - 2 * head_dim
         parts = [
-            part.flatten(0, 1) for part in by_group.split([queries, head_dim, head_dim], dim=1)
+            rearrange(part, "g d ... -> (g d) ...")
+            for part in by_group.split([queries, head_dim, head_dim], dim=1)
         ]
         return tuple(parts) if len(theirs) > 1 else (torch.cat(parts),)
 

@@ -9,8 +9,9 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,10 +101,17 @@ class _Worker:
 
 
 class RankPool:
-    """Worker processes that act as ranks. Close it at the end of the session."""
+    """Worker processes that act as ranks. Close it at the end of the session.
 
-    def __init__(self) -> None:
+    Args:
+        variables: Environment variables of the process that the workers are forked from; `preload`
+            reads them. Pools do not share that process.
+    """
+
+    def __init__(self, variables: Mapping[str, str] | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="rank-pool-")
+        self._variables = dict(variables or {})
+        self._parent = forkserver.ForkServer()
         self._workers: list[_Worker] = []
         self._started = 0
         self._calls = 0
@@ -178,7 +186,7 @@ class RankPool:
     def _lease(self, world_size: int) -> list[_Worker]:
         missing = world_size - len(self._workers)
         if missing > 0:
-            with _server_environment():
+            with self._parent_of_workers():
                 new = [_Worker(Path(self._folder.name), self._started + i) for i in range(missing)]
             self._started += missing
             try:
@@ -190,6 +198,25 @@ class RankPool:
                 raise
             self._workers += new
         return self._workers[:world_size]
+
+    @contextmanager
+    def _parent_of_workers(self) -> Iterator[None]:
+        """For the time in which workers are started, and the parent of all, which preloads."""
+        # It prepares this process for hosts, whose tests rely on it, and not for this pool.
+        import tests.harness.worker  # noqa: F401
+
+        connect, before = forkserver.connect_to_new_process, dict(os.environ)
+        path = [str(REPOSITORY), *filter(None, [before.get("PYTHONPATH")])]
+        os.environ.update(self._variables, PYTHONPATH=os.pathsep.join(path))
+        self._parent.set_forkserver_preload(["tests.harness.preload"])
+        # multiprocessing has one for a whole program, and calls it by this name.
+        forkserver.connect_to_new_process = self._parent.connect_to_new_process
+        try:
+            yield
+        finally:
+            forkserver.connect_to_new_process = connect
+            os.environ.clear()
+            os.environ.update(before)
 
     def _discard(self, workers: list[_Worker]) -> None:
         self._workers = [worker for worker in self._workers if worker not in workers]
@@ -255,21 +282,6 @@ def _close(workers: list[_Worker]) -> list[_Worker]:
         for worker, state in zip(workers, ready, strict=True)
         if state.threads > THREADS_LIMIT
     ]
-
-
-@contextmanager
-def _server_environment() -> Iterator[None]:
-    """For the time in which the parent of all workers may be started: it imports `preload`."""
-    multiprocessing.set_forkserver_preload(["tests.harness.preload"])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *([before] if before else [])])
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
 
 
 def _free_port() -> int:

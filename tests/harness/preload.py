@@ -29,16 +29,26 @@ def _warm_up() -> None:
     import torch.distributed
 
     torch.set_num_threads(1)
-    from megatron_mimo.runtime import prepare_engine, resolve_device
+    from tests.fused import install as fused
+    from tests.fused.packages import VARIABLE as FUSED
+    from tests.interpreted import install as interpreted
+    from tests.interpreted.packages import VARIABLE as INTERPRETED
 
-    prepare_engine(resolve_device("cpu"))
+    if version := os.environ.get(FUSED):
+        fused.install(version)
+    elif version := os.environ.get(INTERPRETED):
+        interpreted.install(version)
+    else:
+        from megatron_mimo.runtime import prepare_megatron_core, resolve_device
+
+        prepare_megatron_core(resolve_device("cpu"))
     # What tests that train import; a worker would pay a second for it, and many workers are made.
     from megatron.core.models import gpt, hybrid  # noqa: F401
 
     import megatron_mimo.checkpoint.checkpointer
+    import megatron_mimo.config.presets
     import megatron_mimo.data
-    import megatron_mimo.presets
-    import megatron_mimo.training.engine
+    import megatron_mimo.training.runner
     import megatron_mimo.training.step  # noqa: F401
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from megatron_mimo.data.sample import EncodedSample
+    from megatron_mimo.data.samples.sample import EncodedSample
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Document:
 
 def encode(document: Document, name: str) -> "EncodedSample":
     """The document as the loader gets it: patches of 8 x 8 pixels, four to a row."""
-    from megatron_mimo.data.sample import EncodedSample
-    from megatron_mimo.data.tokenizer import ByteTokenizer
-    from megatron_mimo.images.encode import EncodedImage
+    from megatron_mimo.data.samples.sample import EncodedSample
+    from megatron_mimo.data.text.tokenizer import ByteTokenizer
+    from megatron_mimo.media.images.encode import EncodedImage
 
     random = np.random.default_rng(document.seed)
     images = []
@@ -39,14 +39,14 @@ def encode(document: Document, name: str) -> "EncodedSample":
         pixels = random.integers(0, 256, (height * width, 3 * 8 * 8), dtype=np.uint8)
         images.append(EncodedImage(((height, width),), height * width // 4, pixels))
     text = random.integers(0, 256, document.text)
-    first, *others = [np.full(image.rows, ByteTokenizer.image_token_id) for image in images] or [
-        text[:0]
-    ]
+    first, *others = [
+        np.full(image.rows, ByteTokenizer().placeholder_ids["encoder"]) for image in images
+    ] or [text[:0]]
     between = 2 * len(text) // 3 if document.apart else 0
     tokens = np.concatenate([first, text[:between], *others, text[between:]])
     return EncodedSample(
         key=name,
         tokens=tokens,
         targets=np.arange(len(tokens)) >= len(tokens) - 5,
-        images=tuple(images),
+        items={"encoder": tuple(images)} if images else {},
     )

@@ -1,4 +1,4 @@
-"""Small engines for tests that train on ranks."""
+"""Small runners for tests that train on ranks."""
 
 from megatron_mimo.topology import Layout, ModuleGridSpec
 
@@ -7,14 +7,9 @@ SEQ_LENGTH = 64
 
 def layout(encoder: dict[str, int] | None, llm: dict[str, int]) -> Layout:
     """A layout whose world is as large as its grids need."""
-    encoder_grid = None if encoder is None else ModuleGridSpec(name="encoder", **encoder)
-    llm_grid = ModuleGridSpec(name="llm", **llm)
-    grids = [grid for grid in (encoder_grid, llm_grid) if grid is not None]
-    return Layout(
-        encoder=encoder_grid,
-        llm=llm_grid,
-        world_size=max(grid.ranks.stop for grid in grids),
-    )
+    grids = [] if encoder is None else [ModuleGridSpec(name="encoder", **encoder)]
+    grids.append(ModuleGridSpec(name="llm", **llm))
+    return Layout.of(*grids, world_size=max(grid.ranks.stop for grid in grids))
 
 
 def beside(encoder: dict[str, int], llm: dict[str, int]) -> Layout:
@@ -22,7 +17,7 @@ def beside(encoder: dict[str, int], llm: dict[str, int]) -> Layout:
     return layout(encoder, llm | {"offset": ModuleGridSpec(name="encoder", **encoder).size})
 
 
-def small_engine(
+def small_runner(
     chosen,
     *,
     lr=1e-3,
@@ -31,15 +26,16 @@ def small_engine(
     check_bridge=False,
     correct=False,
     scale=None,
+    device=None,
     **model,
 ):
-    """This rank's engine over a narrow mock model; other arguments are `small_parts`'s."""
+    """This rank's runner over a narrow mock model; other arguments are those of `small_parts`."""
     from megatron_mimo.data import ByteTokenizer
     from megatron_mimo.optim.config import AdamConfig, LossScaleConfig, ScheduleConfig
     from megatron_mimo.runtime import Device
-    from megatron_mimo.training.engine import build_engine
+    from megatron_mimo.training.runner import StepConfig, build_runner
 
-    return build_engine(
+    return build_runner(
         chosen,
         *small_parts(**model),
         AdamConfig(
@@ -53,12 +49,13 @@ def small_engine(
             loss_scale=scale and LossScaleConfig(**scale),
         ),
         ScheduleConfig(style="cosine", warmup_samples=16, decay_samples=steps * 8),
-        run_ahead=run_ahead,
-        check_bridge=check_bridge,
-        image_token_id=ByteTokenizer.image_token_id,
-        validate_data=True,
-        correct_participation=correct,
-        device=Device("cpu"),
+        StepConfig(
+            placeholder_ids=ByteTokenizer().placeholder_ids,
+            run_ahead=run_ahead,
+            check_bridge=check_bridge,
+            correct_participation=correct,
+        ),
+        device=device or Device("cpu"),
     )
 
 
@@ -87,11 +84,11 @@ def small_parts(
     """Architecture, what is frozen, and how to build."""
     import torch
 
+    from megatron_mimo.config.presets import model_config
     from megatron_mimo.data import ByteTokenizer
-    from megatron_mimo.language.config import ExecutionConfig
-    from megatron_mimo.model.config import FreezeConfig, ReduceConfig
+    from megatron_mimo.model.config import Frozen, ReduceConfig
     from megatron_mimo.model.mimo import BuildConfig
-    from megatron_mimo.presets import model_config
+    from megatron_mimo.modules.language import ExecutionConfig
 
     architecture = model_config(
         provider,
@@ -113,13 +110,14 @@ def small_parts(
         ),
         reduce=ReduceConfig(**(reduce or {})),
     )
-    return architecture, freeze or FreezeConfig(), build
+    return architecture, freeze or Frozen(), build
 
 
 def mock_data(*, text_only_fraction=0.0, micro_batch_size=1, global_batch_size=8):
     """Settings of mock samples that fit the small engine."""
+    from megatron_mimo.config.presets import model_config
     from megatron_mimo.data import DataConfig
-    from megatron_mimo.presets import model_config
+    from megatron_mimo.media.images import ImageInput
 
     return DataConfig(
         seed=7,
@@ -127,7 +125,7 @@ def mock_data(*, text_only_fraction=0.0, micro_batch_size=1, global_batch_size=8
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         text_only_fraction=text_only_fraction,
-        image=model_config("mock").vision.image_config(),
+        inputs={"encoder": ImageInput(config=model_config("mock").part("vision").image_config())},
     )
 
 
@@ -137,17 +135,16 @@ def micro_batch_size(chosen, global_batch_size):
     In models so small a microbatch takes as long whatever its size, and each collective of a
     tensor-parallel layer costs a change of process on two cores.
     """
-    stages = [grid.pp for grid in chosen.grids]
+    stages = [grid.pp for grid in chosen.modules.values()]
     wanted = 3 if max(stages) > 1 else 2
-    return max(1, global_batch_size // chosen.llm.dp // wanted)
+    return max(1, global_batch_size // chosen.target.dp // wanted)
 
 
 def mock_loader(chosen, config):
     """This rank's training samples."""
     import torch.distributed as dist
 
-    from megatron_mimo.data import ByteTokenizer, build_train_loader
-    from megatron_mimo.training.engine import data_role
+    from megatron_mimo.data import ByteTokenizer, build_train_loader, data_role
 
     return build_train_loader(config, data_role(chosen, dist.get_rank()), ByteTokenizer())
 
@@ -157,17 +154,21 @@ def list_loader(chosen, *, seq_length, micro_batch_size, global_batch_size):
     import numpy as np
     import torch.distributed as dist
 
-    from megatron_mimo.data import ByteTokenizer, DataConfig, RawSample
-    from megatron_mimo.data.loader import build_list_loader
-    from megatron_mimo.presets import model_config
-    from megatron_mimo.training.engine import data_role
+    from megatron_mimo.config.presets import model_config
+    from megatron_mimo.data import ByteTokenizer, DataConfig, RawSample, data_role
+    from megatron_mimo.data.loader.stream_loader import build_list_loader
+    from megatron_mimo.media.images import ImageInput
 
     config = DataConfig(
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         # Patches of 8 x 8 pixels, four to a row.
-        image=model_config("mock").vision.image_config(max_patches=2000),
+        inputs={
+            "encoder": ImageInput(
+                config=model_config("mock").part("vision").image_config(max_patches=2000)
+            )
+        },
     )
     random = np.random.default_rng(3)
     samples = [
@@ -177,9 +178,11 @@ def list_loader(chosen, *, seq_length, micro_batch_size, global_batch_size):
             key=f"image-{i}",
             question="<image><image> what?",
             answer=f"this is {i}",
-            images=tuple(
-                random.integers(0, 256, (320, width, 3), dtype=np.uint8) for width in (192, 208)
-            ),
+            items={
+                "encoder": tuple(
+                    random.integers(0, 256, (320, width, 3), dtype=np.uint8) for width in (192, 208)
+                )
+            },
         )
         for i in range(8)
     ]

@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from megatron_mimo.bridge.plan import Message
 from megatron_mimo.bridge.transport import Channel, Incoming, Outgoing
+from megatron_mimo.failfast import guard_rank
 from megatron_mimo.runtime.environment import first_node, read_environment
-from megatron_mimo.runtime.failfast import guard_rank
 
 
 def raise_error() -> None:
@@ -53,6 +53,12 @@ def kill_the_launcher() -> None:
     os.kill(int(os.environ["LAUNCHER"]), signal.SIGKILL)
 
 
+def stop_my_watcher() -> None:
+    """Nobody sees this rank any more; it goes on."""
+    for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+        os.kill(int(child), signal.SIGSTOP)
+
+
 def hold_the_lock() -> None:
     """Keep Python's lock, so that no thread of this process runs, for longer than the limit."""
     ctypes.PyDLL(None).usleep(4_000_000)
@@ -70,6 +76,7 @@ FAILURES = {
     "crash": crash,
     "vanish": vanish,
     "orphan": kill_the_launcher,
+    "unwatched": stop_my_watcher,
 }
 
 

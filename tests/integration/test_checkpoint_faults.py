@@ -14,7 +14,7 @@ import pytest
 
 from tests.harness import RanksFailed
 from tests.harness.slices import slow_but
-from tests.integration.engines import beside, small_engine
+from tests.integration.engines import beside, small_runner
 from tests.integration.test_resume import weights
 
 LAYOUT = beside({}, {"dp": 2})
@@ -25,10 +25,9 @@ KILLS = int(os.environ.get("MIMO_KILLS", "6"))
 
 def parts(**model: Any) -> tuple[Any, Any]:
     """A rank's engine and what of it is saved."""
-    from megatron_mimo.checkpoint.checkpointer import TrainedParts
 
-    engine = small_engine(LAYOUT, **(MOCK | model))
-    return engine, TrainedParts(engine.topology, engine.model, engine.optimizer, engine.scheduler)
+    engine = small_runner(LAYOUT, **(MOCK | model))
+    return engine, engine
 
 
 def saver(root: Path, **settings: Any) -> Any:
@@ -155,7 +154,7 @@ def test_each_damaged_file_is_named_and_no_weight_changes(
 ) -> None:
     results = run_ranks(LAYOUT.world_size, damage_each, str(tmp_path), timeout=120)
     names = {name for name, _, _ in results[0]}
-    assert {".metadata", "common.pt", "loader.pt", "metadata.json", "checksums.json"} <= names
+    assert {".metadata", "common.pt", "loader.json", "metadata.json", "checksums.json"} <= names
     assert sum(name.endswith(".distcp") for name in names) == LAYOUT.world_size
     for found in results:
         for name, how, error in found:
@@ -173,7 +172,7 @@ def test_each_damaged_file_is_named_and_no_weight_changes(
 
 def load_with(root: str, model: dict[str, Any], settings: dict[str, Any]) -> str:
     """Save as one model and load as another; what it says."""
-    saver(Path(root), optimizer=settings.pop("save_optimizer", True)).save(
+    saver(Path(root), without_optimizer=settings.pop("no_save_optim", False)).save(
         progress(5), {0: {"step": 5}}
     )
     try:
@@ -193,9 +192,9 @@ def load_with(root: str, model: dict[str, Any], settings: dict[str, Any]) -> str
             ["mlp.linear_fc1.weight is [2, 512, 32], the model's is [2, 256, 32]"],
         ),
         ({"overrides": (*MOCK["overrides"], "vision.num_layers=3")}, {}, ["vision_model.decoder"]),
-        ({}, {"save_optimizer": False}, ["optimizer.state.exp_avg", "--no-load-optim"]),
-        ({}, {"save_optimizer": False, "optimizer": False}, []),
-        ({}, {"save_optimizer": False, "finetune": True}, []),
+        ({}, {"no_save_optim": True}, ["optimizer.state.exp_avg", "--no-load-optim"]),
+        ({}, {"no_save_optim": True, "without_optimizer": True}, []),
+        ({}, {"no_save_optim": True, "finetune": True}, []),
     ],
 )
 def test_what_a_model_lacks_is_listed(
@@ -283,7 +282,7 @@ def train_while_files_wait(root: str) -> None:
     """A step is made before the first byte is written."""
     from megatron_mimo.checkpoint.checkpointer import Checkpointer
     from megatron_mimo.checkpoint.config import SaveConfig
-    from megatron_mimo.runtime.sharded_files import ShardedWriter
+    from megatron_mimo.checkpoint.sharded_files import ShardedWriter
     from tests.integration.engines import mock_data, mock_loader
     from tests.integration.test_resume import steps
 
@@ -371,7 +370,7 @@ def save_with_a_rank_that_cannot(root: str) -> str:
     """Another rank than the first cannot write; the run goes on until it hears of it."""
     import torch.distributed as dist
 
-    from megatron_mimo.runtime.sharded_files import ShardedWriter
+    from megatron_mimo.checkpoint.sharded_files import ShardedWriter
 
     checkpoints = saver(Path(root), in_background=True)
     checkpoints.save(progress(1), {0: {"step": 1}})

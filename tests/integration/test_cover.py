@@ -12,7 +12,7 @@ from megatron_mimo.topology import Layout
 from tests.integration.cover import CASES, Case, Pair, named, pairs, possible_pairs
 from tests.integration.curves import assert_parity
 from tests.integration.documents import Document, encode
-from tests.integration.engines import SEQ_LENGTH, micro_batch_size, small_engine
+from tests.integration.engines import SEQ_LENGTH, micro_batch_size, small_runner
 from tests.integration.state import Part, assemble, assert_same_state, parts_of
 
 STEPS = 3
@@ -67,23 +67,29 @@ def sequences(case: Case, step: int) -> list[tuple[Document, ...]]:
     return found
 
 
-def loader_of(case: Case, chosen: Layout, rank: int) -> Any:
-    """This rank's samples: the lanes take a step's sequences in turn."""
-    from megatron_mimo.data import ByteTokenizer, DataConfig, StreamLoader
-    from megatron_mimo.data.sample import Drawn
-    from megatron_mimo.presets import model_config
-    from megatron_mimo.training.engine import data_role
+def data_of(case: Case, chosen: Layout) -> Any:
+    """Settings of the samples."""
+    from megatron_mimo.config.presets import model_config
+    from megatron_mimo.data import DataConfig
+    from megatron_mimo.media.images import ImageInput
 
     batch = global_batch_size(case)
-    config = DataConfig(
+    return DataConfig(
         provider="energon",
         path="fed by hand",
         seq_length=SEQ_LENGTH,
         micro_batch_size=1 if case.packed else micro_batch_size(chosen, batch),
         global_batch_size=batch,
         packing_buffer_size=2 if case.packed else None,
-        image=model_config("mock").vision.image_config(),
+        inputs={"encoder": ImageInput(config=model_config("mock").part("vision").image_config())},
     )
+
+
+def loader_of(case: Case, chosen: Layout, rank: int) -> Any:
+    """This rank's samples: the lanes take a step's sequences in turn."""
+    from megatron_mimo.data import ByteTokenizer, StreamLoader, data_role
+    from megatron_mimo.data.samples.sample import Drawn
+
     role = data_role(chosen, rank)
     streams: dict[int, Any] = {
         lane: iter(
@@ -101,25 +107,35 @@ def loader_of(case: Case, chosen: Layout, rank: int) -> Any:
         )
         for lane in role.lanes
     }
-    return StreamLoader(streams, config, role, ByteTokenizer())
+    return StreamLoader(streams, data_of(case, chosen), role, ByteTokenizer())
 
 
-def train(case: Case) -> Found:
-    """What this rank finds; a curve on the ranks of the language model's last stage only."""
-    import torch.distributed as dist
+def train_in_strict_groups(case: Case) -> Found:
+    """As `train`, in groups that go wrong where NCCL's do; see `tests.strict`."""
+    from tests.strict.install import StrictDevice, strict_groups
 
-    from megatron_mimo.model.config import FreezeConfig
-    from megatron_mimo.training.step import evaluate, train_step
+    with strict_groups():
+        return train(case, StrictDevice("cpu"))
+
+
+def runner_of(case: Case, device: Any = None) -> Any:
+    """This rank's runner of a case.
+
+    Args:
+        case: The run.
+        device: Device of the ranks; None for a host.
+    """
+    from megatron_mimo.model.config import Frozen
 
     family = case.model.split()[0]
     overlap = case.overlap.split("+")
-    engine = small_engine(
+    return small_runner(
         case.layout,
         steps=STEPS,
         provider={"hybrid": "nemotron-moe-vlm-tiny", "dense": "mock"}[family],
         overrides=OVERRIDES[family],
         tied_embeddings="tied" in case.model,
-        freeze=FreezeConfig(vision="vision" in case.frozen, language="language" in case.frozen),
+        freeze=Frozen(filter(None, case.frozen.split("+"))),
         run_ahead=case.run_ahead,
         check_bridge=case.check_bridge,
         sequence_parallel=case.sequence_parallel,
@@ -129,7 +145,22 @@ def train(case: Case) -> Found:
             "overlap_params": "weights" in overlap,
             "num_buckets": 5 if case.overlap else None,
         },
+        device=device,
     )
+
+
+def train(case: Case, device: Any = None) -> Found:
+    """What this rank finds; a curve on the ranks of the language model's last stage only.
+
+    Args:
+        case: The run.
+        device: Device of the ranks; None for a host.
+    """
+    import torch.distributed as dist
+
+    from megatron_mimo.training.step import evaluate, train_step
+
+    engine = runner_of(case, device)
     loader = loader_of(case, case.layout, dist.get_rank())
     points: list[list[float]] = []
     loads: list[list[float]] = []
@@ -141,7 +172,7 @@ def train(case: Case) -> Found:
         loads = [] if metrics.experts is None else metrics.experts.tolist()
     learnt = parts_of(engine)
     held_out = float(evaluate(engine, loader_of(case, case.layout, dist.get_rank()), 1))
-    llm = engine.topology.llm
+    llm = engine.topology.target
     is_last = llm is not None and llm.is_last_stage
     return points if is_last else [], held_out, loads, learnt
 
@@ -174,7 +205,7 @@ def test_curve_and_every_gradient_are_those_of_one_rank(
     case: Case, run_ranks: Callable[..., list], one_rank: Callable[[Case], Learnt]
 ) -> None:
     wanted, wanted_held_out, wanted_loads, wanted_state = one_rank(case.reference)
-    found: list[Found] = run_ranks(case.layout.world_size, train, case)
+    found: list[Found] = run_ranks(case.layout.world_size, train_in_strict_groups, case)
     curves = [(points, held_out) for points, held_out, *_ in found if points]
     assert curves
     for points, held_out in curves:
@@ -182,6 +213,9 @@ def test_curve_and_every_gradient_are_those_of_one_rank(
         assert held_out == pytest.approx(wanted_held_out, rel=1e-5)
         for point, expected in zip(points, wanted, strict=True):
             assert point[2:] == pytest.approx(expected[2:], rel=1e-4)
+    for load in wanted_loads:
+        # Each token of a step goes to two experts, whether or not the model trains.
+        assert sum(load[:-1]) == global_batch_size(case) * SEQ_LENGTH * 2
     for loads in (loads for _, _, loads, _ in found if loads):
         for load, expected in zip(loads, wanted_loads, strict=True):
             assert load[:-1] == expected[:-1]

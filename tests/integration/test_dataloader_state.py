@@ -29,12 +29,12 @@ def trained(flags: list[str]) -> tuple[int, int]:
 
     import torch.distributed as dist
 
+    from megatron_mimo.config.flags import CommandLine, parse
+    from megatron_mimo.config.resolve import resolve
     from megatron_mimo.runtime import Device
     from megatron_mimo.runtime.setup import RuntimeContext
-    from megatron_mimo.training.flags import CommandLine, parse
     from megatron_mimo.training.leaving import LeaveRequest
     from megatron_mimo.training.loop import train
-    from megatron_mimo.training.resolve import resolve
     from megatron_mimo.training.setup import build_trainer
 
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -44,13 +44,13 @@ def trained(flags: list[str]) -> tuple[int, int]:
     trainer = build_trainer(resolve(config, size), context)
     try:
         result = train(
-            trainer.engine,
+            trainer.runner,
             trainer.loader,
             trainer.eval_loader,
             trainer.loop,
             None,
             trainer.checkpoints,
-            LeaveRequest(config.training.exit_duration_in_mins),
+            LeaveRequest(config.training.stop.exit_duration_in_mins),
         )
         return trainer.loop.progress.iteration, result.iteration
     finally:
@@ -78,7 +78,7 @@ def samples(folder: Path) -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from megatron_mimo.data.digits import DigitsConfig, write_digits_dataset
+    from megatron_mimo.data.samples.digits import DigitsConfig, write_digits_dataset
 
     config = DigitsConfig(num_train=256, num_val=16, val_fraction=16 / 1797, seed=5)
     return str(write_digits_dataset(tmp_path_factory.mktemp("digits") / "digits", config))
@@ -281,14 +281,14 @@ def save_until_the_disk_is_full(save: str, positions: str) -> str:
     import torch.distributed as dist
 
     from megatron_mimo.checkpoint import folder as folders
-    from megatron_mimo.checkpoint.checkpointer import Checkpointer, TrainedParts
-    from megatron_mimo.checkpoint.config import ReaderSaveConfig, SaveConfig
+    from megatron_mimo.checkpoint.checkpointer import Checkpointer
+    from megatron_mimo.checkpoint.config import ReaderConfig, SaveConfig
     from megatron_mimo.checkpoint.progress import Progress
-    from tests.integration.engines import layout, small_engine
+    from tests.integration.engines import layout, small_runner
 
-    engine = small_engine(layout({}, {}), overrides=tuple(MOCK[1::2]))
-    parts = TrainedParts(engine.topology, engine.model, engine.optimizer, engine.scheduler)
-    readers = ReaderSaveConfig(root=Path(positions), keep_last=1)
+    engine = small_runner(layout({}, {}), overrides=tuple(MOCK[1::2]))
+    parts = engine
+    readers = ReaderConfig(save=Path(positions), keep_last=1)
     checkpoints = Checkpointer(parts, SaveConfig(root=Path(save), keep_last=1), {}, readers)
     checkpoints.save(Progress(1, 4), {0: {"step": 1}})
     publish = folders.publish
@@ -326,10 +326,10 @@ def two_savers(folder: str) -> list[str]:
     """A second run that saves there, and one once the first has ended."""
     import torch.distributed as dist
 
-    from megatron_mimo.checkpoint.config import ReaderSaveConfig
+    from megatron_mimo.checkpoint.config import ReaderConfig
     from megatron_mimo.checkpoint.readers import ReaderSaver
 
-    config, group = ReaderSaveConfig(root=Path(folder)), dist.new_group(backend="gloo")
+    config, group = ReaderConfig(save=Path(folder)), dist.new_group(backend="gloo")
     first, said = ReaderSaver(config, group), []
     try:
         ReaderSaver(config, group)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mimo.runtime.failfast.process import state_and_parent
+from megatron_mimo.failfast.process import state_and_parent
 
 WORKER = Path(__file__).with_name("failfast_worker.py")
 RANKS = 3
@@ -40,7 +40,7 @@ def run_torchrun(how: str, rank: int, folder: Path) -> Outcome:
 
 def run_launch(how: str, rank: int, folder: Path, *, fork: bool) -> Outcome:
     program = (
-        "import os, sys; from megatron_mimo.training.launch import launch; "
+        "import os, sys; from megatron_mimo.launch.ranks import launch; "
         "os.environ['LAUNCHER'] = str(os.getpid()); "
         f"sys.exit(launch({RANKS}, sys.argv[1:], {str(WORKER)!r}, fork={fork}))"
     )
@@ -132,6 +132,7 @@ CAUSES = {
     "stop": "its process was stopped for 5 s",
     "crash": "in crash\n",
     "vanish": "lost: its watcher closed its connection",
+    "unwatched": "its watcher process was stopped for 3 s",
 }
 
 
@@ -153,6 +154,7 @@ def test_under_torchrun(how: str, tmp_path: Path) -> None:
         ("exception", True),
         pytest.param("crash", True, marks=pytest.mark.slow),
         ("kill", True),
+        ("unwatched", True),
     ],
 )
 def test_under_our_launcher(how: str, fork: bool, tmp_path: Path) -> None:
@@ -179,13 +181,17 @@ def test_the_launcher_is_killed(fork: bool, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "rank"), [("exception", 1), ("kill", 0), ("stop", 0), ("vanish", 1), ("vanish", 0)]
+    ("how", "rank"),
+    [
+        *(("exception", 1), ("kill", 0), ("stop", 0), ("vanish", 1), ("vanish", 0)),
+        *(("unwatched", 0), ("unwatched", 1)),
+    ],
 )
 def test_without_a_launcher_that_watches(how: str, rank: int, tmp_path: Path) -> None:
     outcome = run_slurm(how, rank, tmp_path)
     assert_all_ended(outcome)
     expected = [1] * RANKS
-    if how != "exception":
+    if how not in ("exception", "unwatched"):
         expected[rank] = -signal.SIGKILL
     assert outcome.codes == expected
     block = last_block(outcome.output)

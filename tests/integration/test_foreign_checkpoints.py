@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mimo.topology import Layout
 from tests.harness.slices import slow_but
-from tests.integration.engines import SEQ_LENGTH, beside, layout, small_engine
+from tests.integration.engines import SEQ_LENGTH, beside, layout, small_runner
 
 GLOBAL_BATCH_SIZE = 4
 # Patch rows and columns of each sample's images.
@@ -37,7 +37,7 @@ BESIDE = ("optimizer.state.exp_avg.vision_model.class_token", "vision_model.mask
 
 def architecture(*overrides: str) -> Any:
     """Of every module."""
-    from megatron_mimo.presets import model_config
+    from megatron_mimo.config.presets import model_config
 
     return model_config("nemotron-moe-vlm-tiny", [*OVERRIDES, *overrides])
 
@@ -68,8 +68,8 @@ def their_vision(config: Any, style: str) -> Any:
     from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_mimo.runtime.attention import SdpaCoreAttention
-    from megatron_mimo.runtime.norms import TorchNorm
+    from megatron_mimo.kernels.attention import SdpaCoreAttention
+    from megatron_mimo.kernels.norms import TorchNorm
 
     # Sharded checkpoints name the first one's norms as Transformer Engine's layers do.
     spec = get_gpt_layer_local_spec() if style == FUSED else get_vit_layer_with_local_spec()
@@ -83,7 +83,7 @@ def their_vision(config: Any, style: str) -> Any:
         ffn_hidden_size=config.ffn_hidden_size,
         activation_func=fast_gelu,
         layernorm_epsilon=config.layernorm_epsilon,
-        # Megatron's way to a norm behind the last layer.
+        # Megatron's way to a norm after the last layer.
         mtp_num_layers=0 if style == FUSED and config.final_layernorm else None,
     )
     side = config.position_grid * config.patch_dim
@@ -108,8 +108,8 @@ def their_projector(config: Any, input_size: int, output_size: int) -> Any:
     from megatron.core.transformer.mlp import MLPSubmodules
     from torch import nn
 
-    from megatron_mimo.encoders.projector import _ACTIVATIONS
-    from megatron_mimo.runtime.host_layers import HostColumnParallelLinear, HostRowParallelLinear
+    from megatron_mimo.kernels.host_layers import HostColumnParallelLinear, HostRowParallelLinear
+    from megatron_mimo.modules.projector.projector import _ACTIVATIONS
 
     class NormedLinear(HostColumnParallelLinear):  # type: ignore[misc]
         """With the names of Transformer Engine's layer."""
@@ -141,7 +141,7 @@ def their_config(**settings: Any) -> tuple[Any, Any]:
     """Groups of one process and megatron-core's settings."""
     import torch
 
-    from megatron_mimo.runtime.engine import transformer_config
+    from megatron_mimo.runtime.megatron_core import transformer_config
     from megatron_mimo.runtime.solo import solo_groups
 
     groups = solo_groups()
@@ -155,22 +155,21 @@ def their_language(config: Any) -> Any:
     import torch
 
     from megatron_mimo.data import ByteTokenizer
-    from megatron_mimo.language.build import build_language
-    from megatron_mimo.language.config import ExecutionConfig
+    from megatron_mimo.modules.adapter import BuildContext
+    from megatron_mimo.modules.families import adapter_of
     from megatron_mimo.runtime import seed_everything
     from megatron_mimo.runtime.solo import solo_groups, solo_world
 
     seed_everything(3, tp_rank=0, pp_rank=0, dp_rank=0, ep_rank=0, expt_tp_rank=0)
     with solo_world():
-        return build_language(
-            config,
-            vocab_size=ByteTokenizer.vocab_size,
-            seq_length=SEQ_LENGTH,
+        context = BuildContext(
             pg_collection=solo_groups(),
             params_dtype=torch.float32,
-            sequence_parallel=False,
-            execution=ExecutionConfig(),
+            row_width=config.hidden_size,
+            vocab_size=ByteTokenizer.vocab_size,
+            seq_length=SEQ_LENGTH,
         )
+        return adapter_of(config).build(config, context).parts["language"]
 
 
 def save(
@@ -186,7 +185,7 @@ def save(
     )
     from megatron.core.transformer.module import MegatronModule
 
-    from megatron_mimo.runtime.sharded_files import ShardedWriter
+    from megatron_mimo.checkpoint.sharded_files import ShardedWriter
     from megatron_mimo.runtime.solo import solo_groups
 
     groups = solo_groups()
@@ -214,11 +213,13 @@ def peer(root: str, style: str) -> dict[str, Any]:
     import torch
 
     config = architecture()
-    vision = their_vision(config.vision, style)
+    vision = their_vision(config.part("vision"), style)
     projector = their_projector(
-        config.projector, config.vision.row_size, config.language.hidden_size
+        config.part("projector"),
+        config.part("vision").row_size,
+        config.part("language").hidden_size,
     )
-    language = their_language(config.language)
+    language = their_language(config.target)
     random_weights(vision, projector, language)
     modules = {
         "vision_model.": vision,
@@ -231,8 +232,8 @@ def peer(root: str, style: str) -> dict[str, Any]:
     total = targets = 0.0
     with torch.no_grad():
         for sample in encoded():
-            rows = torch.empty(0, config.language.hidden_size)
-            if sample.images:
+            rows = torch.empty(0, config.part("language").hidden_size)
+            if sample.items:
                 features = their_features(vision, sample)
                 rows = projector(merged(features, sample))
                 found["features"].append(torch.cat(features))
@@ -254,7 +255,10 @@ def their_features(vision: Any, sample: Any) -> list[Any]:
     from megatron.core.packed_seq_params import PackedSeqParams
 
     packed = packed_images(sample)
-    side, grids = vision.patch_dim, [grid for image in sample.images for grid in image.grids]
+    side, grids = (
+        vision.patch_dim,
+        [grid for image in sample.items["encoder"] for grid in image.grids],
+    )
     counts = torch.tensor([0] + [high * wide for high, wide in grids], dtype=torch.int32)
     bounds = counts.cumsum(0, dtype=torch.int32)
     tokens = vision(
@@ -276,7 +280,7 @@ def merged(features: list[Any], sample: Any) -> Any:
     """Each 2 x 2 square of patches as a row."""
     import torch
 
-    grids = [grid for image in sample.images for grid in image.grids]
+    grids = [grid for image in sample.items["encoder"] for grid in image.grids]
     rows = []
     for image, (high, wide) in zip(features, grids, strict=True):
         squares = image.view(high // 2, 2, wide // 2, 2, -1).transpose(1, 2)
@@ -294,16 +298,20 @@ def samples() -> list[Any]:
     from megatron_mimo.data import RawSample
 
     random = np.random.default_rng(3)
-    side = architecture().vision.patch_dim
+    side = architecture().part("vision").patch_dim
     return [
         RawSample.asking(
             key=f"sample-{index}",
             question="<image>" * len(grids) + f"what {index}?",
             answer=f"it is {index * 7}",
-            images=tuple(
-                random.integers(0, 256, (side * high, side * wide, 3), dtype=np.uint8)
-                for high, wide in grids
-            ),
+            items={
+                "encoder": tuple(
+                    random.integers(0, 256, (side * high, side * wide, 3), dtype=np.uint8)
+                    for high, wide in grids
+                )
+            }
+            if grids
+            else {},
         )
         for index, grids in enumerate(GRIDS)
     ]
@@ -312,31 +320,34 @@ def samples() -> list[Any]:
 def data_config() -> Any:
     """Images as they are."""
     from megatron_mimo.data import DataConfig
+    from megatron_mimo.media.images import ImageInput
 
+    vision = architecture().part("vision")
     return DataConfig(
         seed=7,
         seq_length=SEQ_LENGTH,
         micro_batch_size=1,
         global_batch_size=GLOBAL_BATCH_SIZE,
-        image=architecture().vision.image_config(min_patches=1, max_patches=0),
+        inputs={"encoder": ImageInput(config=vision.image_config(min_patches=1, max_patches=0))},
     )
 
 
 def encoded() -> list[Any]:
     """The samples as tokens and pixels."""
     from megatron_mimo.data import ByteTokenizer
-    from megatron_mimo.data.sample import encode_sample
+    from megatron_mimo.data.samples.sample import encode_sample
 
     return [
-        encode_sample(raw, data_config(), ByteTokenizer(), with_patches=True) for raw in samples()
+        encode_sample(raw, data_config(), ByteTokenizer(), content=("encoder",))
+        for raw in samples()
     ]
 
 
 def packed_images(sample: Any) -> Any:
     """What an encoder reads of a sample."""
-    from megatron_mimo.images import pack_images
+    from megatron_mimo.media.images import pack_images
 
-    return pack_images(sample.images, data_config().image)
+    return pack_images(sample.items["encoder"], data_config().inputs["encoder"].config)
 
 
 def decoded(language: Any, ids: Any, rows: Any) -> Any:
@@ -347,7 +358,7 @@ def decoded(language: Any, ids: Any, rows: Any) -> Any:
 
     positions = torch.arange(len(ids))[None]
     embeddings = language.embedding(input_ids=ids[None], position_ids=positions).clone()
-    embeddings[ids == ByteTokenizer.image_token_id, 0] = rows
+    embeddings[ids == ByteTokenizer().placeholder_ids["encoder"], 0] = rows
     return language(ids[None], positions, attention_mask=None, decoder_input=embeddings)[0]
 
 
@@ -356,31 +367,29 @@ def decoded(language: Any, ids: Any, rows: Any) -> Any:
 
 def engine_of(chosen: Layout, *, bf16: bool = False, overrides: tuple[str, ...] = ()) -> Any:
     """An engine that learns nothing, and what of it is saved."""
-    from megatron_mimo.checkpoint.checkpointer import TrainedParts
 
-    engine = small_engine(
+    engine = small_runner(
         chosen,
         lr=0.0,
         bf16=bf16,
         provider="nemotron-moe-vlm-tiny",
         overrides=(*OVERRIDES, *overrides),
     )
-    return engine, TrainedParts(engine.topology, engine.model, engine.optimizer, engine.scheduler)
+    return engine, engine
 
 
 def step(engine: Any, chosen: Layout) -> float | None:
     """The loss of one step; None on ranks without one."""
     import torch.distributed as dist
 
-    from megatron_mimo.data import ByteTokenizer
-    from megatron_mimo.data.loader import build_list_loader
-    from megatron_mimo.training.engine import data_role
+    from megatron_mimo.data import ByteTokenizer, data_role
+    from megatron_mimo.data.loader.stream_loader import build_list_loader
     from megatron_mimo.training.step import train_step
 
     role = data_role(chosen, dist.get_rank())
     loader = build_list_loader(samples(), data_config(), role, ByteTokenizer())
     metrics = train_step(engine, loader, 1, GLOBAL_BATCH_SIZE)
-    llm = engine.topology.llm
+    llm = engine.topology.target
     return float(metrics.loss) if llm is not None and llm.is_last_stage else None
 
 
@@ -409,12 +418,13 @@ def outputs(root: str) -> tuple[dict[str, list[Any]], list[str]]:
     load_nemotron(parts, Path(root))
     logging.getLogger("megatron_mimo.checkpoint.foreign").removeHandler(handler)
     engine.model.train(False)
-    encoder, language = engine.model.encoder.module, engine.model.language.module.model
+    encoder = engine.model.modules["encoder"].module
+    language = engine.model.target.module.model
     found: dict[str, list[Any]] = {"features": [], "rows": [], "logits": []}
     with torch.no_grad():
         for sample in encoded():
             rows = torch.empty(0, language.config.hidden_size)
-            if sample.images:
+            if sample.items:
                 packed = packed_images(sample)
                 found["features"].append(encoder.vision(packed)[packed.patch_slots])
                 rows = encoder(packed)
@@ -464,7 +474,7 @@ def write_vision(folder: str) -> Any:
     """A `RADIOViTModel` as torch's own writer saves a state dict; and its weights."""
     import torch.distributed.checkpoint as dcp
 
-    vision = their_vision(architecture().vision, SEPARATE)
+    vision = their_vision(architecture().part("vision"), SEPARATE)
     random_weights(vision)
     state = {
         f"model.vision_model.{name}": tensor
@@ -487,7 +497,7 @@ def vision_of(path: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     packed = packed_images(encoded()[0])
     engine.model.train(False)
     with torch.no_grad():
-        features = engine.model.encoder.module.vision(packed)[packed.patch_slots]
+        features = engine.model.modules["encoder"].module.vision(packed)[packed.patch_slots]
     return features, before, weights(parts)
 
 
@@ -507,17 +517,16 @@ def refused(
 
 def without(root: str, leave_out: tuple[str, ...]) -> None:
     """A checkpoint of an encoder that lacks something, in an iteration's folder."""
-    vision = their_vision(architecture().vision, FUSED)
+    vision = their_vision(architecture().part("vision"), FUSED)
     save(Path(root), {"vision_model.": vision}, per_layer=False, leave_out=leave_out)
 
 
 def began(*flags: str) -> dict[str, Any]:
     """Weights before the first step of a run with these flags; saved, if they say so."""
-    from megatron_mimo.checkpoint.checkpointer import TrainedParts
     from megatron_mimo.checkpoint.progress import Progress
+    from megatron_mimo.config.flags import CommandLine, parse
+    from megatron_mimo.config.resolve import resolve
     from megatron_mimo.runtime import Device, RuntimeContext
-    from megatron_mimo.training.flags import CommandLine, parse
-    from megatron_mimo.training.resolve import resolve
     from megatron_mimo.training.setup import build_trainer
 
     model = ["--model-provider", "nemotron-moe-vlm-tiny"]
@@ -529,8 +538,7 @@ def began(*flags: str) -> dict[str, Any]:
     if trainer.checkpoints is not None:
         trainer.checkpoints.save(Progress(0, 0), {})
         trainer.checkpoints.close()
-    engine = trainer.engine
-    return weights(TrainedParts(engine.topology, engine.model, engine.optimizer, engine.scheduler))
+    return weights(trainer.runner)
 
 
 # -- tests -----------------------------------------------------------------------------------------
@@ -664,7 +672,7 @@ def test_flags_load_what_they_name_and_a_checkpoint_of_the_run_wins(
         (("vision.position_grid=8",), "load_vision",
          "vision_model.position_embeddings is [1, 256, 64], the model's is [1, 64, 64]"),
         (("vision.final_layernorm=false",), "load_vision",
-         "vision_model.decoder.final_layernorm.weight is a norm behind the last layer"),
+         "vision_model.decoder.final_layernorm.weight is a norm after the last layer"),
         (("language.pattern=ME*-M",), "load_nemotron",
          "language_model.decoder.layers.5.mlp.experts.experts.linear_fc1.weight is of a layer, or"),
         (("vision.patch_bias=false",), "load_vision",

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_mimo.topology import Layout
 from tests.harness.slices import slow_but
-from tests.integration.engines import beside, layout, mock_data, mock_loader, small_engine
+from tests.integration.engines import beside, layout, mock_data, mock_loader, small_runner
 
 STEPS, GLOBAL_BATCH_SIZE = 24, 4
 OVERRIDES = (
@@ -27,7 +27,7 @@ def train(chosen: Layout, fp16: bool, scale: dict[str, Any] | None) -> list[list
     """(loss, norm, loss scale, applied) of each step on this rank; a loss of 0 without one."""
     from megatron_mimo.training.step import train_step
 
-    engine = small_engine(
+    engine = small_runner(
         chosen,
         steps=STEPS,
         provider="nemotron-moe-vlm-tiny",
@@ -39,7 +39,7 @@ def train(chosen: Layout, fp16: bool, scale: dict[str, Any] | None) -> list[list
     points = []
     for step in range(STEPS):
         metrics = train_step(engine, loader, step + 1, GLOBAL_BATCH_SIZE)
-        llm, update = engine.topology.llm, metrics.update
+        llm, update = engine.topology.target, metrics.update
         loss = float(metrics.loss) if llm is not None and llm.is_last_stage else 0.0
         points.append([loss, update.grad_norm, update.loss_scale, update.applied])
     return points

@@ -13,7 +13,7 @@ from tests.integration.engines import (
     micro_batch_size,
     mock_data,
     mock_loader,
-    small_engine,
+    small_runner,
 )
 
 pytestmark = pytest.mark.slow
@@ -52,10 +52,10 @@ def train(
     reduce: dict[str, Any] | None = None,
 ) -> Found:
     """(loss, gradient norm) of each step, expert biases behind the last, and loads in it."""
-    from megatron_mimo.language.weights import table_name
     from megatron_mimo.training.step import train_step
+    from megatron_mimo.weights.names import table_name
 
-    engine = small_engine(
+    engine = small_runner(
         chosen,
         steps=STEPS,
         provider="nemotron-moe-vlm-tiny",
@@ -77,7 +77,7 @@ def train(
         points.append([float(metrics.loss), metrics.update.grad_norm])
         if metrics.experts is not None:
             loads = metrics.experts.tolist()
-    language = engine.model.language
+    language = engine.model.target
     if language is None:
         return [], {}, []
     model = language.module.model

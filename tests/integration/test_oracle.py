@@ -40,10 +40,12 @@ def samples() -> list[Any]:
             key=f"sample-{index}",
             question="<image>" * len(grids) + f"what {index}?",
             answer=f"it is {index * 7}",
-            images=tuple(
-                random.integers(0, 256, (4 * height, 4 * width, 3), dtype=np.uint8)
-                for height, width in grids
-            ),
+            items={
+                "encoder": tuple(
+                    random.integers(0, 256, (4 * height, 4 * width, 3), dtype=np.uint8)
+                    for height, width in grids
+                )
+            },
         )
         for index, grids in enumerate(GRIDS)
     ]
@@ -52,25 +54,26 @@ def samples() -> list[Any]:
 def encoded(config: Any) -> list[Any]:
     """The samples as tokens and pixels."""
     from megatron_mimo.data import ByteTokenizer
-    from megatron_mimo.data.sample import encode_sample
+    from megatron_mimo.data.samples.sample import encode_sample
 
-    return [encode_sample(raw, config, ByteTokenizer(), with_patches=True) for raw in samples()]
+    return [encode_sample(raw, config, ByteTokenizer(), content=("encoder",)) for raw in samples()]
 
 
 def data_config(folder: str) -> Any:
     """How samples are read."""
     from megatron_mimo.data import DataConfig
-    from megatron_mimo.omni import read_omni
+    from megatron_mimo.media.images import ImageInput
+    from megatron_mimo.model.omni import read_omni
     from megatron_mimo.weights.folder import WeightFolder
 
     with WeightFolder(folder) as weights:
-        image = read_omni(weights).model.vision.image_config(min_patches=1, max_patches=0)
+        image = read_omni(weights).model.part("vision").image_config(min_patches=1, max_patches=0)
     return DataConfig(
         seed=7,
         seq_length=SEQ_LENGTH,
         micro_batch_size=1,
         global_batch_size=GLOBAL_BATCH_SIZE,
-        image=image,
+        inputs={"encoder": ImageInput(config=image)},
     )
 
 
@@ -79,7 +82,7 @@ def oracle(folder: str, trained: str) -> list[list[float]]:
     import torch
 
     from megatron_mimo.data import ByteTokenizer
-    from tests.unit_tests.omni.peer import theirs_of, write_omni
+    from tests.unit_tests.model.omni.peer import theirs_of, write_omni
 
     model = write_omni(
         folder,
@@ -87,7 +90,7 @@ def oracle(folder: str, trained: str) -> list[list[float]]:
         vision={"num_hidden_layers": 2},
         text={"vocab_size": 384, "pad_token_id": 256},
     )
-    model.config.image_token_id = model.image_token_id = ByteTokenizer.image_token_id
+    model.config.image_token_id = model.image_token_id = ByteTokenizer().placeholder_ids["encoder"]
     model.save_pretrained(folder)
     raw, ready = samples(), encoded(data_config(folder))
     frozen = ("audio", "sound", "video")
@@ -116,7 +119,8 @@ def oracle(folder: str, trained: str) -> list[list[float]]:
             labels = ids.clone()
             labels[:, ~torch.from_numpy(ready[i].targets)] = -100
             images = [
-                torch.from_numpy(image).permute(2, 0, 1).float() / 255 for image in raw[i].images
+                torch.from_numpy(image).permute(2, 0, 1).float() / 255
+                for image in raw[i].items.get("encoder", ())
             ]
             loss = theirs_of(model, ids, labels, images).loss * targets[i] / whole
             loss.backward()
@@ -133,27 +137,26 @@ def engine_of(chosen: Layout, folder: str, *, refresh: bool = True) -> tuple[Any
     """A rank's engine with the folder's weights, and what of it is saved."""
     import torch
 
-    from megatron_mimo.checkpoint.checkpointer import TrainedParts
+    from megatron_mimo.config.model_file import read_folder
+    from megatron_mimo.config.presets import changed
     from megatron_mimo.data import ByteTokenizer
-    from megatron_mimo.model.config import FreezeConfig
+    from megatron_mimo.model.config import Frozen
     from megatron_mimo.model.mimo import BuildConfig
     from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
-    from megatron_mimo.presets import changed
     from megatron_mimo.runtime import Device
-    from megatron_mimo.training.engine import build_engine
     from megatron_mimo.training.foreign import load_folder
-    from megatron_mimo.training.model_file import read_folder
+    from megatron_mimo.training.runner import StepConfig, build_runner
 
     omni = read_folder("hf", folder)
     assert omni is not None
-    engine = build_engine(
+    engine = build_runner(
         chosen,
         # transformers' model balances nothing while it trains.
         changed(
             omni.model,
             ["language.moe_aux_loss_coeff=0", "language.moe_router_bias_update_rate=0"],
         ),
-        FreezeConfig(),
+        Frozen(),
         BuildConfig(
             params_dtype=torch.float32,
             seed=1,
@@ -172,13 +175,10 @@ def engine_of(chosen: Layout, folder: str, *, refresh: bool = True) -> tuple[Any
             clip_grad=CLIP,
         ),
         ScheduleConfig(style="constant", warmup_samples=0, decay_samples=1000),
-        run_ahead=1,
-        check_bridge=False,
-        image_token_id=ByteTokenizer.image_token_id,
-        validate_data=True,
+        StepConfig(placeholder_ids=ByteTokenizer().placeholder_ids),
         device=Device("cpu"),
     )
-    parts = TrainedParts(engine.topology, engine.model, engine.optimizer, engine.scheduler)
+    parts = engine
     if not refresh:
         engine.optimizer.refresh_main_params = lambda: None  # type: ignore[method-assign]
     load_folder(parts, folder)
@@ -192,9 +192,8 @@ def ours(chosen: Layout, folder: str, saved: str) -> list[list[float]]:
     from megatron_mimo.checkpoint.checkpointer import Checkpointer
     from megatron_mimo.checkpoint.config import SaveConfig
     from megatron_mimo.checkpoint.progress import Progress
-    from megatron_mimo.data import ByteTokenizer
-    from megatron_mimo.data.loader import build_list_loader
-    from megatron_mimo.training.engine import data_role
+    from megatron_mimo.data import ByteTokenizer, data_role
+    from megatron_mimo.data.loader.stream_loader import build_list_loader
     from megatron_mimo.training.step import train_step
 
     engine, parts = engine_of(chosen, folder)
@@ -204,7 +203,7 @@ def ours(chosen: Layout, folder: str, saved: str) -> list[list[float]]:
     points = []
     for step in range(STEPS):
         metrics = train_step(engine, loader, step + 1, GLOBAL_BATCH_SIZE)
-        llm = engine.topology.llm
+        llm = engine.topology.target
         if llm is not None and llm.is_last_stage:
             points.append([float(metrics.loss), metrics.update.grad_norm])
     checkpoints = Checkpointer(parts, SaveConfig(root=Path(saved)), {})
@@ -216,13 +215,13 @@ def exported(folder: str, saved: str, out: str) -> None:
     """Write a folder of what was saved, whatever its layout."""
     from megatron_mimo.checkpoint.checkpointer import load
     from megatron_mimo.checkpoint.config import LoadConfig
-    from megatron_mimo.omni import read_omni
-    from megatron_mimo.omni.weights import save_omni
+    from megatron_mimo.model.omni import read_omni
+    from megatron_mimo.model.omni.weights import save_omni
     from megatron_mimo.weights.folder import WeightFolder
 
     engine, parts = engine_of(layout({}, {}), folder)
     assert load(parts, LoadConfig(root=Path(saved), finetune=True)) is not None
-    encoder, language = engine.model.encoder, engine.model.language
+    encoder, language = engine.model.modules.get("encoder"), engine.model.target
     with WeightFolder(folder) as source:
         save_omni(
             out,

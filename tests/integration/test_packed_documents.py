@@ -10,10 +10,10 @@ import pytest
 from megatron_mimo.topology import Layout
 from tests.harness.slices import slow_but
 from tests.integration.documents import Document, encode
-from tests.integration.engines import SEQ_LENGTH, beside, layout, small_engine
+from tests.integration.engines import SEQ_LENGTH, beside, layout, small_runner
 
 if TYPE_CHECKING:
-    from megatron_mimo.data.sample import EncodedSample
+    from megatron_mimo.data.samples.sample import EncodedSample
 
 HYBRID = {
     "provider": "nemotron-moe-vlm-tiny",
@@ -57,12 +57,12 @@ def run(
     """Mean loss over the sequences as one step, and this rank's gradients."""
     import torch.distributed as dist
 
-    from megatron_mimo.data import ByteTokenizer, DataConfig, StreamLoader
-    from megatron_mimo.data.sample import Drawn
+    from megatron_mimo.config.presets import model_config
+    from megatron_mimo.data import ByteTokenizer, DataConfig, StreamLoader, data_role
+    from megatron_mimo.data.samples.sample import Drawn
+    from megatron_mimo.media.images import ImageInput
     from megatron_mimo.model.program import MimoStep
     from megatron_mimo.optim.mimo_optimizer import finalize_gradients
-    from megatron_mimo.presets import model_config
-    from megatron_mimo.training.engine import data_role
     from megatron_mimo.training.step import agree
 
     packs = any(len(documents) > 1 for documents in sequences)
@@ -72,7 +72,7 @@ def run(
         seq_length=SEQ_LENGTH,
         global_batch_size=len(sequences),
         packing_buffer_size=2 if packs else None,
-        image=model_config("mock").vision.image_config(),
+        inputs={"encoder": ImageInput(config=model_config("mock").part("vision").image_config())},
     )
     role = data_role(engine.topology.layout, dist.get_rank())
     stream: Any = iter([Drawn(documents=documents) for documents in sequences])
@@ -82,9 +82,9 @@ def run(
     agreement = agree(engine, data, "here")
     for replica in engine.model.replicas:
         replica.zero_grad()
-    program = MimoStep(engine.model, data.microbatches, engine.image_token_id)
-    crossings = [engine.executor.plan(manifest) for manifest in agreement.manifests]
-    engine.executor.run(program, crossings, gradients=gradients)
+    program = MimoStep(engine.model, engine.inputs.of(data))
+    plans = [engine.executor.plan(manifest) for manifest in agreement.manifests]
+    engine.executor.run(program, plans, gradients=gradients)
     if not gradients:
         return float(program.loss_sum), {}
     finalize_gradients(engine.model, agreement.target_tokens)
@@ -108,7 +108,7 @@ def differences(
     chosen: Layout, model: dict[str, Any], recompute: tuple[str, ...] | None = None
 ) -> tuple[list[list[float]], dict[str, float]]:
     """Packed and alone: the loss of each document, then of all; and how far gradients part."""
-    engine = small_engine(chosen, recompute=recompute, **model)
+    engine = small_runner(chosen, recompute=recompute, **model)
     samples = [encode(document, f"document-{i}") for i, document in enumerate(DOCUMENTS)]
     losses = []
     for i, sample in enumerate(samples):
@@ -162,7 +162,7 @@ def test_recomputing_keeps_documents_apart(
 
 def leaks(chosen: Layout, model: dict[str, Any]) -> list[list[float]]:
     """Loss of each document as it is, then with each of the documents changed."""
-    engine = small_engine(chosen, **model)
+    engine = small_runner(chosen, **model)
     rows = []
     for changed in (None, *range(len(DOCUMENTS))):
         samples = []

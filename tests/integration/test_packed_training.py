@@ -10,7 +10,7 @@ import pytest
 
 from megatron_mimo.topology import Layout
 from tests.integration.curves import assert_parity
-from tests.integration.engines import beside, layout, small_engine
+from tests.integration.engines import beside, layout, small_runner
 
 pytestmark = pytest.mark.slow
 
@@ -40,8 +40,8 @@ Found = tuple[list[list[float]], list[dict[int, list[tuple[str, ...]]]], list[fl
 @pytest.fixture(scope="module")
 def blend(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits and texts, two to one."""
-    from megatron_mimo.data.digits import DigitsConfig, write_digits_dataset
-    from megatron_mimo.data.webdataset import prepare, write_shard
+    from megatron_mimo.data.reading.webdataset import prepare, write_shard
+    from megatron_mimo.data.samples.digits import DigitsConfig, write_digits_dataset
 
     out = tmp_path_factory.mktemp("blend")
     write_digits_dataset(out / "digits", DigitsConfig(num_train=60, num_val=10, seed=5))
@@ -72,13 +72,13 @@ def train(chosen: Layout, path: Path, num_workers: int) -> Found:
     """What this rank finds; nothing before the last stage of the language model."""
     import torch.distributed as dist
 
-    from megatron_mimo.data import ByteTokenizer, DataConfig, build_train_loader
-    from megatron_mimo.data.batch import StepData
-    from megatron_mimo.presets import model_config
-    from megatron_mimo.training.engine import data_role
+    from megatron_mimo.config.presets import model_config
+    from megatron_mimo.data import ByteTokenizer, DataConfig, build_train_loader, data_role
+    from megatron_mimo.data.loader.batch import StepData
+    from megatron_mimo.media.images import ImageInput
     from megatron_mimo.training.step import train_step
 
-    engine = small_engine(
+    engine = small_runner(
         chosen,
         steps=STEPS,
         provider="nemotron-moe-vlm-tiny",
@@ -95,7 +95,11 @@ def train(chosen: Layout, path: Path, num_workers: int) -> Found:
         shuffle_buffer_size=8,
         num_workers=num_workers,
         loader_processes=0,
-        image=model_config("mock").vision.image_config(max_patches=64),
+        inputs={
+            "encoder": ImageInput(
+                config=model_config("mock").part("vision").image_config(max_patches=64)
+            )
+        },
     )
     loader = build_train_loader(config, data_role(chosen, dist.get_rank()), ByteTokenizer())
     seen: list[StepData] = []
@@ -115,7 +119,7 @@ def train(chosen: Layout, path: Path, num_workers: int) -> Found:
         {lane: [m.keys[lane] for m in step.microbatches] for lane in step.lane_digest}
         for step in seen
     ]
-    llm = engine.topology.llm
+    llm = engine.topology.target
     return points if llm is not None and llm.is_last_stage else [], keys, fills
 
 
@@ -140,7 +144,7 @@ def test_the_curve_is_that_of_one_rank(
     one_rank: Callable[[int], Found],
 ) -> None:
     chosen = LAYOUTS[name]
-    lanes = chosen.llm.dp
+    lanes = chosen.target.dp
     wanted, wanted_keys, wanted_fills = one_rank(lanes)
     curves = 0
     for points, keys, fills in run_ranks(chosen.world_size, train, chosen, blend, 1):

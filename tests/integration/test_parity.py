@@ -21,7 +21,7 @@ from tests.integration.engines import (
     micro_batch_size,
     mock_data,
     mock_loader,
-    small_engine,
+    small_runner,
 )
 from tests.integration.test_packed_documents import DOCUMENTS, HYBRID
 
@@ -43,25 +43,24 @@ def planted(fault: str) -> Iterator[None]:
     """A fault in this process for as long as a run lasts."""
     from dataclasses import replace
 
-    from megatron_mimo.encoders.projector import Projector
-    from megatron_mimo.model.program import MimoStep
+    from megatron_mimo.model.inputs import InputReader
+    from megatron_mimo.modules.projector.projector import Projector
     from megatron_mimo.optim import mimo_optimizer
     from megatron_mimo.training import step
 
-    encode_images, forward = MimoStep.encode, Projector.forward
+    prepare, forward = InputReader.prepare, Projector.forward
 
     def undivided(model: Any, num_tokens: int, **rest: Any) -> None:
         mimo_optimizer.finalize_gradients(model, 1, **rest)
 
-    def swapped(program: Any, microbatch: int, hidden: Any) -> Any:
+    def swapped(reader: Any, microbatches: Any) -> Any:
         # Of microbatch 1 alone: another image's pixels, as a stranger's lane would send.
-        drawn = program._microbatches[microbatch]
-        if microbatch == 1 and drawn.images is not None:
-            images = replace(drawn.images, patches=drawn.images.patches.flip(0))
-            changed = [*program._microbatches]
-            changed[microbatch] = replace(drawn, images=images)
-            program._microbatches = changed
-        return encode_images(program, microbatch, hidden)
+        changed = [*microbatches]
+        if "encoder" in changed[1].inputs:
+            images = changed[1].inputs["encoder"]
+            images = replace(images, patches=images.patches.flip(0))
+            changed[1] = replace(changed[1], inputs={"encoder": images})
+        return prepare(reader, changed)
 
     def without_norm(projector: Any, rows: Any) -> Any:
         with mock.patch.object(projector, "norm", None):
@@ -70,7 +69,7 @@ def planted(fault: str) -> Iterator[None]:
     faults: dict[str, Any] = {
         "none": mock.patch.object(step, "STEPS", 0, create=True),
         "gradients not divided": mock.patch.object(step, "finalize_gradients", undivided),
-        "images swapped": mock.patch.object(MimoStep, "encode", swapped),
+        "images swapped": mock.patch.object(InputReader, "prepare", swapped),
         "projector without its norm": mock.patch.object(Projector, "forward", without_norm),
     }
     with faults[fault]:
@@ -79,18 +78,19 @@ def planted(fault: str) -> Iterator[None]:
 
 def run(chosen: Layout, folder: Path, fault: str = "none", **data: Any) -> None:
     """Train on mock data as a rank does, with metrics and the activations of a step."""
-    from megatron_mimo.training.activations import RecordingLoader
+    from megatron_mimo.config.loop_config import EvaluationConfig
     from megatron_mimo.training.loop import LoopConfig, train
-    from megatron_mimo.training.metrics import MetricsLogger
+    from megatron_mimo.watch.activations import ActivationTap
+    from megatron_mimo.watch.metrics import MetricsLogger
 
-    engine = small_engine(chosen)
+    engine = small_runner(chosen)
     settings = mock_data(
         global_batch_size=GLOBAL_BATCH_SIZE,
         micro_batch_size=micro_batch_size(chosen, GLOBAL_BATCH_SIZE),
         **data,
     )
     source: Any = mock_loader(chosen, settings)
-    loader = RecordingLoader(
+    loader = ActivationTap(
         source, engine, str(folder / "activations"), first=1, last=STEPS, iteration=SAVED
     )
     logs = engine.topology.is_logging_rank
@@ -102,11 +102,9 @@ def run(chosen: Layout, folder: Path, fault: str = "none", **data: Any) -> None:
             LoopConfig(
                 train_iters=STEPS,
                 global_batch_size=GLOBAL_BATCH_SIZE,
-                exit_interval=None,
                 log_interval=1,
                 # Evaluation runs the same modules in between, and must not be saved.
-                eval_interval=1,
-                eval_iters=1,
+                evaluation=EvaluationConfig(eval_interval=1, eval_iters=1),
             ),
             MetricsLogger(STEPS, str(folder), nothing) if logs else None,
         )
@@ -178,13 +176,13 @@ def partial_run(chosen: Layout, folder: Path, data: dict[str, Any]) -> None:
         (
             "images swapped",
             "loss beyond 1e-05 first at step 1",
-            "the runs part at projector output: ",
+            "the runs differ at projector output: ",
         ),
         (
             # The mock encoder's rows are near what the norm would make of them.
             "projector without its norm",
             "gradient norm beyond 0.0001 first at step 1",
-            "the runs part at projector output: 4 of 4 samples",
+            "the runs differ at projector output: 4 of 4 samples",
         ),
     ],
 )
@@ -213,21 +211,21 @@ def packed(chosen: Layout, folder: Path, order: int) -> None:
     """One step on documents that share a sequence, in order or, with -1, the last one first."""
     import torch.distributed as dist
 
-    from megatron_mimo.data import ByteTokenizer, DataConfig, StreamLoader
-    from megatron_mimo.data.sample import Drawn
-    from megatron_mimo.presets import model_config
-    from megatron_mimo.training.activations import RecordingLoader
-    from megatron_mimo.training.engine import data_role
+    from megatron_mimo.config.presets import model_config
+    from megatron_mimo.data import ByteTokenizer, DataConfig, StreamLoader, data_role
+    from megatron_mimo.data.samples.sample import Drawn
+    from megatron_mimo.media.images import ImageInput
     from megatron_mimo.training.step import train_step
+    from megatron_mimo.watch.activations import ActivationTap
 
-    engine = small_engine(chosen, **HYBRID)
+    engine = small_runner(chosen, **HYBRID)
     config = DataConfig(
         provider="energon",
         path="fed by hand",
         seq_length=64,
         global_batch_size=2,
         packing_buffer_size=2,
-        image=model_config("mock").vision.image_config(),
+        inputs={"encoder": ImageInput(config=model_config("mock").part("vision").image_config())},
     )
     samples = [encode(document, f"document-{i}") for i, document in enumerate(DOCUMENTS)]
     sequences = [tuple(samples[::order]), tuple(samples[2:4][::order])]
@@ -237,7 +235,7 @@ def packed(chosen: Layout, folder: Path, order: int) -> None:
         for lane in lanes.lanes
     }
     source: Any = StreamLoader(streams, config, lanes, ByteTokenizer())
-    loader = RecordingLoader(source, engine, str(folder), first=1, last=1, iteration=None)
+    loader = ActivationTap(source, engine, str(folder), first=1, last=1, iteration=None)
     train_step(engine, loader, 1, 2)
 
 
@@ -295,7 +293,7 @@ def test_two_runs_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--save-activations-step", "3"], "--save-activations-step 3 without --save-activations"),
         (
             ["--save-activations", "x", "--save-activations-step", "0"],
-            "--save-activations-step is 0: expected at least 1",
+            "--save-activations-step is 0: expected 1 to",
         ),
     ],
 )
@@ -305,12 +303,12 @@ def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixtu
 
 
 def refused(folder: Path) -> list[str]:
-    from megatron_mimo.training.activations import RecordingLoader
+    from megatron_mimo.watch.activations import ActivationTap
 
     found = []
     for first, iteration in ((1, 3), (5, 3), (1, 10)):
         with pytest.raises(ValueError) as error:
-            RecordingLoader(
+            ActivationTap(
                 None,
                 None,
                 str(folder),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_mimo.model.config import FreezeConfig
+from megatron_mimo.model.config import Frozen
 from megatron_mimo.topology import Layout
 from tests.harness.slices import slow_but
 from tests.integration.engines import (
@@ -15,7 +15,7 @@ from tests.integration.engines import (
     layout,
     mock_data,
     mock_loader,
-    small_engine,
+    small_runner,
 )
 
 # The second save uses the plans of the first one.
@@ -48,9 +48,8 @@ LAYOUTS = {
 
 def build(chosen: Layout, data: dict[str, Any], engine: dict[str, Any]) -> tuple[Any, Any, Any]:
     """A rank's engine, its loader, and what of it is saved."""
-    from megatron_mimo.checkpoint.checkpointer import TrainedParts
 
-    built = small_engine(chosen, steps=BEFORE + AFTER, **(HYBRID | engine))
+    built = small_runner(chosen, steps=BEFORE + AFTER, **(HYBRID | engine))
     if "path" in data:
         loader = energon_loader(chosen, **data)
     else:
@@ -58,7 +57,7 @@ def build(chosen: Layout, data: dict[str, Any], engine: dict[str, Any]) -> tuple
     return (
         built,
         loader,
-        TrainedParts(built.topology, built.model, built.optimizer, built.scheduler),
+        built,
     )
 
 
@@ -66,9 +65,9 @@ def energon_loader(chosen: Layout, path: str, num_workers: int) -> Any:
     """Handwritten digits."""
     import torch.distributed as dist
 
-    from megatron_mimo.data import ByteTokenizer, DataConfig, build_train_loader
-    from megatron_mimo.presets import model_config
-    from megatron_mimo.training.engine import data_role
+    from megatron_mimo.config.presets import model_config
+    from megatron_mimo.data import ByteTokenizer, DataConfig, build_train_loader, data_role
+    from megatron_mimo.media.images import ImageInput
 
     config = DataConfig(
         provider="energon",
@@ -79,7 +78,11 @@ def energon_loader(chosen: Layout, path: str, num_workers: int) -> Any:
         global_batch_size=GLOBAL_BATCH_SIZE,
         num_workers=num_workers,
         shuffle_buffer_size=20,
-        image=model_config(TINY).vision.image_config(position_crop=True),
+        inputs={
+            "encoder": ImageInput(
+                config=model_config(TINY).part("vision").image_config(position_crop=True)
+            )
+        },
     )
     return build_train_loader(config, data_role(chosen, dist.get_rank()), ByteTokenizer())
 
@@ -91,7 +94,7 @@ def steps(engine: Any, loader: Any, first: int, number: int) -> list[list[float]
     points = []
     for iteration in range(first + 1, first + number + 1):
         metrics = train_step(engine, loader, iteration, GLOBAL_BATCH_SIZE)
-        llm = engine.topology.llm
+        llm = engine.topology.target
         if llm is not None and llm.is_last_stage:
             points.append([float(metrics.loss), metrics.update.grad_norm, metrics.learning_rate])
     return points
@@ -159,7 +162,7 @@ def resumed(
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A dataset of handwritten digits."""
-    from megatron_mimo.data.digits import write_digits_dataset
+    from megatron_mimo.data.samples.digits import write_digits_dataset
 
     path = tmp_path_factory.mktemp("digits") / "digits"
     write_digits_dataset(path)
@@ -243,8 +246,8 @@ def test_embeddings_tied_over_two_stages_are_stored_once(
 
 
 STAGES = {
-    "stage 1": FreezeConfig(vision=True, language=True),
-    "stage 2": FreezeConfig(vision=True),
+    "stage 1": Frozen({"vision", "language"}),
+    "stage 2": Frozen({"vision"}),
 }
 
 
@@ -256,7 +259,7 @@ def test_so_does_a_run_that_trains_a_part(
     check_exact(run_ranks, chosen, tmp_path, {}, {"freeze": STAGES[stage]}, {})
 
 
-def owners(chosen: Layout, freeze: FreezeConfig) -> tuple[str, int]:
+def owners(chosen: Layout, freeze: Frozen) -> tuple[str, int]:
     """This rank's module, and of how many weights it keeps optimizer state."""
     engine, _, _ = build(chosen, {}, {"freeze": freeze})
     (replica,) = engine.model.replicas

@@ -15,7 +15,7 @@ from tests.integration.engines import (
     micro_batch_size,
     mock_data,
     mock_loader,
-    small_engine,
+    small_runner,
 )
 
 pytestmark = pytest.mark.slow
@@ -62,7 +62,7 @@ def curve(
     size = micro_batch_size(chosen, GLOBAL_BATCH_SIZE)
     from megatron_mimo.training.step import train_step
 
-    built = small_engine(chosen, steps=STEPS, **engine)
+    built = small_runner(chosen, steps=STEPS, **engine)
     loader = mock_loader(
         chosen,
         mock_data(global_batch_size=GLOBAL_BATCH_SIZE, **{"micro_batch_size": size} | data),
@@ -72,7 +72,7 @@ def curve(
 
 def point(engine: Any, metrics: Any) -> list[float]:
     """Loss and norms; ranks without a loss report none."""
-    llm, update = engine.topology.llm, metrics.update
+    llm, update = engine.topology.target, metrics.update
     if llm is None or not llm.is_last_stage:
         return []
     return [float(metrics.loss), update.grad_norm, update.module_norms["encoder"]]
@@ -167,7 +167,7 @@ def uneven_curve(chosen: Layout) -> list[list[float]]:
     """Microbatches of one sample without rows and one with 500."""
     from megatron_mimo.training.step import train_step
 
-    engine = small_engine(chosen, seq_length=560)
+    engine = small_runner(chosen, seq_length=560)
     loader = list_loader(chosen, seq_length=560, micro_batch_size=2, global_batch_size=4)
     return [point(engine, train_step(engine, loader, i + 1, 4)) for i in range(4)]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mimo.data.digits import DigitsConfig, write_digits_dataset
-from megatron_mimo.data.webdataset import prepare, read_shard, write_shard
+from megatron_mimo.data.reading.webdataset import prepare, read_shard, write_shard
+from megatron_mimo.data.samples.digits import DigitsConfig, write_digits_dataset
 
 LOG_LINE = re.compile(
     r"^ iteration +(\d+)/ +(\d+) \| consumed samples: +(\d+) \| "
@@ -65,10 +65,14 @@ def test_a_run_on_two_grids_logs_and_evaluates(tmp_path: Path) -> None:
     run = train(
         *("--encoder-dp", "1", "--llm-dp", "2", "--train-iters", "4", "--log-interval", "2"),
         *("--global-batch-size", "4", "--eval-interval", "2", "--eval-iters", "1"),
-        *("--lr", "1e-3", "--tensorboard-dir", str(logs)),
+        *("--lr", "1e-3", "--tensorboard-dir", str(logs), "--load", str(tmp_path / "none")),
         nproc=3,
     )
     assert run.returncode == 0, run.stderr
+    # One rank says that a first start finds nothing, and nobody warns of it.
+    shown = run.stdout + run.stderr
+    assert shown.count(f"{tmp_path / 'none'} has no checkpoint yet: the run starts") == 1
+    assert "WARNING" not in shown
     lines = LOG_LINE.findall(run.stdout)
     assert [(i, n, samples, batch) for i, n, samples, batch, _ in lines] == [
         ("2", "4", "8", "4"),
@@ -162,7 +166,7 @@ def test_a_run_in_samples_goes_on_with_another_batch(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     flags = ("--train-samples", "10", "--save", str(root), "--load", str(root))
     first = train(*flags, "--global-batch-size", "4", "--exit-interval", "2")
-    assert "will not load any checkpoints" in first.stdout + first.stderr
+    assert f"{root} has no checkpoint yet" in first.stdout + first.stderr
     second = train(*flags, "--global-batch-size", "2")
     assert "trained 1 iterations after 2 on 10 samples" in second.stdout
     entries = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]

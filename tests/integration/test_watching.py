@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_mimo.schedule.actions import GradientFlow, build_schedule, role_of
+from megatron_mimo.schedule.actions import build_schedule
+from megatron_mimo.schedule.graph import GradientFlow
 from megatron_mimo.topology import Layout
 from tests.integration.engines import beside
 from tests.integration.test_train_cli import train
@@ -93,7 +94,7 @@ def check_timelines(folder: Path) -> None:
         num_microbatches=MICROBATCHES,
         run_ahead=1,
         gradients=True,
-        flow=GradientFlow(encoder=True, bridge=True),
+        flow=GradientFlow(returning=frozenset({"encoder"}), inside=frozenset({"encoder"})),
     )
     merged = json.loads((folder / "timeline.json").read_text())["traceEvents"]
     for rank in range(3):
@@ -101,7 +102,7 @@ def check_timelines(folder: Path) -> None:
         assert [event for event in merged if event["pid"] == rank] == events
         for iteration in range(1, 5):
             names = [event["name"] for event in spans(events, rank, iteration)]
-            actions = [str(action) for action in schedule[role_of(LAYOUT, rank)]]
+            actions = [str(action) for action in schedule[LAYOUT.stages_of(rank)]]
             expected = [*PHASES[:3], *actions, *PHASES[3:]] if iteration in (2, 3) else []
             assert names == expected
         laps = [event for event in events if event["ph"] == "X" and event["tid"] == 0]
@@ -126,25 +127,25 @@ def check_clocks(events: list[dict[str, Any]]) -> None:
 
 def watched_parts(engine: Any, traces: Any = None) -> tuple[Any, ...]:
     """Arguments of an `Observer` over a small engine."""
+    from megatron_mimo.config.presets import model_config
+    from megatron_mimo.config.watch_config import WatchConfig
     from megatron_mimo.data import ByteTokenizer
     from megatron_mimo.model.flops import model_flops
-    from megatron_mimo.presets import model_config
     from megatron_mimo.runtime import Device
-    from megatron_mimo.training.observe import Speed
-    from megatron_mimo.training.usage import UsageMeter
-    from megatron_mimo.training.watch_config import WatchConfig
+    from megatron_mimo.watch.observe import Speed
+    from megatron_mimo.watch.usage import UsageMeter
     from tests.integration.engines import small_parts
 
     architecture, freeze, _ = small_parts()
     return (
-        WatchConfig(measures=True, traces=traces),
+        WatchConfig(tensorboard_dir="unused", traces=traces),
         engine.topology,
         Device("cpu"),
         UsageMeter(
             topology=engine.topology,
-            vision=model_config("mock").vision,
+            architecture=model_config("mock"),
             row_bytes=4,
-            returns=True,
+            returning=frozenset({"encoder"}),
         ),
         Speed(
             flops=lambda work: model_flops(
@@ -168,10 +169,10 @@ def collectives(layout: Layout, watched: bool, steps: int) -> dict[str, int]:
     import torch.distributed as dist
 
     from megatron_mimo.training.loop import LoopConfig, train
-    from megatron_mimo.training.observe import Observer
-    from tests.integration.engines import mock_data, mock_loader, small_engine
+    from megatron_mimo.watch.observe import Observer
+    from tests.integration.engines import mock_data, mock_loader, small_runner
 
-    engine = small_engine(layout)
+    engine = small_runner(layout)
     observer = Observer(*watched_parts(engine)) if watched else None
     loader = mock_loader(layout, mock_data())
     counts: Counter[str] = Counter()
@@ -192,10 +193,7 @@ def collectives(layout: Layout, watched: bool, steps: int) -> dict[str, int]:
     loop = LoopConfig(
         train_iters=steps,
         global_batch_size=8,
-        exit_interval=None,
         log_interval=3,
-        eval_interval=0,
-        eval_iters=1,
     )
     try:
         for name in names:
@@ -227,10 +225,10 @@ def calls_within_steps(layout: Layout, folder: str | None, steps: int) -> list[d
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from megatron_mimo.config.watch_config import TraceConfig
     from megatron_mimo.training.loop import LoopConfig, train
-    from megatron_mimo.training.observe import Observer, Unobserved
-    from megatron_mimo.training.watch_config import TraceConfig
-    from tests.integration.engines import mock_data, mock_loader, small_engine
+    from megatron_mimo.watch.observe import Observer, Unobserved
+    from tests.integration.engines import mock_data, mock_loader, small_runner
 
     names = ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__", "__index__")
     methods = {name: getattr(torch.Tensor, name) for name in names}
@@ -265,7 +263,7 @@ def calls_within_steps(layout: Layout, folder: str | None, steps: int) -> list[d
                 setattr(torch.Tensor, name, method)
             self.operators.__exit__(None, None, None)
 
-    engine = small_engine(layout)
+    engine = small_runner(layout)
     loader = mock_loader(layout, mock_data())
     ranks = frozenset(range(layout.world_size))
     traces = folder and TraceConfig(
@@ -279,10 +277,7 @@ def calls_within_steps(layout: Layout, folder: str | None, steps: int) -> list[d
     loop = LoopConfig(
         train_iters=steps,
         global_batch_size=8,
-        exit_interval=None,
         log_interval=steps,
-        eval_interval=0,
-        eval_iters=1,
     )
     train(engine, loader, lambda: loader, loop, None, observer=observer)
     return [dict(step) for step in found]

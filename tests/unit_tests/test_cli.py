@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_mimo import __version__
+from megatron_mimo import __version__, cli
 from megatron_mimo.cli import main
-from megatron_mimo.training.preload import can_fork
+from megatron_mimo.launch.preload import can_fork
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,11 +20,14 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in bare.splitlines() if line.startswith("  ")] == [
         "train",
         "demo",
+        "generate",
+        "chat",
         "data",
         "plan",
         "checkpoint",
         "report",
         "parity",
+        "doctor",
     ]
 
 
@@ -43,7 +46,7 @@ def test_help_is_quick() -> None:
     [
         (["trian"], "megatron-mimo: unknown command 'trian': the nearest is 'train'"),
         (["data", "digit"], "megatron-mimo data: unknown command 'digit': the nearest is 'digits'"),
-        (["train", "--nproc", "0"], "--nproc is 0: expected at least 1"),
+        (["train", "--nproc", "0"], "--nproc is 0: expected 1 to 65,536"),
         (["train", "--nprocs", "2"], "unknown flag --nprocs: the nearest is --nproc"),
         (["train", "--nproc", "2", "--lr", "x"], "--lr x: expected a number, not 'x'"),
         (["data", "digits", "--num-tran", "2"], "unknown flag --num-tran: the nearest is --num-tr"),
@@ -63,7 +66,7 @@ def test_wrong_usage_is_one_line_and_code_2(
 def test_a_wrong_grid_starts_no_ranks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_mimo.training.launch.launch", pytest.fail)
+    monkeypatch.setattr("megatron_mimo.launch.ranks.launch", pytest.fail)
     assert main(["train", "--nproc", "3"]) == 2
     assert "leave ranks [2, 3) unused" in capsys.readouterr().err
 
@@ -78,7 +81,7 @@ def test_train_starts_ranks_with_the_flags_as_typed(
         started.append((*args, fork))
         return 7
 
-    monkeypatch.setattr("megatron_mimo.training.launch.launch", launch)
+    monkeypatch.setattr("megatron_mimo.launch.ranks.launch", launch)
     assert main(["train", "--lr", "0.5", *nproc, "--train-iters", "3"]) == 7
     typed = ["--lr", "0.5", "--train-iters", "3"]
     assert started == [(2, typed, "megatron_mimo.training", can_fork("auto"))]
@@ -99,3 +102,31 @@ def test_data_digits_writes_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(argv) == 2
     assert capsys.readouterr().err.startswith(f"error: --out {out} is not empty")
     assert main([*argv, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("start", ["megatron_mimo.cli", "megatron_mimo.training.__main__"])
+def test_an_interrupt_during_imports_is_quiet(start: str) -> None:
+    # tyro is among the first that they import.
+    code = f"""
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "tyro":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+# Programs that a shell starts in the background ignore it, and so do theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import {start}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_an_interrupt_of_a_command_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, "plan", ("", interrupted))
+    assert main(["plan"]) == 130

@@ -13,27 +13,27 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-HOST = torch.device("cpu")
+_HOST = torch.device("cpu")
 
 
 class HostEvent:
-    """A `torch.cuda.Event` whose work is done; keeps the time at which it was recorded."""
+    """Replacement for `torch.cuda.Event` whose work is done; keeps the time of its recording."""
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         self._seconds = time.perf_counter()
 
     def record(self, stream: object = None) -> None:
-        """Note the time."""
+        """Keep the present time."""
         self._seconds = time.perf_counter()
 
     def wait(self, stream: object = None) -> None:
-        """Return: nothing is pending."""
+        """Return at once, as nothing is pending."""
 
     def synchronize(self) -> None:
-        """Return: nothing is pending."""
+        """Return at once, as nothing is pending."""
 
     def query(self) -> bool:
-        """Whether the recorded work is done: always."""
+        """Whether the recorded work is done, which is always the case."""
         return True
 
     def elapsed_time(self, end_event: "HostEvent") -> float:
@@ -42,9 +42,9 @@ class HostEvent:
 
 
 class HostStream:
-    """A `torch.cuda.Stream` with nothing pending."""
+    """Replacement for `torch.cuda.Stream` that never has pending work."""
 
-    device = HOST
+    device = _HOST
     stream_id = 0
     cuda_stream = 0
 
@@ -59,14 +59,14 @@ class HostStream:
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
-        """Lowest and highest priority: one level."""
+        """Lowest and highest priority: there is one level."""
         return (0, 0)
 
     def wait_stream(self, stream: object) -> None:
-        """Return: nothing is pending."""
+        """Return at once, as nothing is pending."""
 
     def wait_event(self, event: object) -> None:
-        """Return: nothing is pending."""
+        """Return at once, as nothing is pending."""
 
     def record_event(self, event: HostEvent | None = None) -> HostEvent:
         """Record `event`, or a new one."""
@@ -75,15 +75,15 @@ class HostStream:
         return recorded
 
     def synchronize(self) -> None:
-        """Return: nothing is pending."""
+        """Return at once, as nothing is pending."""
 
     def query(self) -> bool:
-        """Whether all work is done: always."""
+        """Whether all work is done, which is always the case."""
         return True
 
 
 class HostExternalStream(HostStream):
-    """A `torch.cuda.ExternalStream` with nothing pending."""
+    """Replacement for `torch.cuda.ExternalStream` that never has pending work."""
 
 
 class HostGenerators:
@@ -150,7 +150,6 @@ _STAND_INS: dict[str, object] = {
     # Devices. A machine may have a GPU that this run does not use.
     "is_available": _answer(False),
     "device_count": _answer(0),
-    "current_device": _answer(HOST),
     "set_device": _answer(),
     "device": _context(),
     # Streams and events.
@@ -181,9 +180,14 @@ _RANDOM_STAND_INS: dict[str, object] = {
 }
 
 
-def install() -> None:
-    """Put the stand-ins in `torch.cuda`."""
+def install(place: torch.device) -> None:
+    """Put the stand-ins in `torch.cuda`.
+
+    Args:
+        place: What `current_device` answers: the host, or "meta".
+    """
     for name, stand_in in (_STAND_INS | _RANDOM_STAND_INS).items():
         setattr(torch.cuda, name, stand_in)
+    torch.cuda.current_device = _answer(place)
     for name, stand_in in _RANDOM_STAND_INS.items():
         setattr(torch.cuda.random, name, stand_in)

@@ -4,10 +4,11 @@ import logging
 import sys
 
 from megatron_mimo.runtime.device import Device, resolve_device
-from megatron_mimo.runtime.host import cuda_namespace, engine, tensors
+from megatron_mimo.runtime.host import cuda_namespace, megatron_core, tensors
 from megatron_mimo.runtime.host.memory import keep_freed_memory
-from megatron_mimo.runtime.memory import ensure_global_memory_buffer
 from megatron_mimo.runtime.quiet import quiet_upstream
+from megatron_mimo.runtime.scratch import ensure_global_memory_buffer
+from megatron_mimo.runtime.versions import check_imports
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +31,11 @@ def install_host_adaptation(device: Device | None = None) -> None:
             although the machine has a GPU.
 
     Raises:
-        RuntimeError: megatron-core was imported before.
+        ValueError: A package that megatron-core imports is broken.
+        RuntimeError: megatron-core was imported before this call.
     """
-    if _installed or (device or resolve_device("auto")).type == "cuda":
+    device = device or resolve_device("auto")
+    if _installed or device.type == "cuda":
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError(
@@ -41,10 +44,11 @@ def install_host_adaptation(device: Device | None = None) -> None:
             "install_host_adaptation()) first, and import modules that use megatron.core after it"
         )
     quiet_upstream()
-    cuda_namespace.install()
-    tensors.install()
+    cuda_namespace.install(device.torch)
+    tensors.install(device.torch)
     keep_freed_memory()
-    engine.import_engine()
+    check_imports()
+    megatron_core.import_megatron_core()
     ensure_global_memory_buffer()
-    _installed.append(Device("cpu"))
+    _installed.append(device)
     logger.debug("host adaptation installed")

@@ -1,4 +1,4 @@
-"""How the C library hands memory out on a host."""
+"""Settings of the C library's memory allocator on a host."""
 
 import ctypes
 import os
@@ -11,11 +11,11 @@ _LARGEST_BY_DEFAULT = 32 << 20
 
 
 def keep_freed_memory() -> None:
-    """Let large buffers come from memory that was freed before.
+    """Keep freed buffers in the process, so that large buffers reuse their memory.
 
-    By default glibc maps every large buffer anew and gives it back when freed, and the kernel
-    clears it each time: a quarter of a training step of a vision encoder. Where the environment
-    sets glibc's thresholds, or the C library is another, nothing changes.
+    By default glibc maps every large buffer again and returns it to the kernel when it is freed,
+    and the kernel clears it each time: a quarter of a training step of a vision encoder. Nothing
+    changes where the environment sets glibc's thresholds, or with another C library.
     """
     if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
         return
@@ -24,12 +24,12 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Undo `keep_freed_memory`: the thresholds that glibc arrives at by itself."""
+    """Undo `keep_freed_memory`: restore the thresholds that glibc reaches by itself."""
     _set_thresholds(_LARGEST_BY_DEFAULT, 2 * _LARGEST_BY_DEFAULT)
 
 
 def _set_thresholds(mapped: int, trimmed: int) -> bool:
-    """From which size on buffers are mapped, and free memory given back; whether it worked."""
+    """Set the sizes from which buffers are mapped and memory is returned; whether it worked."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(
         mallopt(_MMAP_THRESHOLD, mapped) and mallopt(_TRIM_THRESHOLD, trimmed)

@@ -1,1 +1,1 @@
-"""Looking into checkpoints, and converting them."""
+"""Inspection and conversion of checkpoints."""

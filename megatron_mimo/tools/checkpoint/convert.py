@@ -1,12 +1,11 @@
 """`megatron-mimo checkpoint convert`: weights between checkpoints and nemotron_h_omni folders.
 
-Both ways the whole model is in one process: that of the folder is built and filled, and then
-written as a checkpoint, or filled again from one.
+In both directions one process holds the whole model: the model of the folder is built and filled,
+and then written as a checkpoint, or filled again from one.
 """
 
 import shutil
 import sys
-import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
+from megatron_mimo.settings import Folder
 from megatron_mimo.tools.checkpoint.inspect import (
     Damaged,
     check_sizes,
@@ -24,15 +24,13 @@ from megatron_mimo.tools.checkpoint.inspect import (
     read_metadata,
     verify,
 )
-from megatron_mimo.training.config import Folder
 
 if TYPE_CHECKING:
     # megatron-core has to be adapted to a host before anything imports it.
     import torch
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from torch import nn
 
-    from megatron_mimo.omni import OmniModel
+    from megatron_mimo.checkpoint.whole import WholeModule
+    from megatron_mimo.model.omni import OmniModel
 
 _CONFIG = "config.json"
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
@@ -47,8 +45,8 @@ class ConvertConfig:
 
     Attributes:
         to: Folder to make.
-        hf: From a checkpoint: the nemotron_h_omni folder that its run began from, whose
-            architecture, audio, video and tokenizer are carried over.
+        hf: Folder of nemotron_h_omni that the run of a checkpoint began from, to convert the
+            checkpoint; its architecture, audio, video and tokenizer are carried over.
     """
 
     to: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")] = None
@@ -56,18 +54,18 @@ class ConvertConfig:
 
 
 def run_convert(source: str | None, config: ConvertConfig) -> int:
-    """Convert, and say what was written.
+    """Convert, and print what was written.
 
     Args:
-        source: `--from`.
-        config: The other flags.
+        source: Value of `--from`.
+        config: Values of the other flags.
 
     Returns:
         0, or 1 for a checkpoint that is damaged.
 
     Raises:
-        ValueError: A flag is missing, a folder is not what it should be, or the checkpoint and
-            `--hf` are of different models.
+        ValueError: A flag is missing, a folder does not have the expected contents, or the
+            checkpoint and `--hf` are of different models.
     """
     if source is None or config.to is None:
         raise ValueError(
@@ -102,7 +100,7 @@ def run_convert(source: str | None, config: ConvertConfig) -> int:
 
 
 def _known(checkpoint: Path) -> str:
-    """Which folder that was, if the checkpoint says so."""
+    """Folder that the run began from, in parentheses; "" where the checkpoint does not have it."""
     common = read_common(checkpoint, read_metadata(checkpoint)) or {}
     folder = getattr(common.get("args"), "load_hf", None)
     return "" if folder is None else f" ({folder})"
@@ -112,24 +110,24 @@ def to_checkpoint(source: Path, root: Path) -> str:
     """Write the weights of a folder as the checkpoint of iteration 0.
 
     Args:
-        source: Of transformers' NemotronH_Omni_Reasoning_V3.
-        root: Folder of checkpoints to make.
+        source: Folder of transformers' NemotronH_Omni_Reasoning_V3.
+        root: Folder of checkpoints to create.
 
     Returns:
-        What was written, in words.
+        Description of what was written.
 
     Raises:
         ValueError: `source` is damaged, or holds an architecture that is not supported.
     """
-    from megatron_mimo.omni import load_pretrained
+    from megatron_mimo.model.omni import load_pretrained
 
     model = load_pretrained(source, device="cpu")
     import torch
 
     from megatron_mimo.checkpoint import folder as folders
     from megatron_mimo.checkpoint.checkpointer import VERSION
+    from megatron_mimo.checkpoint.sharded_files import ShardedWriter
     from megatron_mimo.checkpoint.tensors import writes
-    from megatron_mimo.runtime.sharded_files import ShardedWriter
     from megatron_mimo.runtime.solo import solo_world
     from megatron_mimo.topology import ModuleGridSpec
 
@@ -146,7 +144,7 @@ def to_checkpoint(source: Path, root: Path) -> str:
     try:
         with solo_world():
             writer = ShardedWriter(rank=0)
-            written = writer.write(writes(_Whole.of(model), {}), staged)
+            written = writer.write(writes(_whole(model), {}), staged)
             writer.describe([written], staged)
         torch.save(common, staged / folders.COMMON)
         folders.seal(staged, {})
@@ -161,17 +159,17 @@ def to_folder(checkpoint: Path, source: Path, target: Path) -> str:
     """Write the weights of a checkpoint as a folder that transformers loads.
 
     Args:
-        checkpoint: Of one iteration.
-        source: The folder that its run began from.
-        target: Folder to make.
+        checkpoint: Folder of the checkpoint of one iteration.
+        source: Folder that the run began from.
+        target: Folder to create.
 
     Returns:
-        What was written, in words.
+        Description of what was written.
 
     Raises:
-        ValueError: The checkpoint does not hold the model that `source` describes; lists what is
-            missing, unexpected or of another shape.
-        Damaged: Names the files.
+        ValueError: The checkpoint does not hold the model that `source` describes; the message
+            lists what is missing, unexpected or of another shape.
+        Damaged: Files are missing or damaged; the message names them.
     """
     metadata = read_metadata(checkpoint)
     check_sizes(checkpoint, metadata)
@@ -185,55 +183,38 @@ def to_folder(checkpoint: Path, source: Path, target: Path) -> str:
             f"{checkpoint} holds no {_EMBEDDING}: expected a checkpoint of `megatron-mimo train` "
             f"with vision encoder, projector and language model"
         )
-    from megatron_mimo.omni import load_pretrained
+    from megatron_mimo.model.omni import load_pretrained
 
     model = load_pretrained(source, stored[_EMBEDDING].dtype, device="cpu")
+    from megatron_mimo.checkpoint.sharded_files import read
     from megatron_mimo.checkpoint.tensors import reads
-    from megatron_mimo.runtime.sharded_files import read
     from megatron_mimo.runtime.solo import solo_world
 
     with solo_world():
-        wanted = reads(_Whole.of(model))
+        wanted = reads(_whole(model))
         _require_same(
             {part.key: (tuple(part.global_shape), part.dtype) for part in wanted},
             {key: (entry.shape, entry.dtype) for key, entry in stored.items()},
             checkpoint,
             source,
         )
-        with warnings.catch_warnings():
-            # Of torch, that this is one process; and of how megatron-core calls it.
-            warnings.simplefilter("ignore", UserWarning)
-            read(wanted, checkpoint)
+        read(wanted, metadata)
     model.save_pretrained(target)
     return f"the weights of {checkpoint}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Groups:
-    """As `checkpoint.tensors` takes them."""
-
-    pg_collection: "ProcessGroupCollection"
-
-
-@dataclass(frozen=True, slots=True)
-class _Whole:
+def _whole(model: "OmniModel") -> "WholeModule":
     """A whole model, by the names of its modules' parts in training."""
+    from torch import nn
 
-    module: "nn.Module"
-    groups: _Groups
+    from megatron_mimo.checkpoint.whole import SoloGroups, WholeModule
+    from megatron_mimo.runtime.solo import solo_groups
 
-    @classmethod
-    def of(cls, model: "OmniModel") -> "_Whole":
-        from torch import nn
-
-        from megatron_mimo.runtime.solo import solo_groups
-
-        parts = {
-            "vision": model.vision.vit,
-            "projector": model.projector,
-            "model": model.language,
-        }
-        return cls(nn.ModuleDict(parts), _Groups(solo_groups()))
+    parts = {"vision": model.vision.vit, "projector": model.projector, "model": model.language}
+    prefixes: dict[str, str] = {}
+    for of_module in model.config.model.prefixes().values():
+        prefixes |= of_module
+    return WholeModule(nn.ModuleDict(parts), SoloGroups(solo_groups()), prefixes)
 
 
 type _Described = Mapping[str, "tuple[tuple[int, ...], torch.dtype]"]
@@ -243,7 +224,8 @@ def _require_same(wanted: _Described, stored: _Described, checkpoint: Path, sour
     """Refuse a checkpoint that lacks something of the model, or holds more.
 
     Raises:
-        ValueError: Lists what is missing, unexpected, or of another shape or dtype.
+        ValueError: Tensors are missing, unexpected, or of another shape or dtype; the message lists
+            them.
     """
     faults = [f"{key} is missing" for key in wanted.keys() - stored.keys()]
     faults += [f"{key} is not of that model" for key in stored.keys() - wanted.keys()]

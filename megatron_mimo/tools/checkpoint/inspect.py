@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from megatron_mimo.checkpoint import folder as folders
+from megatron_mimo.settings import Switch
 from megatron_mimo.topology import ModuleGridSpec
-from megatron_mimo.training.config import Switch
+from megatron_mimo.weights.pickled import NamesCodeError
+from megatron_mimo.weights.torch_dist import METADATA, Description, describe
 
-METADATA = ".metadata"
 _MODULES = ("vision_model", "vision_projection", "language_model")
 # As megatron-core names it, with several optimizers or one.
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.(?:state\.([^.]+)\.)?")
@@ -41,7 +40,7 @@ _THEIR_AXES = {
 
 
 class Damaged(RuntimeError):
-    """A checkpoint that is not whole; the message names the file."""
+    """A checkpoint is incomplete or changed; the message names the file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,11 +63,11 @@ class StoredEntry:
     """A tensor of a checkpoint.
 
     Attributes:
-        key: Its name there.
-        kind: Of the optimizer's state, "" where it has no kind; None for a weight or buffer.
-        module: That it belongs to.
-        shape: Of the whole tensor.
-        dtype: Of its elements.
+        key: Name of the tensor in the checkpoint.
+        kind: Kind of the optimizer's state, "" where it has no kind; None for a weight or buffer.
+        module: Module that the tensor belongs to.
+        shape: Shape of the whole tensor.
+        dtype: Dtype of the elements.
     """
 
     key: str
@@ -84,7 +83,7 @@ class StoredEntry:
 
     @property
     def bytes(self) -> int:
-        """Of its elements."""
+        """Size of the elements in bytes."""
         return self.numel * self.dtype.itemsize
 
 
@@ -92,14 +91,14 @@ def run_inspect(path: str, config: InspectConfig) -> int:
     """Print what a checkpoint holds.
 
     Args:
-        path: A folder of checkpoints, or the folder of one.
-        config: What to print.
+        path: Path to a folder of checkpoints, or to the folder of one.
+        config: Settings of what to print.
 
     Returns:
         0, or 1 for a checkpoint that is damaged.
 
     Raises:
-        ValueError: There is no checkpoint, or none whose checksums are known.
+        ValueError: There is no checkpoint, or `--verify` finds no checksums.
     """
     try:
         _inspect(Path(path), config)
@@ -110,11 +109,11 @@ def run_inspect(path: str, config: InspectConfig) -> int:
 
 
 def locate(path: Path) -> Path:
-    """The folder of one checkpoint: `path` itself, or the newest in it.
+    """Folder of one checkpoint: `path` itself, or the newest one in it.
 
     Raises:
-        ValueError: `path` is no folder, or holds no checkpoint.
-        Damaged: The folder's tracker cannot be followed.
+        ValueError: `path` is not a folder, or holds no checkpoint.
+        Damaged: The tracker names no checkpoint that exists.
     """
     if not path.is_dir():
         raise ValueError(
@@ -123,54 +122,44 @@ def locate(path: Path) -> Path:
         )
     if (path / METADATA).exists():
         return path
-    tracker = path / folders.TRACKER
-    if not tracker.exists():
-        if path.name.startswith("iter_"):
-            raise Damaged(f"{path / METADATA} is missing: the checkpoint is damaged or incomplete")
+    if folders.is_iteration(path):
+        raise Damaged(f"{path / METADATA} is missing: the checkpoint is damaged or incomplete")
+    try:
+        found = folders.find(path, flag="PATH", release=True)
+    except ValueError as error:
+        raise Damaged(str(error).removeprefix("PATH ")) from error
+    if found is None:
         raise ValueError(
             f"{path} holds neither {folders.TRACKER} nor {METADATA}: expected a folder of "
             f"torch_dist checkpoints, or the folder of one, iter_*"
         )
-    released = path / "release"
-    # Megatron's name for weights that no iteration led to.
-    if released.is_dir() and tracker.read_text(errors="replace").strip() == "release":
-        return released
-    try:
-        iteration = folders.latest_iteration(path)
-    except ValueError as error:
-        raise Damaged(str(error)) from error
-    assert iteration is not None
-    return folders.iteration_folder(path, iteration)
+    return found
 
 
-def read_metadata(folder: Path) -> Metadata:
-    """What a checkpoint says of its tensors, and where they lie.
+def read_metadata(folder: Path) -> Description:
+    """Read the list of a checkpoint's tensors and their places in its files.
 
     Raises:
-        Damaged: It cannot be read.
+        Damaged: The list cannot be read.
     """
     path = folder / METADATA
     try:
-        metadata = FileSystemReader(folder).read_metadata()
-        # A damaged file may be read as something else.
-        if not isinstance(metadata, Metadata):
-            raise TypeError(f"it holds a {type(metadata).__name__}")
+        return describe(folder)
     except FileNotFoundError:
         raise Damaged(
             f"{path} is missing: the checkpoint is damaged, incomplete or of another format than "
             f"torch_dist"
         ) from None
-    except Exception as error:
-        raise _unreadable(path, error) from error
-    return metadata
+    except NamesCodeError as error:
+        raise Damaged(str(error)) from error
+    except ValueError as error:
+        raise Damaged(f"{error}: the checkpoint is damaged") from error
 
 
-def entries_of(metadata: Metadata) -> list[StoredEntry]:
+def entries_of(metadata: Description) -> list[StoredEntry]:
     """Every tensor of a checkpoint, by key."""
     found = []
-    for key, entry in sorted(metadata.state_dict_metadata.items()):
-        if not isinstance(entry, TensorStorageMetadata):
-            continue
+    for key, tensor in sorted(metadata.tensors.items()):
         optimizer = _OPTIMIZER.match(key)
         name = key[optimizer.end() :] if optimizer else key
         found.append(
@@ -178,29 +167,25 @@ def entries_of(metadata: Metadata) -> list[StoredEntry]:
                 key=key,
                 kind=(optimizer[1] or "") if optimizer else None,
                 module=name.partition(".")[0],
-                shape=tuple(entry.size),
-                dtype=entry.properties.dtype,
+                shape=tensor.shape,
+                dtype=tensor.dtype,
             )
         )
     return found
 
 
-def check_sizes(folder: Path, metadata: Metadata) -> None:
-    """Refuse a checkpoint in which files are missing or have another size; reads none of them.
+def check_sizes(folder: Path, metadata: Description) -> None:
+    """Refuse a checkpoint with missing files or files of another size; no file is read.
 
     Raises:
-        Damaged: Names the files.
+        Damaged: Files are missing or have another size; the message names them.
     """
     sizes = _sizes(folder)
-    ends: dict[str, int] = {}
-    for place in (metadata.storage_data or {}).values():
-        end = place.offset + place.length
-        ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
     wrong = {
         name: f"{folder / name} has {sizes[name]} bytes, {end} at least were saved"
         if name in sizes
         else f"{folder / name} is missing"
-        for name, end in sorted(ends.items())
+        for name, end in sorted(metadata.ends.items())
         if sizes.get(name, -1) < end
     }
     for name, saved in _checksums(folder).items():
@@ -216,8 +201,8 @@ def verify(folder: Path) -> None:
     """Read every file and compare it with its checksum.
 
     Raises:
-        ValueError: No checksums were saved.
-        Damaged: Names the files that differ.
+        ValueError: The checkpoint has no checksums.
+        Damaged: Files differ from their checksums; the message names them.
     """
     expected = _checksums(folder)
     if not expected:
@@ -231,7 +216,7 @@ def verify(folder: Path) -> None:
 
 
 class _Unknown:
-    """Stands for whatever a file of another program holds; none of its code runs."""
+    """Replacement for objects of other programs in a file, so that none of their code runs."""
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> "_Unknown":
         return super().__new__(cls)
@@ -243,21 +228,20 @@ class _Unknown:
         pass
 
 
-def read_common(folder: Path, metadata: Metadata) -> Mapping[str, Any] | None:
-    """What a checkpoint says of its run; None where it says nothing, or in foreign objects.
+def read_common(folder: Path, metadata: Description) -> Mapping[str, Any] | None:
+    """State of the run in a checkpoint; None where there is none, or only foreign objects.
 
-    It stands in common.pt; megatron-core 0.19 puts it among the tensors.
+    The state is in common.pt; megatron-core 0.19 puts it among the tensors.
 
     Raises:
-        Damaged: It cannot be read.
+        Damaged: The state cannot be read.
     """
     path, start, length = folder / folders.COMMON, 0, -1
     if not path.exists():
-        places = metadata.storage_data or {}
-        among = [place for index, place in places.items() if index.fqn.startswith(_COMMON_STATE)]
+        among = [place for key, place in metadata.objects.items() if key.startswith(_COMMON_STATE)]
         if not among:
             return None
-        path, start, length = folder / among[0].relative_path, among[0].offset, among[0].length
+        path, start, length = folder / among[0].file, among[0].start, among[0].length
     try:
         with path.open("rb") as stream:
             stream.seek(start)
@@ -286,10 +270,7 @@ def _inspect(path: Path, config: InspectConfig) -> None:
     console = Console(
         width=None if sys.stdout.isatty() else 120, markup=False, highlight=False, emoji=False
     )
-    objects = sum(
-        not isinstance(entry, TensorStorageMetadata) and not key.startswith(_COMMON_STATE)
-        for key, entry in metadata.state_dict_metadata.items()
-    )
+    objects = sum(not key.startswith(_COMMON_STATE) for key in metadata.objects)
     for name, value in _facts(folder, common or {}, objects).items():
         # Not through the console, which would break a long path.
         sys.stdout.write(f"{name:<18}{value}\n")
@@ -311,7 +292,7 @@ def _inspect(path: Path, config: InspectConfig) -> None:
 
 
 def _facts(folder: Path, common: Mapping[str, Any], objects: int) -> dict[str, Any]:
-    """Of the checkpoint as a whole, in words."""
+    """Facts about the checkpoint as a whole, as text."""
     arguments = common.get("args")
     iteration = common.get("iteration")
     consumed = common.get(
@@ -334,7 +315,7 @@ def _facts(folder: Path, common: Mapping[str, Any], objects: int) -> dict[str, A
 
 
 def _grid_rows(folder: Path, common: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Of each grid, or of Megatron's one; none where it is not known."""
+    """Table rows of each grid, or of Megatron's one grid; none where it is not known."""
     grids, arguments = common.get("grids"), common.get("args")
     if grids is not None:
         try:
@@ -404,7 +385,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _checksums(folder: Path) -> Mapping[str, folders.Checksum]:
-    """By file; empty where none were saved."""
+    """Checksums by file; empty where none were saved."""
     if not (folder / folders.CHECKSUMS).exists():
         return {}
     try:

@@ -1,1 +1,1 @@
-"""Datasets: writing them, and looking at them as the model will see them."""
+"""Commands for datasets: writing them, and showing them as the model reads them."""

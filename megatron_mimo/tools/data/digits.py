@@ -1,4 +1,4 @@
-"""`megatron-mimo data digits`: write a dataset to try things on."""
+"""`megatron-mimo data digits`: write a small dataset for experiments."""
 
 import dataclasses
 import sys
@@ -7,7 +7,10 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from megatron_mimo.data.digits import DigitsConfig, write_digits_dataset
+from megatron_mimo.border import reason_of, show_traceback
+from megatron_mimo.data.samples.digits import DigitsConfig, write_digits_dataset
+
+_FAILED = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,8 +18,8 @@ class DigitsCommandLine(DigitsConfig):
     """Write an Energon dataset of handwritten digits, with questions and answers.
 
     Attributes:
-        out: Folder to make.
-        overwrite: Replace what is in the folder.
+        out: Folder to create.
+        overwrite: Whether to replace the contents of the folder.
     """
 
     out: Annotated[str, arg(metavar="DIR")] = "runs/digits"
@@ -24,16 +27,21 @@ class DigitsCommandLine(DigitsConfig):
 
 
 def run_digits(line: DigitsCommandLine) -> int:
-    """Write the dataset, and say where it is.
+    """Write the dataset, and print its path.
 
     Returns:
-        The exit code, 0.
+        The exit code: 0, or 1 when a file could not be written.
 
     Raises:
-        ValueError: The folder has something in it, and is not to be overwritten.
+        ValueError: The folder is not empty and is not to be overwritten.
     """
     names = [field.name for field in dataclasses.fields(DigitsConfig)]
     config = DigitsConfig(**{name: getattr(line, name) for name in names})
-    path = write_digits_dataset(line.out, config, overwrite=line.overwrite)
+    try:
+        path = write_digits_dataset(line.out, config, overwrite=line.overwrite)
+    except OSError as error:
+        show_traceback(error)
+        sys.stderr.write(f"error: {line.out} was not written: {reason_of(error)}\n")
+        return _FAILED
     sys.stdout.write(f"wrote {config.num_train} train and {config.num_val} val samples to {path}\n")
     return 0

@@ -1,35 +1,36 @@
-"""Whether training will take a sample, before it is stored."""
+"""Check before a sample is stored whether training will accept it."""
 
 from collections.abc import Mapping
-from pathlib import Path
-
-from megatron.energon.cache.file_store import SystemFileStore
-from megatron.energon.epathlib import EPath
 
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.sample import EncodedSample, RawSample, SkippedSample, try_encode
-from megatron_mimo.data.task_encoder import read_sample
-from megatron_mimo.data.tokenizer import ByteTokenizer
+from megatron_mimo.data.inputs import Inputs
+from megatron_mimo.data.reading.task_encoder import read_sample
+from megatron_mimo.data.samples.media import MediaFolder
+from megatron_mimo.data.samples.sample import EncodedSample, RawSample, SkippedSample, try_encode
+from megatron_mimo.data.text.tokenizer import ByteTokenizer
+from megatron_mimo.settings.ranges import MOST_POSITIONS
 
-_ENDLESS = 2**40  # positions
+_ENDLESS = MOST_POSITIONS
 _WHERE = "source"
 
 
-def wrong_sample(key: str, parts: Mapping[str, bytes], image_token: str, media: Path) -> str | None:
-    """What training would say against a sample, at any sequence length; None for nothing.
+def wrong_sample(
+    key: str, parts: Mapping[str, bytes], inputs: Inputs, media: MediaFolder
+) -> str | None:
+    """Reason why training would refuse a sample at any sequence length; None for none.
 
-    It goes through training's own checks; pixels are not decoded.
+    It uses the checks of training; items are not decoded.
 
     Args:
-        key: Of the sample.
+        key: Key of the sample.
         parts: File ending -> contents.
-        image_token: Placeholder of an image in texts.
-        media: Folder that the sample's JSON names images in, where none are among the parts.
+        inputs: Kinds of items that the sample may have.
+        media: Files that the sample's JSON may name, where none are among the parts.
     """
-    read = read_sample(key, _WHERE, parts, SystemFileStore(EPath(str(media))), image_token)
+    read = read_sample(key, _WHERE, parts, media, inputs)
     if isinstance(read, RawSample):
-        config = DataConfig(seq_length=_ENDLESS, image_token=image_token, prompt_format="plain")
-        outcome = try_encode(read, config, ByteTokenizer(), with_patches=False)
+        config = DataConfig(seq_length=_ENDLESS, inputs=inputs, prompt_format="plain")
+        outcome = try_encode(read, config, ByteTokenizer(tuple(inputs)), content=())
     else:
         outcome = read
     match outcome:

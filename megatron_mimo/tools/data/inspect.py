@@ -1,19 +1,32 @@
-"""`megatron-mimo data inspect`: what the model will see of a dataset.
+"""`megatron-mimo data inspect`: a dataset in the form in which the model reads it.
 
-Samples go the way that they go in training: the same task encoder, the same packing.
+Samples are processed as in training: with the same task encoder and the same packing.
 """
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from megatron_mimo.checkpoint.config import FirstWeightsConfig
+from megatron_mimo.config.flags import CommandLine, to_yaml
+from megatron_mimo.config.model_file import read_architecture, read_folder
+from megatron_mimo.config.resolve import resolve
+from megatron_mimo.config.sections import (
+    CheckpointSection,
+    ModelSection,
+    TrainConfig,
+)
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.tokenizer import Tokenizer, build_tokenizer
-from megatron_mimo.language.config import HybridConfig
+from megatron_mimo.data.inputs import placeholders
+from megatron_mimo.data.text.prompt import check_prompt_format
+from megatron_mimo.data.text.tokenizer import Tokenizer, build_tokenizer
+from megatron_mimo.modules.families import adapter_of
+from megatron_mimo.settings import File, Number, Switch, Within
+from megatron_mimo.settings.ranges import MOST_SAMPLES
 from megatron_mimo.tools.data.page import Shown, write_page
 from megatron_mimo.tools.data.reading import DatasetReader, Sequence
 from megatron_mimo.tools.data.statistics import (
@@ -24,50 +37,39 @@ from megatron_mimo.tools.data.statistics import (
     Statistics,
     draw_bars,
 )
-from megatron_mimo.training.config import (
-    CheckpointSection,
-    File,
-    ModelSection,
-    Number,
-    Switch,
-    TrainConfig,
-)
-from megatron_mimo.training.flags import CommandLine, to_yaml
-from megatron_mimo.training.model_file import read_architecture, read_folder
-from megatron_mimo.training.resolve import resolve
 
 _MOST_SHARDS = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectCommandLine(CommandLine):
-    """Show a dataset, or a metadataset of several, as the model will see it.
+    """Show a dataset, or a metadataset of several, in the form in which the model reads it.
 
     PATH is the dataset's folder or the metadataset's YAML file. Give the flags of the training run,
-    or its --config: they say how samples become tokens and rows, and whether they are packed. Flags
-    that have to do with other things are passed over.
+    or its --config: they say how samples become tokens and rows, and whether they are packed. Other
+    flags of training have no effect.
 
     Attributes:
-        split: Which part of the dataset.
-        samples: Sequences to show on the page.
-        limit: Read so many samples of each dataset at most; left out: all.
-        decode: Decode every image, to find those that look whole and are not; slow.
-        out: Write a page of samples, with their images and tokens, to this HTML file.
+        split: Name of the split to read.
+        samples: Number of sequences to show on the page.
+        limit: Largest number of samples to read of each dataset; left out: all.
+        decode: Whether to decode every image, to find those that appear complete and are not; slow.
+        out: HTML file for a page of samples, with their images and tokens.
     """
 
     split: Literal["train", "val"] = "train"
-    samples: int = 20
-    limit: Number = None
+    samples: Annotated[int, Within(0, 100_000)] = 20
+    limit: Annotated[Number, Within(1, MOST_SAMPLES)] = None
     decode: Switch = False
     out: Annotated[File, arg(metavar="FILE.html")] = None
 
 
 def run_inspect(path: str, line: InspectCommandLine) -> int:
-    """Read the dataset once, print what is in it, and write the page.
+    """Read the dataset once, print a summary, and write the page.
 
     Args:
-        path: Dataset folder or metadataset.
-        line: What to show, and the flags of the training run.
+        path: Path to a dataset folder or metadataset.
+        line: Flags of this command, and those of the training run.
 
     Returns:
         0, or 1 when no sample can be used.
@@ -75,10 +77,6 @@ def run_inspect(path: str, line: InspectCommandLine) -> int:
     Raises:
         ValueError: The dataset cannot be read, or a flag is wrong.
     """
-    if line.samples < 0:
-        raise ValueError(f"--samples is {line.samples}: expected at least 0")
-    if line.limit is not None and line.limit < 1:
-        raise ValueError(f"--limit is {line.limit}: expected at least 1")
     if line.out is not None and not Path(line.out).absolute().parent.is_dir():
         raise ValueError(f"--out {line.out}: its folder does not exist")
     if line.print_config:
@@ -103,44 +101,54 @@ def run_inspect(path: str, line: InspectCommandLine) -> int:
 
 
 def settings(path: str, train: TrainConfig) -> tuple[DataConfig, Tokenizer]:
-    """How a run with these flags would read the dataset.
+    """Settings with which a run with these flags would read the dataset.
 
     Args:
-        path: Of the dataset.
-        train: Flags of the run; its grids, and what is loaded and saved, do not matter.
+        path: Path to the dataset.
+        train: Flags of the run; its grids, and what is loaded and saved, have no effect.
 
     Raises:
         ValueError: A flag is wrong.
     """
+    folder = train.checkpoints.first_weights.load_hf
     needed = TrainConfig(
-        model=_of_one_stage(train.model, train.checkpoints.load_hf),
-        data=replace(train.data, dataset_provider="energon", data_path=path),
-        checkpoints=CheckpointSection(load_hf=train.checkpoints.load_hf),
+        model=_of_one_stage(train.model, folder),
+        data=replace(train.data, provider="energon", path=path),
+        checkpoints=CheckpointSection(first_weights=FirstWeightsConfig(load_hf=folder)),
     )
     resolved = resolve(needed, world_size=1)
-    model = resolved.config.model
-    return resolved.data, build_tokenizer(model.tokenizer_model, model.image_token)
+    model, data = resolved.model, resolved.data
+    tokenizer = build_tokenizer(model.tokenizer_model, placeholders(data.inputs))
+    check_prompt_format(data, tokenizer)
+    return data, tokenizer
 
 
 def _of_one_stage(model: ModelSection, folder: str | None) -> ModelSection:
-    """The same model, without bars between pipeline stages."""
+    """The same model without bars between pipeline stages."""
     base = read_folder(model.model_provider, folder)
     architecture = read_architecture(model.model_provider, model.model_config, model.override, base)
-    language = architecture.language
-    if not isinstance(language, HybridConfig) or "|" not in language.pattern:
-        return model
-    return replace(model, override=(*model.override, f"language.pattern={language.layers}"))
+    changes = []
+    for module in architecture.modules.values():
+        adapter = adapter_of(module)
+        before, after = adapter.parts(module), adapter.parts(adapter.one_stage(module))
+        changes += [
+            f"{part}.{field.name}={getattr(config, field.name)}"
+            for part, config in after.items()
+            for field in fields(config)
+            if getattr(config, field.name) != getattr(before[part], field.name)
+        ]
+    return replace(model, override=(*model.override, *changes))
 
 
 def survey(
     config: DataConfig, tokenizer: Tokenizer, line: InspectCommandLine
 ) -> tuple[Statistics, list[Shown]]:
-    """Count all samples of a split, and pick the sequences to show, spread over it evenly.
+    """Count all samples of a split, and choose sequences to show, spread evenly over it.
 
     Args:
-        config: How samples are read.
-        tokenizer: Of the texts.
-        line: Which split, and how much of it.
+        config: Settings with which samples are read.
+        tokenizer: Tokenizer of the texts.
+        line: Flags with the split, and the number of samples to read and to show.
     """
     statistics = Statistics()
     places: dict[int, Observation] = {}
@@ -161,16 +169,16 @@ def survey(
         from_where = tuple(places.pop(number) for number in sequence.numbers if number in places)
         chosen.offer((sequence, from_where))
     return statistics, [
-        Shown(documents=reader.with_patches(sequence), places=from_where)
+        Shown(documents=reader.with_content(sequence), places=from_where)
         for sequence, from_where in chosen.taken()
     ]
 
 
 class _EvenChoice[T]:
-    """Some of many, spread evenly over them, however many come.
+    """Choice of some of many items, spread evenly, for an unknown number of items.
 
     Args:
-        number: How many to take.
+        number: Number of items to choose.
     """
 
     def __init__(self, number: int) -> None:
@@ -180,7 +188,7 @@ class _EvenChoice[T]:
         self._every = 1
 
     def offer(self, item: T) -> None:
-        """The next one."""
+        """Add the next item."""
         if self._number and self._offered % self._every == 0:
             self._kept.append(item)
             if len(self._kept) == 2 * self._number:
@@ -189,7 +197,7 @@ class _EvenChoice[T]:
         self._offered += 1
 
     def taken(self) -> list[T]:
-        """Those taken, in order."""
+        """Chosen items, in order."""
         kept, number = self._kept, self._number
         if len(kept) <= number:
             return kept
@@ -200,12 +208,12 @@ class _EvenChoice[T]:
 
 
 def describe(statistics: Statistics, config: DataConfig, split: str) -> Iterator[str]:
-    """The report, line by line.
+    """Lines of the report.
 
     Args:
-        statistics: Of all samples.
-        config: That they were read with.
-        split: Which was read.
+        statistics: Counts over all samples.
+        config: Settings with which they were read.
+        split: Name of the split that was read.
     """
     good = statistics.images.number
     yield f"{config.path}, {split} split: {statistics.samples:,} samples"
@@ -228,6 +236,10 @@ def describe(statistics: Statistics, config: DataConfig, split: str) -> Iterator
         ("targets of a sample (tokens to learn)", statistics.targets),
         ("rows of a sample with images", statistics.rows_of_samples),
         ("rows of an image", statistics.rows_of_images),
+        *(
+            (f"rows of {config.inputs[module].words.one}", distribution)
+            for module, distribution in statistics.rows_of_others.items()
+        ),
     ):
         if distribution.counts:
             yield ""
@@ -241,24 +253,23 @@ def describe(statistics: Statistics, config: DataConfig, split: str) -> Iterator
     yield f"training leaves out {bad:,} of {statistics.samples:,} samples ({share:.2%})"
     for kind, found in sorted(statistics.bad.items(), key=lambda item: -item[1].count):
         yield f"  {found.count:,}  {kind}; such as {found.example}: {found.detail}"
-    if statistics.blanks is not None:
-        blanks = statistics.blanks
+    for kind, blanks in statistics.blanks.items():
         yield (
-            f"a blank stands for an image in {blanks.count:,} samples; such as {blanks.example}: "
-            f"{blanks.detail}"
+            f"a {kind.replace('blank', 'blank stands', 1)} in {blanks.count:,} samples; such as "
+            f"{blanks.example}: {blanks.detail}"
         )
     if not good:
         yield "no sample can be used"
 
 
 def summary(distribution: Distribution) -> str:
-    """Mean, percentiles and largest."""
+    """Mean, percentiles and largest value as text."""
     parts = [f"p{percent} {distribution.percentile(percent):,}" for percent in PERCENTILES]
     return f"mean {distribution.mean:,.1f}, {', '.join(parts)}, largest {distribution.largest:,}"
 
 
 def fill_text(statistics: Statistics, config: DataConfig) -> str:
-    """How full the sequences are."""
+    """How full the sequences are, as text."""
     sequences = statistics.filled.number
     buffer = config.packing_buffer_size
     rate = statistics.fill_rate(config.seq_length)

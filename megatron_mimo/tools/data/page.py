@@ -1,21 +1,24 @@
-"""The page of `megatron-mimo data inspect`: HTML that needs nothing beside it."""
+"""The page of `megatron-mimo data inspect`: one HTML file without external resources."""
 
 import base64
 import html
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.sample import EncodedSample
-from megatron_mimo.data.tokenizer import Tokenizer
-from megatron_mimo.images import EncodedImage
+from megatron_mimo.data.inputs import ENCODER, Inputs
+from megatron_mimo.data.samples.sample import EncodedSample
+from megatron_mimo.data.text.tokenizer import Tokenizer
+from megatron_mimo.media.images import EncodedImage
 from megatron_mimo.tools import page
 from megatron_mimo.tools.data.statistics import (
     PERCENTILES,
@@ -33,8 +36,8 @@ class Shown:
     """A sequence to show.
 
     Attributes:
-        documents: Samples that share it, with patches.
-        places: Of each, where it is from.
+        documents: Samples that share the sequence, with patches of their images.
+        places: Origin of each sample.
     """
 
     documents: tuple[EncodedSample, ...]
@@ -43,13 +46,13 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """Neighbouring tokens that are shown alike.
+    """Adjacent tokens that are shown in the same style.
 
     Attributes:
-        kind: Text, a token that stands for no text, or the rows of one image.
-        text: To show.
+        kind: Kind of the tokens: text, a special token, or the rows of one item.
+        text: Text to show.
         is_target: Whether the model learns to write it.
-        number: Of tokens.
+        number: Number of tokens.
     """
 
     kind: Literal["text", "special", "image"]
@@ -99,13 +102,13 @@ def write_page(
     """Write the page.
 
     Args:
-        path: Where to.
-        statistics: Of all samples.
+        path: Path to the HTML file to write.
+        statistics: Counts over all samples.
         shown: Sequences to show.
-        config: That they were encoded with.
-        tokenizer: That they were encoded with.
-        lead: A sentence on what was read.
-        title: Heading.
+        config: Settings with which the sequences were encoded.
+        tokenizer: Tokenizer with which the sequences were encoded.
+        lead: Sentence on what was read.
+        title: Heading of the page.
     """
     charts = "".join(
         _chart(title, distribution)
@@ -114,6 +117,10 @@ def write_page(
             ("targets of a sample (tokens to learn)", statistics.targets),
             ("rows of a sample with images", statistics.rows_of_samples),
             ("rows of an image", statistics.rows_of_images),
+            *(
+                (f"rows of {config.inputs[module].words.one}", distribution)
+                for module, distribution in statistics.rows_of_others.items()
+            ),
             ("images of a sample", statistics.images),
             ("positions taken of a sequence", statistics.filled),
         )
@@ -219,7 +226,7 @@ def _document(
     config: DataConfig,
     tokenizer: Tokenizer,
 ) -> str:
-    rows = sum(image.rows for image in document.images)
+    rows = sum(item.rows for items in document.items.values() for item in items)
     where = f"{place.source}, {place.shard}"
     about = (
         f"{where}: positions {bound[0]:,} to {bound[1] - 1:,}, {rows:,} rows, "
@@ -228,11 +235,9 @@ def _document(
     flaw = (
         "" if document.flaw is None else f'<p class="small">{html.escape(document.flaw.reason)}</p>'
     )
-    images = "".join(
-        _figure(number, image, config.image.patch_dim)
-        for number, image in enumerate(document.images, 1)
-    )
-    tokens = "".join(map(_span, spans(document, tokenizer)))
+    pictures = [item for item in document.items.get(ENCODER, ()) if isinstance(item, EncodedImage)]
+    images = "".join(_figure(number, image) for number, image in enumerate(pictures, 1))
+    tokens = "".join(map(_span, spans(document, config.inputs, tokenizer)))
     return (
         f"<article><h3>{html.escape(document.key)}</h3>"
         f'<p class="small">{html.escape(about)}</p>{flaw}'
@@ -240,11 +245,12 @@ def _document(
     )
 
 
-def _figure(number: int, image: EncodedImage, patch_dim: int) -> str:
+def _figure(number: int, image: EncodedImage) -> str:
+    patch_dim = _patch_dim(image)
     sources = "".join(
         f'<img src="data:image/png;base64,{base64.b64encode(_png(pixels)).decode("ascii")}" '
         f'alt="image {number}">'
-        for pixels in unpatchify(image, patch_dim)
+        for pixels in unpatchify(image)
     )
     rows, columns = image.grids[0]
     pieces = f", {len(image.grids)} pieces" if len(image.grids) > 1 else ""
@@ -260,22 +266,31 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def unpatchify(image: EncodedImage, patch_dim: int) -> Iterator[NDArray[np.uint8]]:
+def _patch_dim(image: EncodedImage) -> int:
+    assert image.patches is not None, "the image was encoded without patches"
+    return math.isqrt(image.patches.shape[1] // 3)
+
+
+def unpatchify(image: EncodedImage) -> Iterator[NDArray[np.uint8]]:
     """The pixels of an image's pieces, uint8 [H, W, 3] each, from its patches.
 
     Args:
-        image: With patches.
-        patch_dim: P.
+        image: Encoded image with patches.
     """
-    assert image.patches is not None, "the image was encoded without patches"
+    patch_dim = _patch_dim(image)
+    assert image.patches is not None
     start = 0
     for rows, columns in image.grids:
         patches = image.patches[start : start + rows * columns]
         start += rows * columns
-        tiles = patches.reshape(rows, columns, 3, patch_dim, patch_dim)
-        yield np.ascontiguousarray(
-            tiles.transpose(0, 3, 1, 4, 2).reshape(rows * patch_dim, columns * patch_dim, 3)
+        pixels = rearrange(
+            patches,
+            "(row column) (c y x) -> (row y) (column x) c",
+            row=rows,
+            y=patch_dim,
+            x=patch_dim,
         )
+        yield np.ascontiguousarray(pixels)
 
 
 def _span(span: Span) -> str:
@@ -284,17 +299,19 @@ def _span(span: Span) -> str:
     return f'<span{mark} title="{span.number} tokens">{html.escape(span.text)}</span>'
 
 
-def spans(document: EncodedSample, tokenizer: Tokenizer) -> list[Span]:
-    """A document's tokens in runs of one kind; the rows of each image are a run.
+def spans(document: EncodedSample, inputs: Inputs, tokenizer: Tokenizer) -> list[Span]:
+    """Tokens of a document in runs of one kind; the rows of each item are a run.
 
     Args:
-        document: Encoded with the tokenizer.
-        tokenizer: Writes tokens as text; those that it leaves out are shown by name or number.
+        document: Sample that was encoded with the tokenizer.
+        inputs: Kinds of items, with their names.
+        tokenizer: Tokenizer that converts tokens to text; special tokens are shown by name or id.
     """
     found: list[Span] = []
     text: list[int] = []
     tokens, targets = document.tokens.tolist(), document.targets.tolist()
-    images = enumerate(document.images, 1)
+    modules = {token: module for module, token in tokenizer.placeholder_ids.items()}
+    items = {module: enumerate(of_module, 1) for module, of_module in document.items.items()}
 
     def flush(is_target: bool) -> None:
         if text:
@@ -307,12 +324,13 @@ def spans(document: EncodedSample, tokenizer: Tokenizer) -> list[Span]:
         token, is_target = tokens[at], targets[at]
         if at and targets[at - 1] != is_target:
             flush(targets[at - 1])
-        if token == tokenizer.image_token_id:
+        if token in modules:
             flush(is_target)
-            number, image = next(images)
-            shown = f"image {number}: {image.rows} rows"
-            found.append(Span(kind="image", text=shown, is_target=False, number=image.rows))
-            at += image.rows
+            module = modules[token]
+            number, item = next(items[module])
+            shown = f"{inputs[module].words.noun} {number}: {item.rows} rows"
+            found.append(Span(kind="image", text=shown, is_target=False, number=item.rows))
+            at += item.rows
             continue
         if tokenizer.decode([token]):
             text.append(token)

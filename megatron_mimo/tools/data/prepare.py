@@ -1,7 +1,7 @@
 """`megatron-mimo data prepare`: an Energon dataset from a folder, a JSONL or JSON file, or shards.
 
-A source is read twice: once to check every sample and to split, and once to write. Of the samples
-only a byte each stays in memory.
+A source is read twice: once to check every sample and to split, and once to write. One byte per
+sample stays in memory.
 """
 
 import os
@@ -18,9 +18,18 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_mimo.data.webdataset import prepare, write_shard
+from tyro.conf import UseAppendAction, arg
+
+from megatron_mimo.border import reason_of, show_traceback
+from megatron_mimo.data.inputs import ENCODER, Inputs
+from megatron_mimo.data.reading.webdataset import prepare, write_shard
+from megatron_mimo.data.samples.media import MediaFolder, check_roots
+from megatron_mimo.data.samples.sample import UnusableError
+from megatron_mimo.media.images import ImageInput
+from megatron_mimo.settings import AtLeast, Folder, Switch, Within, check_bounds
+from megatron_mimo.settings.ranges import MOST_SAMPLES
 from megatron_mimo.tools.data.shards import ShardSurvey, survey_shards
 from megatron_mimo.tools.data.sources import (
     Found,
@@ -31,7 +40,6 @@ from megatron_mimo.tools.data.sources import (
     read_folder,
     read_lines,
 )
-from megatron_mimo.training.config import Folder, Switch
 
 Split = Literal["train", "val"]
 _SPLITS: tuple[Split, ...] = ("train", "val")
@@ -42,74 +50,79 @@ _FAILED = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareConfig:
-    """Make an Energon dataset, without questions asked.
+    """Make an Energon dataset, without interactive prompts.
 
     SOURCE is a folder of images with a caption beside each (cat.jpg with cat.txt or cat.json), a
     JSONL file of samples with paths of images, a JSON file that holds an array of them, or a folder
     of tar shards in webdataset form, which are indexed as they are.
 
     Attributes:
-        out: Folder to make; must not exist. For tar shards it may be SOURCE, and is if left out;
-            elsewhere it holds links to them.
-        image_root: What relative paths of images in a JSONL or JSON file are relative to; left out:
+        out: Folder to create; must not exist. For tar shards it may be SOURCE, and is if left out;
+            another folder gets links to them.
+        image_root: Folder that paths of images in a JSONL or JSON file are relative to; left out:
             the file's folder.
-        val_fraction: Part of the samples that becomes the val split, 0 to 1; 0 for none.
-        shard_size: Samples of a shard, at most.
-        shard_bytes: Bytes of a shard's files, at most; a larger sample has a shard of its own.
+        media_root: Folder outside of SOURCE, or of --image-root, whose files samples may name, or
+            links may lead to; give it once for each.
+        val_fraction: Fraction of the samples that becomes the val split, 0 to 1; 0 for none.
+        shard_size: Largest number of samples of a shard.
+        shard_bytes: Largest number of bytes of a shard's files; a larger sample has a separate
+            shard.
         image_token: Placeholder of an image in texts.
-        skip_bad: Leave bad samples out, instead of refusing them all.
-        workers: Threads that read samples and write shards, and processes that index them.
+        skip_bad: Whether to leave bad samples out, instead of refusing all samples.
+        workers: Number of threads that read samples and write shards, and of processes that index
+            them.
     """
 
     out: Folder = None
     image_root: Folder = None
-    val_fraction: float = 0.05
-    shard_size: int = 1000
-    shard_bytes: int = 500_000_000
+    media_root: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="DIR")] = ()
+    val_fraction: Annotated[float, AtLeast(0, below=1)] = 0.05
+    shard_size: Annotated[int, Within(1, MOST_SAMPLES)] = 1000
+    shard_bytes: Annotated[int, Within(1, 10**15)] = 500_000_000
     image_token: str = "<image>"
     skip_bad: Switch = False
-    workers: int = 1
+    workers: Annotated[int, Within(1, 4096)] = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(
-                f"--val-fraction is {self.val_fraction}: expected at least 0 and below 1"
-            )
-        least = {"--shard-size": self.shard_size, "--shard-bytes": self.shard_bytes}
-        for flag, value in {**least, "--workers": self.workers}.items():
-            if value < 1:
-                raise ValueError(f"{flag} is {value}: expected at least 1")
+        check_bounds(self)
         if not self.image_token:
             raise ValueError("--image-token is empty: expected a placeholder such as <image>")
+
+    @property
+    def inputs(self) -> Inputs:
+        """Kinds of items that samples may have."""
+        return {ENCODER: ImageInput(placeholder=self.image_token)}
 
 
 @dataclass(kw_only=True, slots=True)
 class Survey:
-    """What the first reading of a source found.
+    """Result of the first reading of a source.
 
     Attributes:
-        verdicts: Of each sample, in order: bad, train or val.
-        num_bad: Bad samples.
-        problems: The first of them.
+        verdicts: Verdict on each sample, in order: bad, train or val.
+        num_bad: Number of bad samples.
+        num_missing: Number of those that name a file which is not there.
+        problems: Problems of the first bad samples.
     """
 
     verdicts: bytearray = field(default_factory=bytearray)
     num_bad: int = 0
+    num_missing: int = 0
     problems: list[Problem] = field(default_factory=list)
 
 
 def run_prepare(source: str, config: PrepareConfig) -> int:
-    """Write the dataset, and print what was written and what to run next.
+    """Write the dataset, and print what was written and which command to run next.
 
     Args:
-        source: What to read.
-        config: Where to, and how.
+        source: Path to the source.
+        config: Values of the flags.
 
     Returns:
         0, or 1 when a file could not be written.
 
     Raises:
-        ValueError: The source is of no known kind or has bad samples, or the target exists.
+        ValueError: The source is of an unknown kind or has bad samples, or the target exists.
     """
     path = Path(source)
     kind = kind_of(path)
@@ -122,6 +135,7 @@ def run_prepare(source: str, config: PrepareConfig) -> int:
             raise ValueError(f"--image-root is for JSONL and JSON files: leave it out for {path}")
         if not Path(config.image_root).is_dir():
             raise ValueError(f"--image-root {config.image_root} is not a folder")
+    check_roots(config.media_root)
     try:
         report = (
             _index_shards(path, out, config)
@@ -129,7 +143,8 @@ def run_prepare(source: str, config: PrepareConfig) -> int:
             else _write_dataset(_reader(path, kind, config), path, out, config)
         )
     except OSError as error:
-        sys.stderr.write(f"error: {out} was not written: {error}\n")
+        show_traceback(error)
+        sys.stderr.write(f"error: {out} was not written: {reason_of(error)}\n")
         return _FAILED
     sys.stdout.write(report + _next_commands(out))
     return 0
@@ -139,7 +154,7 @@ def _refuse_target(source: Path, out: Path, kind: str) -> None:
     if kind == "shards" and out.resolve() == source.resolve():
         if (out / ".nv-meta").exists():
             raise ValueError(
-                f"{out} is prepared already: remove {out / '.nv-meta'} to index it anew"
+                f"{out} is prepared already: remove {out / '.nv-meta'} to index it again"
             )
         return
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -165,28 +180,28 @@ Read = Callable[[], Iterator[Found | Problem]]
 
 def _reader(path: Path, kind: str, config: PrepareConfig) -> Read:
     if kind == "folder":
-        return lambda: read_folder(path)
+        return lambda: read_folder(path, config.media_root)
     root = path.parent if config.image_root is None else Path(config.image_root)
+    media = MediaFolder(root, config.media_root)
     read = read_lines if kind == "lines" else read_array
-    return lambda: read(path, root, config.image_token)
+    return lambda: read(path, media, config.inputs)
 
 
 def _write_dataset(read: Read, source: Path, out: Path, config: PrepareConfig) -> str:
-    """Check, split and write; what was done, for the user."""
+    """Check, split and write; returns a description for the user."""
     survey = survey_samples(read(), config)
     total = len(survey.verdicts)
-    if survey.num_bad and not config.skip_bad:
-        raise _refusal(source, survey.problems, survey.num_bad, total)
-    if total == survey.num_bad:
-        if total:
-            raise _refusal(source, survey.problems, survey.num_bad, total)
+    if survey.num_bad and not (config.skip_bad and survey.num_bad < total):
+        hint = _where_images_are(source, survey, config)
+        raise _refusal(source, survey.problems, survey.num_bad, total, hint=hint)
+    if not total:
         raise ValueError(
             f"{source} holds no samples: expected images with captions beside them, or lines or "
             f"items with text"
         )
     with _building(out) as folder:
         shards = _write_shards(read(), survey.verdicts, folder, config)
-        prepare(folder, shards, workers=config.workers)
+        prepare(folder, shards, workers=config.workers, source=source)
     num_shards = sum(map(len, shards.values()))
     size = sum(shard.stat().st_size for shard in out.rglob("*.tar"))
     return (
@@ -199,12 +214,12 @@ def _write_dataset(read: Read, source: Path, out: Path, config: PrepareConfig) -
 def survey_samples(samples: Iterable[Found | Problem], config: PrepareConfig) -> Survey:
     """Check every sample, and choose its split by a hash of its images or text.
 
-    A sample's split does not depend on the others, save that neither split stays empty where there
-    are two good samples.
+    The split of a sample does not depend on the other samples, except that neither split stays
+    empty where there are two good samples.
 
     Args:
-        samples: Of a source.
-        config: Fraction and placeholder.
+        samples: Samples of a source, in order.
+        config: Flags with the fraction of the val split and the image placeholder.
     """
     survey = Survey()
     lowest = highest = (-1, -1.0)  # number and score
@@ -212,11 +227,12 @@ def survey_samples(samples: Iterable[Found | Problem], config: PrepareConfig) ->
     def check(sample: Found | Problem) -> Found | Problem:
         if isinstance(sample, Problem):
             return sample
-        return problem_of(sample, config.image_token) or sample
+        return problem_of(sample, config.inputs) or sample
 
     for number, sample in enumerate(_in_order(check, samples, config.workers)):
         if isinstance(sample, Problem):
             survey.num_bad += 1
+            survey.num_missing += sample.is_missing
             survey.verdicts.append(_BAD)
             if len(survey.problems) < _SHOWN:
                 survey.problems.append(sample)
@@ -274,8 +290,8 @@ def _chunks(
         split: Split = "val" if verdict == _VAL else "train"
         try:
             size = sample.size()
-        except OSError as error:
-            raise ValueError(f"{sample.where}: {error} since it was checked: start again") from None
+        except (OSError, UnusableError) as error:
+            raise _changed(sample, error) from error
         chunk = chunks[split]
         if len(chunk) == config.shard_size or (chunk and sizes[split] + size > config.shard_bytes):
             yield split, chunk
@@ -294,7 +310,7 @@ def _chunks(
 
 @contextmanager
 def _writers(workers: int) -> Iterator[Callable[[Path, list[Found]], None]]:
-    """A function that writes a shard, in one of some threads; all are written at the end."""
+    """A function that writes a shard in one of several threads; leaving the block waits for all."""
     running: set[Future[None]] = set()
     with ThreadPoolExecutor(workers) as pool:
 
@@ -319,7 +335,7 @@ def _collect(running: set[Future[None]], done: set[Future[None]]) -> None:
 
 
 def _in_order[A, B](function: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
-    """The function of each item, worked out a little ahead in threads."""
+    """Results of a function for each item, in order, computed a few items ahead in threads."""
     ahead: deque[Future[B]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -334,7 +350,18 @@ def _in_order[A, B](function: Callable[[A], B], items: Iterable[A], workers: int
 
 
 def _write(path: Path, chunk: Sequence[Found]) -> None:
-    write_shard(path, ((sample.key, sample.parts()) for sample in chunk))
+    write_shard(path, ((sample.key, _parts(sample)) for sample in chunk))
+
+
+def _parts(sample: Found) -> dict[str, bytes]:
+    try:
+        return sample.parts()
+    except (OSError, UnusableError) as error:
+        raise _changed(sample, error) from error
+
+
+def _changed(sample: Found, error: Exception) -> ValueError:
+    return ValueError(f"{sample.where}: {reason_of(error)} since it was checked: start again")
 
 
 # -- shards ----------------------------------------------------------------------------------------
@@ -342,7 +369,9 @@ def _write(path: Path, chunk: Sequence[Found]) -> None:
 
 def _index_shards(source: Path, out: Path, config: PrepareConfig) -> str:
     """Check shards and index them; what was done, for the user."""
-    survey = survey_shards(source, config.image_token, most=_SHOWN)
+    # As training will read them: paths begin in the folder of the dataset.
+    media = MediaFolder(out, config.media_root)
+    survey = survey_shards(source, config.inputs, media, most=_SHOWN)
     if survey.num_bad and not config.skip_bad:
         raise _refusal(source, survey.problems, survey.num_bad, survey.num_samples)
     splits = _split_shards(survey, config.val_fraction)
@@ -361,6 +390,7 @@ def _index_shards(source: Path, out: Path, config: PrepareConfig) -> str:
             {split: list(names) for split, names in placed.items()},
             exclude=[f"{inside[shard]}/{key}" for shard, key in survey.bad_samples],
             workers=config.workers,
+            source=source,
         )
     counts = {split: sum(survey.shards[name] for name in names) for split, names in splits.items()}
     listed = " and ".join(
@@ -393,26 +423,43 @@ def _split_shards(survey: ShardSurvey, val_fraction: float) -> dict[str, list[st
 # -- common ----------------------------------------------------------------------------------------
 
 
-def _refusal(source: Path, problems: Sequence[Problem], number: int, total: int) -> ValueError:
+def _where_images_are(source: Path, survey: Survey, config: PrepareConfig) -> str | None:
+    """A hint for files whose paths begin in another folder; None where that is not the cause.
+
+    Files such as LLaVA's come without their images. So many missing ones are hardly bad samples.
+    """
+    if kind_of(source) == "folder" or survey.num_missing * 2 < survey.num_bad:
+        return None
+    folder = source.parent if config.image_root is None else Path(config.image_root)
+    return (
+        f"{survey.num_missing} of them name images that are not in {folder}: pass --image-root "
+        f"with the folder that their paths begin in"
+    )
+
+
+def _refusal(
+    source: Path, problems: Sequence[Problem], number: int, total: int, *, hint: str | None = None
+) -> ValueError:
     lines = [f"{source}: {number} of {total} samples are bad; nothing was written"]
-    lines += [f"  {problem.where}: {problem.reason}" for problem in problems]
+    lines += [] if hint is None else [hint]
+    lines += [f"  {problem.line}" for problem in problems]
     if number > len(problems):
         lines.append(f"  and {number - len(problems)} more")
-    lines.append("mend them, or pass --skip-bad to leave them out")
+    lines.append("correct them, or pass --skip-bad to leave them out")
     return ValueError("\n".join(lines))
 
 
 def _left_out(problems: Sequence[Problem], number: int) -> str:
     if not number:
         return ""
-    shown = "".join(f"  {problem.where}: {problem.reason}\n" for problem in problems)
+    shown = "".join(f"  {problem.line}\n" for problem in problems)
     more = f"  and {number - len(problems)} more\n" if number > len(problems) else ""
     return f"left out {number} bad samples:\n{shown}{more}"
 
 
 @contextmanager
 def _building(out: Path, *, in_place: bool = False) -> Iterator[Path]:
-    """A folder that takes its place under its name when it is complete, or goes away."""
+    """A temporary folder that gets its final name when it is complete, or is removed."""
     out.parent.mkdir(parents=True, exist_ok=True)
     name = f".{out.name}.partial-{os.getpid()}"
     folder = out / name if in_place else out.with_name(name)
@@ -425,7 +472,7 @@ def _building(out: Path, *, in_place: bool = False) -> Iterator[Path]:
             else:
                 folder.rename(out)
         finally:
-            # Gone when renamed; whatever is left else, of a failure too, is of no use.
+            # It does not exist after renaming; anything left, also after a failure, is useless.
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -438,7 +485,7 @@ def _move_index(folder: Path, out: Path) -> None:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Have SIGTERM end the process as an interrupt does, so that it can clean up."""
+    """Let SIGTERM end the process as an interrupt does, so that it can clean up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

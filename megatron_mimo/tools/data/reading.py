@@ -1,4 +1,4 @@
-"""Reading a dataset once, as training reads it, and watching what becomes of each sample."""
+"""Reading a dataset once, as training reads it, and recording the result of each sample."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,31 +14,33 @@ from megatron.energon import (
 from megatron.energon.errors import reraise_exception
 from megatron.energon.savable_loader import SavableDataLoader
 
+from megatron_mimo.border import border
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.dataset_errors import (
-    OPEN_ERRORS,
-    READ_ERRORS,
+from megatron_mimo.data.reading.dataset_code import only_energons
+from megatron_mimo.data.reading.dataset_errors import (
     checked_path,
     unreadable_shard,
     unreadable_split,
 )
-from megatron_mimo.data.sample import EncodedSample, Outcome, SkippedSample, name_source
-from megatron_mimo.data.task_encoder import MimoTaskEncoder
-from megatron_mimo.data.tokenizer import Tokenizer
+from megatron_mimo.data.reading.task_encoder import MimoTaskEncoder
+from megatron_mimo.data.samples.media import check_roots
+from megatron_mimo.data.samples.sample import EncodedSample, Outcome, SkippedSample, name_source
+from megatron_mimo.data.text.tokenizer import Tokenizer
+from megatron_mimo.settings.ranges import MOST_POSITIONS
 from megatron_mimo.tools.data.statistics import Observation, kind_of_message
 
 Split = Literal["train", "val"]
-_ENDLESS = 2**40  # positions
+_ENDLESS = MOST_POSITIONS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sequence:
-    """A sequence that training would read.
+    """A sequence as training would read it.
 
     Attributes:
-        documents: Samples that share it; without patches.
-        stored: The same as they are stored, in the same order.
-        numbers: Of each, in the order of reading.
+        documents: Samples that share the sequence, without content of their items.
+        stored: Stored forms of these samples, in the same order.
+        numbers: Numbers of these samples in the order of reading.
     """
 
     documents: tuple[EncodedSample, ...]
@@ -47,15 +49,15 @@ class Sequence:
 
 
 class DatasetReader:
-    """One split of a dataset or blend, each sample once, in stored order.
+    """Reads one split of a dataset or blend: each sample once, in stored order.
 
     Args:
-        config: Dataset, and how samples are encoded and packed.
-        split: Which part.
-        tokenizer: Of the texts.
-        observe: Told of every stored sample.
-        limit: Samples of each dataset of a blend, at most.
-        decode: Decode every image; otherwise their headers are read.
+        config: Settings of the dataset, and of encoding and packing samples.
+        split: Name of the split.
+        tokenizer: Tokenizer of the texts.
+        observe: Function that is called with the result of every stored sample.
+        limit: Largest number of samples of each dataset of a blend.
+        decode: Whether to decode every item; otherwise only headers are read.
 
     Raises:
         ValueError: The dataset cannot be opened.
@@ -73,46 +75,53 @@ class DatasetReader:
     ) -> None:
         assert config.path is not None
         self._path = checked_path(config.path)
+        check_roots(config.media_root)
         self._encoder = _WatchedEncoder(config, tokenizer, observe, limit=limit, decode=decode)
-        try:
+        with (
+            only_energons(self._path, trust=config.trust_dataset_code),
+            border(lambda why: unreadable_split(self._path, split, why)),
+        ):
             dataset: Any = get_val_dataset(
                 config.path,
                 split_part=split,
                 worker_config=WorkerConfig(
                     rank=0, world_size=1, num_workers=0, global_error_handler=reraise_exception
                 ),
-                # Single samples, although energon's own hint asks for a size.
+                # Single samples, although energon's type hint requires a size.
                 batch_size=None,
                 packing_buffer_size=config.packing_buffer_size,
                 task_encoder=self._encoder,
             )
-        except OPEN_ERRORS as error:
-            raise unreadable_split(self._path, split, error) from error
         self._loader: Any = SavableDataLoader(dataset, gc_collect_every_n_steps=0)
         self._loader.pin_memory = False
 
     def sequences(self) -> Iterator[Sequence]:
-        """Sequences as they come.
+        """Sequences in the order of reading.
 
         Raises:
             ValueError: A shard cannot be read.
         """
-        try:
-            for outcome in self._loader:
-                # torch's loader makes lists of tuples.
-                documents = tuple(outcome) if isinstance(outcome, list | tuple) else (outcome,)
-                if isinstance(documents[0], EncodedSample):
-                    numbered = [self._encoder.release(document) for document in documents]
-                    yield Sequence(
-                        documents=documents,
-                        stored=tuple(stored for _, stored in numbered),
-                        numbers=tuple(number for number, _ in numbered),
-                    )
-        except READ_ERRORS as error:
-            raise ValueError(unreadable_shard(self._path, error)) from error
+        outcomes = iter(self._loader)
+        while True:
+            try:
+                outcome = next(outcomes, None)
+            # Outcomes are values: whatever is raised comes from energon over the dataset's files.
+            except Exception as error:
+                raise ValueError(unreadable_shard(self._path, error)) from error
+            if outcome is None:
+                return
+            # torch's loader makes lists of tuples.
+            documents = tuple(outcome) if isinstance(outcome, list | tuple) else (outcome,)
+            if isinstance(documents[0], EncodedSample):
+                numbered = [self._encoder.release(document) for document in documents]
+                yield Sequence(
+                    documents=documents,
+                    stored=tuple(stored for _, stored in numbered),
+                    numbers=tuple(number for number, _ in numbered),
+                )
 
-    def with_patches(self, sequence: Sequence) -> tuple[EncodedSample, ...]:
-        """The documents of a sequence, their images decoded."""
+    def with_content(self, sequence: Sequence) -> tuple[EncodedSample, ...]:
+        """The documents of a sequence with decoded items."""
         outcomes = [self._encoder.decoded(stored) for stored in sequence.stored]
         # Whether a sample is used never depends on its pixels.
         documents = tuple(o for o in outcomes if isinstance(o, EncodedSample))
@@ -121,7 +130,7 @@ class DatasetReader:
 
 
 class _WatchedEncoder(MimoTaskEncoder):
-    """Encodes as training does, and tells what came of it."""
+    """Encodes as training does, and reports the result of each sample."""
 
     def __init__(
         self,
@@ -132,23 +141,23 @@ class _WatchedEncoder(MimoTaskEncoder):
         limit: int | None,
         decode: bool,
     ) -> None:
-        super().__init__(config, tokenizer, with_patches=False)
+        super().__init__(config, tokenizer, content=())
         alone = replace(config, packing_buffer_size=None)
         endless = replace(alone, seq_length=_ENDLESS)
-        self._full = MimoTaskEncoder(alone, tokenizer, with_patches=True)
-        self._endless = MimoTaskEncoder(endless, tokenizer, with_patches=False)
+        self._full = MimoTaskEncoder(alone, tokenizer, content=tuple(config.inputs))
+        self._endless = MimoTaskEncoder(endless, tokenizer, content=())
         self._decode = decode
         self._seq_length = config.seq_length
         self._observe = observe
         self._limit = limit
-        # Of samples on their way to a sequence: by identity, since keys may repeat in a blend.
+        # Samples that wait for their sequence: by identity, as keys may repeat in a blend.
         self._waiting: dict[int, tuple[EncodedSample, int, Any]] = {}
         self._num_seen = 0
 
     def build_cook_crude_sample(
         self, dataset: SavableDataset[Any], **settings: Any
     ) -> SavableDataset[Any]:
-        """The first stage that energon builds, for each dataset of a blend."""
+        """Build the first stage of energon's pipeline, once per dataset."""
         cooked = super().build_cook_crude_sample(dataset, **settings)
         if self._limit is None:
             return cooked
@@ -195,7 +204,7 @@ class _WatchedEncoder(MimoTaskEncoder):
         return encoded
 
     def decoded(self, stored: Any) -> Outcome:
-        """What becomes of a stored sample where pixels are needed."""
+        """Result of encoding a stored sample with its pixels."""
         outcome: Outcome = self._full.encode_sample(stored)
         return outcome
 

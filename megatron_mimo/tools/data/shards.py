@@ -1,28 +1,46 @@
-"""What stands in a folder of tar shards that `megatron-mimo data prepare` indexes."""
+"""Contents of a folder of tar shards that `megatron-mimo data prepare` indexes."""
 
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_mimo.data.webdataset import group_members
+from megatron_mimo.border import reason_of
+from megatron_mimo.data.inputs import Inputs
+from megatron_mimo.data.reading.webdataset import group_members
+from megatron_mimo.data.samples.media import MediaFolder
 from megatron_mimo.tools.data.forms import wrong_sample
 from megatron_mimo.tools.data.sources import Problem
 
 _FOLDERS = ("train", "val")
 
 
+class UnsortedError(Exception):
+    """Files of one sample are apart from each other.
+
+    Args:
+        key: Key of the sample.
+    """
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"is not in order: the files of sample {key!r} do not follow each other, and readers "
+            f"go through a shard once; unpack it, and pack it again with tar --sort=name"
+        )
+
+
 @dataclass(kw_only=True, slots=True)
 class ShardSurvey:
-    """What is in the shards.
+    """Result of reading the shards.
 
     Attributes:
-        in_folders: Whether they stand in folders train and val, their splits.
-        shards: Path of each readable shard -> its good samples.
-        num_samples: In all, bad ones too; a shard that cannot be read counts as one.
-        num_bad: Bad samples and shards.
+        in_folders: Whether the shards are in folders train and val, which are their splits.
+        shards: Number of good samples by path of each readable shard.
+        num_samples: Number of all samples, bad ones included; a shard that cannot be read counts as
+            one.
+        num_bad: Number of bad samples and bad shards.
         bad_samples: Shard and key of each bad sample.
-        problems: The first of them.
+        problems: Problems of the first bad samples.
     """
 
     in_folders: bool = False
@@ -33,16 +51,17 @@ class ShardSurvey:
     problems: list[Problem] = field(default_factory=list)
 
 
-def survey_shards(source: Path, image_token: str, *, most: int) -> ShardSurvey:
-    """Check every sample of the shards of a folder; of images the frame, as training does.
+def survey_shards(source: Path, inputs: Inputs, media: MediaFolder, *, most: int) -> ShardSurvey:
+    """Check every sample of the shards of a folder; items are checked as in training.
 
     Args:
-        source: Folder; shards may be deeper.
-        image_token: Placeholder of an image in texts.
-        most: Problems to keep.
+        source: Path to the folder; shards may be in subfolders.
+        inputs: Kinds of items that samples may have.
+        media: Files that samples may name.
+        most: Largest number of problems to keep.
 
     Raises:
-        ValueError: Some shards are in folders train and val, and others not.
+        ValueError: Some shards are in folders train and val, and others are not.
     """
     names = sorted(
         str(path.relative_to(source))
@@ -60,7 +79,7 @@ def survey_shards(source: Path, image_token: str, *, most: int) -> ShardSurvey:
     for name in names:
         good = 0
         try:
-            for key, problem in _check_shard(source, name, image_token):
+            for key, problem in _check_shard(source / name, inputs, media):
                 survey.num_samples += 1
                 if problem is None:
                     good += 1
@@ -71,13 +90,20 @@ def survey_shards(source: Path, image_token: str, *, most: int) -> ShardSurvey:
                 survey.shards[name] = good
                 continue
             reason = "holds no good sample"
-        except (tarfile.TarError, OSError, EOFError) as error:
-            reason = f"cannot be read: {error}; expected a whole, uncompressed tar file"
+        except UnsortedError as error:
+            reason = str(error)
+            # What was wrong with its samples follows from that.
+            survey.problems = [
+                problem for problem in survey.problems if not problem.where.startswith(f"{name} ")
+            ]
+        # A damaged archive makes tarfile raise nearly anything.
+        except Exception as error:
+            reason = f"cannot be read: {reason_of(error)}; expected a whole, uncompressed tar file"
         survey.num_samples += 1
         survey.bad_samples = [bad for bad in survey.bad_samples if bad[0] != name]
         _add(survey, Problem(where=name, reason=reason), most)
     if not survey.shards:
-        shown = "; ".join(f"{problem.where} {problem.reason}" for problem in survey.problems[:3])
+        shown = "; ".join(problem.line for problem in survey.problems[:3])
         raise ValueError(f"{source} holds no usable shard: {shown}")
     return survey
 
@@ -88,13 +114,21 @@ def _add(survey: ShardSurvey, problem: Problem, most: int) -> None:
         survey.problems.append(problem)
 
 
-def _check_shard(source: Path, name: str, image_token: str) -> Iterator[tuple[str, str | None]]:
-    """Key of each sample, and what is wrong with it."""
-    with tarfile.open(source / name, "r:") as tar:
+def _check_shard(
+    shard: Path, inputs: Inputs, media: MediaFolder
+) -> Iterator[tuple[str, str | None]]:
+    """Key of each sample, and its problem if there is one."""
+    endings: dict[str, set[str]] = {}
+    if not shard.is_file():
+        raise tarfile.ReadError("it is not a file")
+    with tarfile.open(shard, "r:") as tar:
         for key, members in group_members(tar):
+            if key in endings and endings[key].isdisjoint(members):
+                raise UnsortedError(key)
+            endings.setdefault(key, set()).update(members)
             parts: dict[str, bytes] = {}
             for ending, member in members.items():
                 file = tar.extractfile(member)
                 assert file is not None, member.name
                 parts[ending] = file.read()
-            yield key, wrong_sample(key, parts, image_token, source)
+            yield key, wrong_sample(key, parts, inputs, media)

@@ -1,12 +1,13 @@
-"""What `megatron-mimo data prepare` reads: folders of images with captions, JSONL and JSON files.
+"""Sources of `megatron-mimo data prepare`: folders of images with captions, JSONL, JSON files.
 
 Sources are read as streams, one sample at a time, and always in the same order.
 """
 
+import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
@@ -15,34 +16,39 @@ from typing import Literal, TextIO
 
 from PIL import Image
 
-from megatron_mimo.data.conversation import MalformedError, parse_conversation, parse_json
-from megatron_mimo.data.task_encoder import IMAGE_PARTS
-from megatron_mimo.images import BrokenImageError, examine_image
+from megatron_mimo.border import border, reason_of
+from megatron_mimo.data.inputs import ENCODER, Inputs
+from megatron_mimo.data.samples.media import MISSING, MediaFolder, on_one_line, shortened
+from megatron_mimo.data.samples.sample import UnusableError
+from megatron_mimo.data.text.clean import MalformedError
+from megatron_mimo.data.text.conversation import parse_conversation, parse_json
+from megatron_mimo.media.images import IMAGE_ENDINGS, BrokenImageError, examine_image
 from megatron_mimo.tools.data.forms import wrong_sample
 
 # PIL's name of a format -> file ending.
 _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "PPM": "ppm"}
 _TEXT_ENDINGS = ("txt", "json")
-# Of a key, in bytes: tar headers of the plain kind have 155 for folders and 100 for the file.
+_IMAGE = "image"  # in messages
+# Largest length of a key in bytes: plain tar headers have 155 for folders and 100 for the file.
 _LONGEST_KEY, _LONGEST_NAME = 150, 80
 _SPACE = re.compile(r"[ \t\r\n]*")
 _CHUNK = 1 << 20  # characters
-# An item of a JSON array beyond this is taken for broken JSON.
+# A longer item of a JSON array is treated as broken JSON.
 _LONGEST_ITEM = 64 * _CHUNK
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """A sample of a source; its images are not read yet.
+    """A sample of a source whose images have not been read yet.
 
     Attributes:
-        where: Line or file, for the user.
-        key: Of the sample, as it will be stored.
-        identity: What the val split goes by: samples with the same are in the same split.
-        text: Contents of its text file.
-        ending: "json", or "txt" for a caption.
-        images: Files, in order.
-        images_in: Folder that paths in its text are relative to.
+        where: Line or file, for messages to the user.
+        key: Key under which the sample will be stored.
+        identity: Text that decides the split: samples with the same text are in the same split.
+        text: Contents of the sample's text file.
+        ending: Ending of the text file: "json", or "txt" for a caption.
+        images: Paths of the image files as the sample names them, in order.
+        images_in: Files that samples may name.
     """
 
     where: str
@@ -50,26 +56,28 @@ class Found:
     identity: str
     text: bytes
     ending: Literal["json", "txt"]
-    images: tuple[Path, ...]
-    images_in: Path
+    images: tuple[str, ...]
+    images_in: MediaFolder
 
     def size(self) -> int:
-        """Bytes of its files."""
-        return len(self.text) + sum(path.stat().st_size for path in self.images)
+        """Size of the sample's files in bytes."""
+        return len(self.text) + sum(
+            self.images_in.find(path, _IMAGE).stat().st_size for path in self.images
+        )
 
     def parts(self) -> dict[str, bytes]:
-        """File ending -> contents, byte for byte."""
-        parts: dict[str, bytes] = {self.ending: self.text}
-        for name, path in zip(self.image_names(), self.images, strict=True):
-            parts[name] = path.read_bytes()
-        return parts
+        """Contents by file ending, byte for byte: the text, then the images in order.
 
-    def image_names(self) -> list[str]:
-        """File endings under which the images are stored."""
-        endings = [_image_ending(path) for path in self.images]
-        if len(endings) == 1:
-            return endings
-        return [f"{number}.{ending}" for number, ending in enumerate(endings, 1)]
+        Raises:
+            UnusableError: An image is missing, may not be named, or is of an unknown kind.
+            OSError: An image cannot be read.
+        """
+        images = [(path, self.images_in.read(path, _IMAGE)) for path in self.images]
+        endings = [_image_ending(path, data) for path, data in images]
+        if len(endings) > 1:
+            endings = [f"{number}.{ending}" for number, ending in enumerate(endings, 1)]
+        contents = [data for _, data in images]
+        return {self.ending: self.text, **dict(zip(endings, contents, strict=True))}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,72 +85,96 @@ class Problem:
     """A sample that cannot be stored.
 
     Attributes:
-        where: Line or file, for the user.
-        reason: What is wrong with it.
+        where: Line or file, for messages to the user.
+        reason: Description of the problem.
+        is_missing: Whether it is that a file which the sample names is not there.
     """
 
     where: str
     reason: str
+    is_missing: bool = False
+
+    @property
+    def line(self) -> str:
+        """The problem in one line, whatever the names of files are."""
+        return on_one_line(f"{self.where}: {self.reason}")
 
 
-def problem_of(found: Found, image_token: str) -> Problem | None:
-    """What is wrong with a sample; images are read, but not decoded.
+def problem_of(found: Found, inputs: Inputs) -> Problem | None:
+    """Problem of a sample, or None; images are read, but not decoded.
 
     Args:
-        found: The sample.
-        image_token: Placeholder of an image in texts.
+        found: Sample of a source.
+        inputs: Kinds of items that samples may have.
     """
-    reason = next(filter(None, map(_wrong_file, found.images)), None)
+    try:
+        parts = found.parts()
+    except UnusableError as error:
+        is_missing = error.kind == MISSING
+        return Problem(where=found.where, reason=str(error), is_missing=is_missing)
+    except OSError as error:
+        return Problem(where=found.where, reason=f"cannot be read: {reason_of(error)}")
+    reason = wrong_sample(found.key, parts, inputs, found.images_in)
     if reason is None:
-        try:
-            parts = found.parts()
-        except OSError as error:
-            reason = f"cannot be read: {error}"
-        else:
-            reason = wrong_sample(found.key, parts, image_token, found.images_in)
-            reason = _blame(found, parts) or reason if reason else None
-    return None if reason is None else Problem(where=found.where, reason=reason)
+        return None
+    return Problem(where=found.where, reason=_blame(found, parts) or reason)
 
 
-def read_folder(folder: Path) -> Iterator[Found | Problem]:
+def read_folder(folder: Path, media_roots: Sequence[str] = ()) -> Iterator[Found | Problem]:
     """Images with a caption file beside each: cat.jpg with cat.txt or cat.json.
 
-    Subfolders are read too, all in natural order; hidden files and other kinds of files are passed
-    over.
+    Subfolders are read too, all in natural order; hidden files and files of other kinds are
+    skipped.
 
     Args:
-        folder: Outermost one.
+        folder: Path to the folder.
+        media_roots: Folders that links in it may lead to.
     """
-    yield from _read_folder(folder, folder, ())
+    yield from _read_folder((str(folder), *media_roots), folder, ())
 
 
 def _read_folder(
-    root: Path, folder: Path, above: tuple[tuple[int, int], ...]
+    roots: Sequence[str], folder: Path, above: tuple[tuple[int, int], ...]
 ) -> Iterator[Found | Problem]:
     stat = folder.stat()
     here = (stat.st_dev, stat.st_ino)
     if here in above:
         return  # A link to a folder around it.
+    media = MediaFolder(folder, roots)
     stems: dict[str, list[str]] = {}
     folders = []
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                folders.append(entry.name)
+            if _is_folder(entry):
+                try:
+                    media.find(entry.name, "folder")
+                    folders.append(entry.name)
+                except UnusableError as error:
+                    where = str((folder / entry.name).relative_to(roots[0]))
+                    yield Problem(where=where, reason=str(error))
                 continue
             stem, dot, ending = entry.name.rpartition(".")
-            if dot and ending.lower() in (*IMAGE_PARTS, *_TEXT_ENDINGS):
+            if dot and ending.lower() in (*IMAGE_ENDINGS, *_TEXT_ENDINGS):
                 stems.setdefault(stem, []).append(entry.name)
     for stem in sorted(stems, key=_natural):
-        yield _pair(root, folder, stem, sorted(stems[stem]))
+        yield _pair(Path(roots[0]), media, stem, sorted(stems[stem]))
     for name in sorted(folders, key=_natural):
-        yield from _read_folder(root, folder / name, (*above, here))
+        yield from _read_folder(roots, folder / name, (*above, here))
 
 
-def _pair(root: Path, folder: Path, stem: str, names: list[str]) -> Found | Problem:
-    """The sample of the files that share a stem."""
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    # A link that leads nowhere, or round; reading it as a file tells how.
+    except OSError:
+        return False
+
+
+def _pair(root: Path, media: MediaFolder, stem: str, names: list[str]) -> Found | Problem:
+    """Sample of the files that share a stem."""
+    folder = media.folder
     texts = [name for name in names if _ending(name) in _TEXT_ENDINGS]
     images = [name for name in names if name not in texts]
     if len(images) != 1 or len(texts) != 1:
@@ -154,57 +186,59 @@ def _pair(root: Path, folder: Path, stem: str, names: list[str]) -> Found | Prob
         else:
             reason = f"{', '.join(names)} share a name: expected one image and one caption"
         return Problem(where=where, reason=reason)
-    image, text = folder / images[0], folder / texts[0]
-    where = str(image.relative_to(root))
+    where = str((folder / images[0]).relative_to(root))
     try:
-        contents = text.read_bytes()
+        contents = media.read(texts[0], "caption")
+    except UnusableError as error:
+        return Problem(where=where, reason=str(error))
     except OSError as error:
-        return Problem(where=where, reason=f"{text.name} cannot be read: {error.strerror}")
+        return Problem(where=where, reason=f"{texts[0]} cannot be read: {reason_of(error)}")
     return Found(
         where=where,
         key=stored_key(str((folder / stem).relative_to(root))),
         identity=where,
         text=contents,
-        ending="txt" if _ending(text.name) == "txt" else "json",
-        images=(image,),
-        images_in=folder,
+        ending="txt" if _ending(texts[0]) == "txt" else "json",
+        images=(images[0],),
+        images_in=media,
     )
 
 
-def read_lines(path: Path, image_root: Path, image_token: str) -> Iterator[Found | Problem]:
-    """The samples of a JSONL file; empty lines are passed over.
+def read_lines(path: Path, media: MediaFolder, inputs: Inputs) -> Iterator[Found | Problem]:
+    """The samples of a JSONL file; empty lines are ignored.
 
     Args:
-        path: Of the file.
-        image_root: What relative paths of images are relative to.
-        image_token: Placeholder of an image in texts.
+        path: Path to the file.
+        media: Files that samples may name.
+        inputs: Kinds of items that samples may have.
     """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             text = line.strip()
             if text:
                 where = f"{path.name}:{number}"
-                yield _item(text, where, number, path, image_root, image_token)
+                yield _item(text, where, number, path, media, inputs)
 
 
-def read_array(path: Path, image_root: Path, image_token: str) -> Iterator[Found | Problem]:
+def read_array(path: Path, media: MediaFolder, inputs: Inputs) -> Iterator[Found | Problem]:
     """The items of a JSON file that holds one array, without reading it as a whole.
 
-    Behind a place where it is no JSON nothing can be read.
+    Nothing can be read after a place where the file is not valid JSON.
 
     Args:
-        path: Of the file.
-        image_root: What relative paths of images are relative to.
-        image_token: Placeholder of an image in texts.
+        path: Path to the file.
+        media: Files that samples may name.
+        inputs: Kinds of items that samples may have.
     """
     number = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for number, text in enumerate(_array_items(file), 1):
                 where = f"{path.name} item {number}"
-                yield _item(text.encode(), where, number, path, image_root, image_token)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        reason = f"malformed JSON: {getattr(error, 'msg', error)}; the rest cannot be read"
+                yield _item(text.encode(), where, number, path, media, inputs)
+    except (ValueError, RecursionError) as error:
+        why = getattr(error, "msg", None) or reason_of(error)
+        reason = f"malformed JSON: {why}; the rest cannot be read"
         yield Problem(where=f"{path.name} item {number + 1}", reason=reason)
 
 
@@ -212,9 +246,10 @@ def _array_items(file: TextIO) -> Iterator[str]:
     """The source text of each item.
 
     Raises:
-        json.JSONDecodeError: The file is no array, or is cut short.
+        json.JSONDecodeError: The file is not an array, or is truncated.
     """
-    decoder = json.JSONDecoder()
+    # Only where an item ends is asked here; numbers of any length are text.
+    decoder = json.JSONDecoder(parse_int=str, parse_float=str)
     buffer, at, step = file.read(_CHUNK), 0, _CHUNK
     expected = "["
     while True:
@@ -247,11 +282,12 @@ def _space_end(buffer: str, at: int) -> int:
 
 
 def _item(
-    text: bytes, where: str, number: int, path: Path, image_root: Path, image_token: str
+    text: bytes, where: str, number: int, path: Path, media: MediaFolder, inputs: Inputs
 ) -> Found | Problem:
     try:
-        conversation = parse_conversation(parse_json(text), image_token, 0)
-        identity = "\n".join(conversation.image_paths) or text.decode()
+        conversation = parse_conversation(parse_json(text), inputs, {})
+        paths = conversation.paths.get(ENCODER, ())
+        identity = "\n".join(paths) or text.decode()
     except (MalformedError, ValueError) as error:
         return Problem(where=where, reason=str(error))
     return Found(
@@ -260,49 +296,44 @@ def _item(
         identity=identity,
         text=text,
         ending="json",
-        images=tuple(image_root / image for image in conversation.image_paths),
-        images_in=image_root,
+        images=paths,
+        images_in=media,
     )
 
 
 # -- images ----------------------------------------------------------------------------------------
 
 
-def _wrong_file(path: Path) -> str | None:
-    """What is wrong with an image file, before its contents are looked at."""
-    if not path.exists():
-        return f"image {path} is missing"
-    if not path.is_file():
-        return f"image {path} is a folder"
-    if not path.stat().st_size:
-        return f"image {path} is empty"
-    if _ending(path.name) in IMAGE_PARTS:
-        return None
-    try:
-        _image_ending(path)
-    # PIL raises nearly anything on broken bytes; a format that has no ending here is unknown too.
-    except Exception:
-        return f"image {path} is of an unknown kind: expected {', '.join(IMAGE_PARTS)}"
-    return None
-
-
 def _blame(found: Found, parts: Mapping[str, bytes]) -> str | None:
-    """The broken image, if it is one."""
-    for name, path in zip(found.image_names(), found.images, strict=True):
+    """Message that names the broken image, if an image is the cause."""
+    for path, data in zip(found.images, list(parts.values())[1:], strict=True):
         try:
-            examine_image(parts[name])
+            examine_image(data)
         except BrokenImageError as error:
-            return f"image {path} is broken: {error}"
+            return f"image {shortened(path)} is broken: {error}"
     return None
 
 
-def _image_ending(path: Path) -> str:
-    """The file's own ending, or that of what it holds."""
-    ending = _ending(path.name)
-    if ending in IMAGE_PARTS:
+def _image_ending(path: str, data: bytes) -> str:
+    """Ending of the file, or the ending that fits its contents.
+
+    Raises:
+        UnusableError: Neither is of an image.
+    """
+    if not data:
+        raise UnusableError("empty image", f"image {shortened(path)} is empty")
+    ending = _ending(path)
+    if ending in IMAGE_ENDINGS:
         return ending
-    with Image.open(path) as opened:
-        return _ENDINGS[str(opened.format)]
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            return _ENDINGS[str(opened.format)]
+    # PIL raises nearly anything on broken bytes; a format that has no ending here is unknown too.
+    except Exception as error:
+        raise UnusableError(
+            "unknown kind of image",
+            f"image {shortened(path)} is of an unknown kind: expected {', '.join(IMAGE_ENDINGS)}",
+        ) from error
 
 
 def _ending(name: str) -> str:
@@ -313,15 +344,16 @@ def _ending(name: str) -> str:
 
 
 def stored_key(name: str) -> str:
-    """A key for a name, different for different names, that tar files and energon can hold.
+    """Key for a name: different for different names, and valid in tar files and energon.
 
-    Letters, digits and most others stay; a dot, at which energon cuts names, becomes %2E.
+    Letters, digits and most other characters stay; a dot, at which energon splits names, becomes
+    %2E.
 
     Args:
         name: Path without ending.
     """
     raw = re.sub(r"[^\w/ -]", _escape, name)
-    # Energon passes over names that begin like this.
+    # Energon ignores names that begin with this.
     key = "%5F" + raw[1:] if raw.startswith("__") else raw
     last = key.rsplit("/", 1)[-1]
     if len(key.encode()) <= _LONGEST_KEY and len(last.encode()) <= _LONGEST_NAME:
@@ -336,42 +368,55 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
-    """Order in which cat2 comes before cat10."""
+    """Sort key with which cat2 comes before cat10."""
     pieces = (piece for piece in re.split(r"(\d+)", name) if piece)
     numbers = [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces]
     return numbers, name
 
 
-def kind_of(source: Path) -> Literal["folder", "shards", "lines", "array"]:
-    """Which kind of source a path is.
+Kind = Literal["folder", "shards", "lines", "array"]
+_KINDS: Mapping[str, Kind] = {".jsonl": "lines", ".ndjson": "lines", ".json": "array"}
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
+_EXPECTED = "expected a folder of images or tar shards, a .jsonl file or a .json file"
+
+
+def kind_of(source: Path) -> Kind:
+    """Kind of a source, from its path.
 
     Raises:
-        ValueError: None that is known.
+        ValueError: The path is of no known kind.
     """
-    if source.is_dir():
-        if next(source.rglob("*.tar"), None) is not None:
-            return "shards"
-        return "folder"
-    if not source.exists():
-        raise ValueError(
-            f"{source} does not exist: expected a folder of images or tar shards, a .jsonl file or "
-            f"a .json file"
-        )
+    shown = shortened(str(source))
+    with border(lambda why: f"{shown} is not a source: {why}; {_EXPECTED}"):
+        is_folder, exists, is_file = source.is_dir(), source.exists(), source.is_file()
+    if is_folder:
+        return _kind_of_folder(source)
+    if not exists:
+        raise ValueError(f"{shown} does not exist: {_EXPECTED}")
+    kind = _KINDS.get(source.suffix.lower())
+    if kind is None or not is_file:
+        what = "is of an unknown kind" if is_file else "is not a regular file"
+        raise ValueError(f"{shown} {what}: {_EXPECTED}")
     with source.open("rb") as file:
         start = next((byte for byte in chain.from_iterable(file) if not chr(byte).isspace()), None)
-    if source.suffix == ".json" and start == ord("{"):
+    if kind == "array" and start == ord("{"):
         raise ValueError(
             f"{source} holds one object: expected an array of samples, [...]; a file with one "
             f"object a line is named .jsonl"
         )
-    kinds: dict[str, Literal["lines", "array"]] = {
-        ".jsonl": "lines",
-        ".ndjson": "lines",
-        ".json": "array",
-    }
-    if source.suffix.lower() not in kinds:
-        raise ValueError(
-            f"{source} is of an unknown kind: expected a folder of images or tar shards, a .jsonl "
-            f"file or a .json file"
-        )
-    return kinds[source.suffix.lower()]
+    return kind
+
+
+def _kind_of_folder(source: Path) -> Kind:
+    shards = False
+    for path in source.rglob("*"):
+        name = path.name.lower()
+        if name.endswith(_PACKED):
+            raise ValueError(
+                f"{source} holds {path.relative_to(source)}, which is compressed: expected plain "
+                f"tar files, from which samples are read one by one; uncompress it, as with gunzip"
+            )
+        if name.endswith(".tar") and not path.name.endswith(".tar"):
+            raise ValueError(f"{source} holds {path.relative_to(source)}: rename it to end in .tar")
+        shards |= name.endswith(".tar")
+    return "shards" if shards else "folder"

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from megatron_mimo.data.sample import EncodedSample
+from megatron_mimo.data.inputs import ENCODER
+from megatron_mimo.data.samples.sample import EncodedSample
 
 PERCENTILES = (5, 50, 95, 99)
 _BARS = 12
@@ -14,17 +15,18 @@ _BARS = 12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
-    """One stored sample, and what training makes of it.
+    """One stored sample, and the result of encoding it as training does.
 
     Attributes:
-        number: In the order of reading, from 0.
-        key: As stored.
-        source: Dataset.
-        shard: File in it.
-        sample: Encoded; None for a sample that training does not take.
-        kind: Of damage; empty for a sample that training takes.
-        reason: What is wrong with it; empty too.
-        positions: Of a sequence that it needs; of one that is too long too, 0 where unknown.
+        number: Number in the order of reading, from 0.
+        key: Key as stored.
+        source: Name of the dataset.
+        shard: File in the dataset.
+        sample: Encoded sample; None for a sample that training rejects.
+        kind: Kind of damage; empty for a sample that training accepts.
+        reason: Description of the problem; empty for a sample that training accepts.
+        positions: Number of positions of a sequence that the sample needs, also for a sample that
+            is too long; 0 where unknown.
     """
 
     number: int
@@ -39,7 +41,7 @@ class Observation:
 
 @dataclass(slots=True)
 class Distribution:
-    """How often each whole number occurred."""
+    """Number of occurrences of each whole number."""
 
     counts: Counter[int] = field(default_factory=Counter)
 
@@ -49,26 +51,26 @@ class Distribution:
 
     @property
     def number(self) -> int:
-        """How many values."""
+        """Number of values."""
         return sum(self.counts.values())
 
     @property
     def total(self) -> int:
-        """Their sum."""
+        """Sum of the values."""
         return sum(value * count for value, count in self.counts.items())
 
     @property
     def mean(self) -> float:
-        """Their mean; 0 of none."""
+        """Mean of the values; 0 for no values."""
         return self.total / self.number if self.counts else 0.0
 
     @property
     def largest(self) -> int:
-        """The largest; 0 of none."""
+        """Largest value; 0 for no values."""
         return max(self.counts, default=0)
 
     def percentile(self, percent: float) -> int:
-        """The least value that at least so many percent of the values do not exceed; 0 of none."""
+        """Smallest value that this percentage of the values does not exceed; 0 for none."""
         needed = math.ceil(self.number * percent / 100)
         seen = 0
         for value in sorted(self.counts):
@@ -91,7 +93,7 @@ class Distribution:
 
 
 def _round_width(least: float) -> int:
-    """The least of 1, 2, 5, 10, 20, ... that is not below."""
+    """Smallest of 1, 2, 5, 10, 20, ... that is not smaller than `least`."""
     power = 1
     while True:
         for width in (power, 2 * power, 5 * power):
@@ -102,15 +104,15 @@ def _round_width(least: float) -> int:
 
 @dataclass(slots=True)
 class Source:
-    """Counts of one dataset of a blend, or of a shard.
+    """Counts over one dataset of a blend, or over a shard.
 
     Attributes:
-        samples: In all.
-        bad: That training does not take.
-        text_only: Without an image, among the others.
-        images: Of the others.
-        tokens: Of the others; positions of a sequence.
-        targets: Tokens to learn, of the others.
+        samples: Number of all samples.
+        bad: Number of samples that training rejects.
+        text_only: Number of good samples that have no item of any module.
+        images: Number of images of the good samples.
+        tokens: Number of positions of a sequence that the good samples need.
+        targets: Number of tokens to learn in the good samples.
     """
 
     samples: int = 0
@@ -126,20 +128,20 @@ class Source:
         if seen.sample is None:
             self.bad += 1
             return
-        self.text_only += not seen.sample.images
-        self.images += len(seen.sample.images)
+        self.text_only += not any(seen.sample.items.values())
+        self.images += len(seen.sample.items.get(ENCODER, ()))
         self.tokens += seen.positions
         self.targets += seen.sample.target_tokens
 
 
 @dataclass(slots=True)
 class BadSamples:
-    """Samples that training does not take, of one kind of damage.
+    """Samples that training rejects, of one kind of damage.
 
     Attributes:
-        count: How many.
-        example: Key, dataset and shard of the first.
-        detail: What exactly is wrong with the first.
+        count: Number of samples.
+        example: Key, dataset and shard of the first one.
+        detail: Description of the problem with the first one.
     """
 
     count: int
@@ -149,31 +151,36 @@ class BadSamples:
 
 @dataclass(slots=True)
 class Statistics:
-    """Of all samples that were read.
+    """Counts over all samples that were read.
 
     Attributes:
-        sources: By dataset.
-        shards: By dataset and shard.
-        bad: By kind of damage.
-        blanks: Good samples with a blank for an image that does not decode; counted with --decode.
-        positions: Of a sequence, of each sample; too long ones too.
-        targets: Tokens to learn, of each good sample.
-        images: Of each good sample.
-        rows_of_samples: Rows of each good sample that has an image.
-        rows_of_images: Rows of each image.
-        filled: Positions taken, of each sequence.
-        documents: Samples of each sequence.
+        sources: Name of a dataset -> its counts.
+        shards: Dataset and shard -> counts of the shard.
+        bad: Kind of damage -> samples that training rejects.
+        blanks: Kind of damage -> good samples with a blank for an item that cannot be decoded;
+            counted with --decode.
+        positions: Number of positions of each sample, also of those that are too long.
+        targets: Number of tokens to learn of each good sample.
+        images: Number of images of each good sample.
+        rows_of_samples: Number of rows of each good sample that has an image.
+        rows_of_images: Number of rows of each image.
+        rows_of_others: Module -> number of rows of each of its items, for further modules.
+        num_text_only: Number of good samples that have no item of any module.
+        filled: Number of used positions of each sequence.
+        documents: Number of samples of each sequence.
     """
 
     sources: dict[str, Source] = field(default_factory=dict)
     shards: dict[tuple[str, str], Source] = field(default_factory=dict)
     bad: dict[str, BadSamples] = field(default_factory=dict)
-    blanks: BadSamples | None = None
+    blanks: dict[str, BadSamples] = field(default_factory=dict)
     positions: Distribution = field(default_factory=Distribution)
     targets: Distribution = field(default_factory=Distribution)
     images: Distribution = field(default_factory=Distribution)
     rows_of_samples: Distribution = field(default_factory=Distribution)
     rows_of_images: Distribution = field(default_factory=Distribution)
+    rows_of_others: dict[str, Distribution] = field(default_factory=dict)
+    num_text_only: int = 0
     filled: Distribution = field(default_factory=Distribution)
     documents: Distribution = field(default_factory=Distribution)
 
@@ -191,48 +198,55 @@ class Statistics:
             return
         if sample.flaw is not None:
             example = f"{seen.key!r} of {seen.source}, shard {seen.shard}"
-            self.blanks = self.blanks or BadSamples(0, example, sample.flaw.reason)
-            self.blanks.count += 1
+            blanks = BadSamples(0, example, sample.flaw.reason)
+            self.blanks.setdefault(sample.flaw.kind, blanks).count += 1
         self.targets.add(sample.target_tokens)
-        self.images.add(len(sample.images))
-        rows = [image.rows for image in sample.images]
-        if rows:
-            self.rows_of_samples.add(sum(rows))
-        for number in rows:
-            self.rows_of_images.add(number)
+        self.num_text_only += not any(sample.items.values())
+        images = sample.items.get(ENCODER, ())
+        self.images.add(len(images))
+        if images:
+            self.rows_of_samples.add(sum(image.rows for image in images))
+        for module, items in sample.items.items():
+            rows_of_items = (
+                self.rows_of_images
+                if module == ENCODER
+                else self.rows_of_others.setdefault(module, Distribution())
+            )
+            for item in items:
+                rows_of_items.add(item.rows)
 
     def add_sequence(self, documents: Sequence[EncodedSample]) -> None:
-        """Count a sequence that training would read."""
+        """Count a sequence as training would read it."""
         self.filled.add(sum(document.num_positions for document in documents))
         self.documents.add(len(documents))
 
     @property
     def samples(self) -> int:
-        """Stored samples that were read."""
+        """Number of stored samples that were read."""
         return sum(source.samples for source in self.sources.values())
 
     @property
     def num_bad(self) -> int:
-        """Those that training does not take."""
+        """Number of samples that training rejects."""
         return sum(source.bad for source in self.sources.values())
 
     @property
     def text_only(self) -> float:
-        """Part of the good samples that have no image."""
-        return self.images.counts[0] / max(1, self.images.number)
+        """Fraction of the good samples that have no item of any module."""
+        return self.num_text_only / max(1, self.images.number)
 
     def fill_rate(self, seq_length: int) -> float:
-        """Part of the sequences' positions that is no padding."""
+        """Fraction of the sequences' positions that are not padding."""
         return self.filled.total / (max(1, self.filled.number) * seq_length)
 
 
 def kind_of_message(message: str) -> str:
-    """What is wrong without what differs from sample to sample: numbers and names."""
+    """Message without the parts that differ between samples, such as numbers and names."""
     return re.sub(r"\d[\d,.]*", "N", re.sub(r"'[^']*'|\"[^\"]*\"", "…", message))
 
 
 def draw_bars(distribution: Distribution, width: int = 40) -> Iterator[str]:
-    """A line of text for each bar."""
+    """Lines of text, one for each bar."""
     bars = distribution.bars()
     most = max((count for _, _, count in bars), default=1)
     label = max((len(f"{last:,}") for _, last, _ in bars), default=1)

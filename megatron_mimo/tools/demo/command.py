@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections import Counter
@@ -16,14 +17,19 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import arg
 
+from megatron_mimo.checkpoint.folder import TRACKER
 from megatron_mimo.data import RawSample
-from megatron_mimo.data.digits import read_digits_split, write_digits_dataset
+from megatron_mimo.data.samples.digits import read_digits_split, write_digits_dataset
+from megatron_mimo.launch.preload import can_fork
+from megatron_mimo.launch.ranks import launch
+from megatron_mimo.settings import Number, Within
+from megatron_mimo.settings.ranges import MOST_ITERATIONS, MOST_RANKS
 from megatron_mimo.tools.demo.page import STYLE, Example, examples_section, results_section
 from megatron_mimo.tools.report.command import run_sections, write_run_page
-from megatron_mimo.training.launch import launch
-from megatron_mimo.training.preload import can_fork
 
 _EXAMPLES = 48
+EXAMPLE = "example.png"
+"""Name of the held-out image that the last line asks about."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,22 +37,22 @@ class DemoConfig:
     """Train a small vision-language model on handwritten digits and report what it learned.
 
     Attributes:
-        out: Folder of the run; dataset, logs, summary.json and report.html go there.
+        out: Folder of the run; dataset, checkpoint, logs, summary.json and report.html go there.
         encoder_dp: Ranks of the vision encoder.
         llm_dp: Ranks of the language model.
         llm_ep: Ranks that share the experts of a hybrid model; divides --llm-dp; left out: 2
             where it does, else 1.
         model_provider: Architecture: Mamba, experts and attention, or a dense language model.
-        train_iters: Optimizer steps.
-        device: What ranks compute on; cuda needs a GPU for each.
+        train_iters: Number of iterations.
+        device: Kind of device of the ranks; cuda needs a GPU for each rank.
     """
 
     out: Annotated[str, arg(metavar="DIR")] = "runs/demo"
-    encoder_dp: int = 2
-    llm_dp: int = 2
-    llm_ep: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None
+    encoder_dp: Annotated[int, Within(1, MOST_RANKS)] = 2
+    llm_dp: Annotated[int, Within(1, MOST_RANKS)] = 2
+    llm_ep: Annotated[Number, Within(1, MOST_RANKS)] = None
     model_provider: Literal["nemotron-moe-vlm-tiny", "mock"] = "nemotron-moe-vlm-tiny"
-    train_iters: int = 700
+    train_iters: Annotated[int, Within(1, MOST_ITERATIONS)] = 700
     device: Literal["cpu", "auto", "cuda"] = "cpu"
 
 
@@ -55,10 +61,11 @@ class Scores:
     """Exact match on the held-out questions, 0 to 1.
 
     Attributes:
-        single: Single digits.
-        shuffled: Single digits, each question with another sample's image.
-        text_only: The best that a model without eyes can do: always the most frequent answer.
-        mixed: Questions of every kind about one to four digits.
+        single: Exact match on single digits.
+        shuffled: Exact match on single digits, with each question asked about another sample's
+            image.
+        text_only: Best exact match without images, from always giving the most frequent answer.
+        mixed: Exact match on questions of every kind about one to four digits.
     """
 
     single: float
@@ -68,7 +75,7 @@ class Scores:
 
 
 def run_demo(config: DemoConfig) -> int:
-    """Write the dataset, train, ask held-out questions, write summary.json and report.html.
+    """Write the dataset, train and save, ask held-out questions, write summary.json and a page.
 
     Returns:
         The exit code of the training run.
@@ -79,9 +86,10 @@ def run_demo(config: DemoConfig) -> int:
         shutil.rmtree(dataset, ignore_errors=True)
         write_digits_dataset(dataset)
     # Curves and answers of an earlier run must not pass for this one's.
-    for name in ("summary.json", "report.html"):
+    for name in ("summary.json", "report.html", EXAMPLE, TRACKER):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "tensorboard", ignore_errors=True)
+    for old in (out / "tensorboard", *out.glob("iter_*")):
+        shutil.rmtree(old, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
         answers = Path(folder) / "answers.json"
         os.environ["MIMO_DEMO_ANSWERS"] = str(answers)
@@ -98,11 +106,11 @@ def run_demo(config: DemoConfig) -> int:
 
 
 def training_flags(config: DemoConfig, dataset: Path, out: Path) -> list[str]:
-    """The command line of the training run.
+    """Command line of the training run.
 
     Args:
-        config: Of the demo.
-        dataset: Folder of the digits.
+        config: Settings of the demo.
+        dataset: Folder of the digits dataset.
         out: Folder of the run.
     """
     flags = {
@@ -126,6 +134,7 @@ def training_flags(config: DemoConfig, dataset: Path, out: Path) -> list[str]:
         "log-interval": max(1, min(10, config.train_iters // 10)),
         "eval-interval": max(1, config.train_iters // 5),
         "eval-iters": 4,
+        "save": out,
         "tensorboard-dir": out / "tensorboard",
         "timeline-ranks": "all",
         "profile-step-start": max(1, config.train_iters // 2),
@@ -189,16 +198,32 @@ def _conclude(config: DemoConfig, out: Path, dataset: Path, run: Mapping[str, An
     console = Console()
     console.print(table)
     console.print(f"trained in {run['train_seconds']:.0f} s; see {out / 'report.html'}")
+    # Not wrapped, so that it can be copied.
+    console.print(asking_line(out, single[0]), soft_wrap=True, highlight=False, markup=False)
     return 0
 
 
+def asking_line(out: Path, sample: RawSample) -> str:
+    """Write the image of a held-out question, and the line that asks the model about it.
+
+    Args:
+        out: Folder of the run.
+        sample: The question.
+    """
+    image = out / EXAMPLE
+    image.write_bytes(_png(sample))
+    question = sample.question.replace("<image>", "").strip()
+    command = ("megatron-mimo", "generate", str(out), question, "--image", str(image))
+    return f"ask it yourself: {shlex.join(command)}"
+
+
 def exact_match(samples: Sequence[RawSample], answers: Mapping[str, str]) -> float:
-    """Part of the samples whose answer is right to the letter."""
+    """Fraction of the samples whose answer equals the expected one."""
     return sum(answers[s.key] == s.answer for s in samples) / len(samples)
 
 
 def most_frequent_answer(train: Sequence[RawSample], val: Sequence[RawSample]) -> float:
-    """Exact match of always giving the training split's most frequent answer to the question."""
+    """Exact match from always giving the question's most frequent answer in training."""
     counts: dict[str, Counter[str]] = {}
     for sample in train:
         counts.setdefault(sample.question, Counter())[sample.answer] += 1
@@ -210,7 +235,7 @@ def most_frequent_answer(train: Sequence[RawSample], val: Sequence[RawSample]) -
 
 
 def _examples(samples: Sequence[RawSample], answers: Mapping[str, str]) -> list[Example]:
-    """An even choice over the split."""
+    """Examples, spread evenly over the split."""
     step = max(1, len(samples) // _EXAMPLES)
     return [
         Example(
@@ -225,7 +250,7 @@ def _examples(samples: Sequence[RawSample], answers: Mapping[str, str]) -> list[
 
 
 def _png(sample: RawSample) -> bytes:
-    image = sample.images[0]
+    image = sample.items["encoder"][0]
     if isinstance(image, bytes):
         return image
     buffer = io.BytesIO()

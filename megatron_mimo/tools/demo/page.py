@@ -1,4 +1,4 @@
-"""What the demo's report has beside those of any run: results, images, answers."""
+"""Sections that only the demo's report has: results, images, answers."""
 
 import base64
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ STYLE = """
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One held-out image with what the model said.
+    """One held-out image with the answer of the model.
 
     Attributes:
-        image: The image file's bytes.
-        media_type: For instance "image/png".
-        question: As asked.
-        expected: The right answer.
-        answer: The model's.
+        image: Contents of the image file.
+        media_type: Media type of the file, such as "image/png".
+        question: Question that was asked.
+        expected: Correct answer.
+        answer: Answer of the model.
     """
 
     image: bytes
@@ -37,24 +37,24 @@ class Example:
 
     @property
     def is_right(self) -> bool:
-        """Whether the whole answer is right."""
+        """Whether the whole answer is correct."""
         return self.answer == self.expected
 
 
 def results_section(rows: Sequence[tuple[str, str]]) -> Section:
-    """Exact match of some kinds of questions.
+    """Section on the exact match of several kinds of questions.
 
     Args:
-        rows: Label and value.
+        rows: Label and value of each row.
     """
     return "Exact match on held-out images", page.table(("", ""), rows)
 
 
 def examples_section(examples: Sequence[Example]) -> Section:
-    """Held-out images and what the model said.
+    """Section of held-out images and the answers of the model.
 
     Args:
-        examples: To show.
+        examples: Examples to show.
     """
     right = sum(example.is_right for example in examples)
     remark = f"{right} of {len(examples)} shown are right; a red edge marks a wrong answer."

@@ -1,4 +1,4 @@
-"""What each rank of the demo runs: training, then answers to held-out questions."""
+"""Program of each rank of the demo: training, then answers to held-out questions."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_mimo.data import RawSample
-from megatron_mimo.data.digits import KINDS, read_digits_split
+from megatron_mimo.data.samples.digits import KINDS, read_digits_split
 from megatron_mimo.training.main import main
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def shuffle_images(samples: Sequence[RawSample]) -> list[RawSample]:
     """Give each question the images of another sample; keys, questions and answers stay."""
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(samples))
     return [
-        dataclasses.replace(sample, images=samples[other].images)
+        dataclasses.replace(sample, items=samples[other].items)
         for sample, other in zip(samples, order, strict=True)
     ]
 
@@ -45,7 +45,7 @@ def answer_held_out(trainer: "Trainer", result: "TrainResult") -> None:
 
     def ask(samples: Sequence[RawSample]) -> dict[str, str]:
         answers = write_answers(
-            trainer.engine, samples, trainer.data, trainer.role, trainer.tokenizer
+            trainer.runner, samples, trainer.data, trainer.role, trainer.tokenizer
         )
         return {
             key: trainer.tokenizer.decode(list(answer.generated))
@@ -60,11 +60,11 @@ def answer_held_out(trainer: "Trainer", result: "TrainResult") -> None:
     report = {
         "train_seconds": result.train_seconds,
         "final_lm_loss": result.lm_loss,
-        "world_size": trainer.engine.topology.layout.world_size,
+        "world_size": trainer.runner.topology.layout.world_size,
         "answers": answered,
         "single_shuffled_images": ask(shuffle_images(kinds["single"])),
     }
-    if trainer.engine.topology.is_logging_rank:
+    if trainer.runner.topology.is_logging_rank:
         Path(os.environ[ANSWERS_VARIABLE]).write_text(json.dumps(report), encoding="utf-8")
 
 

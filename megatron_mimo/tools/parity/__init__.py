@@ -1,1 +1,1 @@
-"""Are two runs the same: `megatron-mimo parity`."""
+"""Comparison of two runs: `megatron-mimo parity`."""

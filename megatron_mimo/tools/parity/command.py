@@ -1,6 +1,5 @@
 """Whether two runs follow one curve: `megatron-mimo parity`."""
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import arg
 
+from megatron_mimo.settings import File, Switch, Within, check_bounds
 from megatron_mimo.tools.curves import read_run
 from megatron_mimo.tools.parity.compare import (
     Difference,
@@ -20,7 +20,6 @@ from megatron_mimo.tools.parity.compare import (
     verdict,
 )
 from megatron_mimo.tools.parity.outcome import EXIT_FAIL, EXIT_PASS, write_json
-from megatron_mimo.training.config import File, Switch
 
 _FIRST_STEPS = 3
 
@@ -30,7 +29,7 @@ class ParityConfig:
     """Compare the curves of two runs, ours or stock Megatron's, or their saved activations.
 
     RUN_A is the reference. Each is metrics.jsonl, a TensorBoard event file, or a folder with
-    either. The exit code is 0 when they agree and 3 when they part.
+    either. The exit code is 0 when they agree and 3 when they differ.
 
     Attributes:
         tensors: Compare folders of --save-activations instead of curves.
@@ -44,19 +43,14 @@ class ParityConfig:
     """
 
     tensors: Switch = False
-    tolerance: float = 1e-5
-    norm_tolerance: float = 1e-4
+    tolerance: Annotated[float, Within(0, 1e9)] = 1e-5
+    norm_tolerance: Annotated[float, Within(0, 1e9)] = 1e-4
     steps: Annotated[str | None, arg(metavar="N,N,...", help_behavior_hint="")] = None
     png: File = None
     json: File = None
 
     def __post_init__(self) -> None:
-        for flag, value in (
-            ("--tolerance", self.tolerance),
-            ("--norm-tolerance", self.norm_tolerance),
-        ):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{flag} is {value}: expected a number from 0 on")
+        check_bounds(self)
         if self.tensors and (self.png is not None or self.steps is not None):
             raise ValueError(
                 f"{'--png' if self.png is not None else '--steps'} shows curves, which --tensors "
@@ -65,13 +59,14 @@ class ParityConfig:
 
 
 def run_parity(a: str, b: str, config: ParityConfig) -> int:
-    """Compare two runs, print what was found, and draw and write it where asked for.
+    """Compare two runs, print the result, and draw and write it where requested.
 
     Returns:
-        0 when they agree, 3 when they part.
+        0 when they agree, 3 when they differ.
 
     Raises:
-        ValueError: A run cannot be read, they have no step in common, or a file cannot be written.
+        ValueError: A run cannot be read, the runs have no step in common, or a file cannot be
+            written.
     """
     if config.tensors:
         from megatron_mimo.tools.parity.tensors import run_tensor_parity
@@ -119,7 +114,7 @@ def default_steps(common: Sequence[int]) -> tuple[int, ...]:
 
 
 def as_json(parity: Parity) -> dict[str, Any]:
-    """Everything that was found, for other programs; what is not finite is None."""
+    """The complete result, for other programs; numbers that are not finite are None."""
     return {
         "verdict": "PASS" if parity.passes else "FAIL",
         "run_a": parity.a.name,

@@ -1,4 +1,4 @@
-"""Two runs' curves held against each other: how far apart, where first, and a verdict."""
+"""Comparison of two runs' curves: how far they differ, from which step on, and a verdict."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ class Difference:
     """One quantity at one step of both runs.
 
     Attributes:
-        step: Iteration.
+        step: Iteration of both runs.
         a: Value of the reference.
         b: Value of the other run.
         relative: (b - a) / |a|; nan where a value is not finite.
@@ -34,9 +34,9 @@ class Comparison:
     """One quantity over the steps that both runs have logged.
 
     Attributes:
-        quantity: Which.
+        quantity: Quantity that is compared.
         tolerance: Largest relative difference that passes.
-        differences: At each step compared, ascending.
+        differences: Differences at each step that was compared, ascending.
         skipped: Steps at which neither run has a finite value.
     """
 
@@ -58,13 +58,14 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parity:
-    """What comparing two runs found.
+    """Result of comparing two runs.
 
     Attributes:
-        a: The reference.
-        b: The other run.
-        comparisons: The loss, and the gradient norm where both runs have logged it.
-        notes: What a reader should know of the runs.
+        a: Curves of the reference.
+        b: Curves of the other run.
+        comparisons: Comparison of the loss, and of the gradient norm where both runs have logged
+            it.
+        notes: Remarks on the runs for the reader.
     """
 
     a: RunCurves
@@ -87,10 +88,10 @@ def compare_runs(a: RunCurves, b: RunCurves, *, tolerance: float, norm_tolerance
     """Compare two runs at the iterations that both have logged.
 
     Args:
-        a: The reference.
-        b: The other run.
+        a: Curves of the reference.
+        b: Curves of the other run.
         tolerance: Largest relative difference of the loss.
-        norm_tolerance: Of the gradient norm.
+        norm_tolerance: Largest relative difference of the gradient norm.
 
     Raises:
         ValueError: No iteration has a finite loss in either run.
@@ -145,7 +146,7 @@ def relative_difference(a: float, b: float) -> float:
 
 
 def verdict(parity: Parity) -> str:
-    """PASS or FAIL, and why, in a line for each quantity."""
+    """PASS or FAIL with the reason, one line for each quantity."""
     lines = []
     for comparison in parity.comparisons:
         beyond, worst = comparison.first_beyond, comparison.worst
@@ -164,7 +165,7 @@ def verdict(parity: Parity) -> str:
 
 
 def relative_words(difference: Difference) -> str:
-    """A relative difference in words, or which run is not finite."""
+    """A relative difference as text, or which run is not finite."""
     if math.isnan(difference.relative):
         return f"{'RUN_B' if math.isfinite(difference.a) else 'RUN_A'} not finite"
     return f"{difference.relative:+.2e}"
@@ -216,7 +217,7 @@ def _range(steps: Sequence[int]) -> str:
 
 
 def few_steps(steps: Sequence[int]) -> str:
-    """Steps in words, the first few of many."""
+    """Steps as text, only the first ones if there are many."""
     shown = ", ".join(map(str, steps[:5]))
     more = f" and {len(steps) - 5} more" if len(steps) > 5 else ""
     return f"step{'s' if len(steps) > 1 else ''} {shown}{more}"

@@ -1,4 +1,4 @@
-"""Two runs' curves over each other, and how far they are apart, as a picture."""
+"""Picture of two runs' curves, and of their relative difference."""
 
 import math
 from typing import TYPE_CHECKING, Any

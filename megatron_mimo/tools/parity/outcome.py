@@ -1,4 +1,4 @@
-"""How `megatron-mimo parity` ends: its exit codes, and what it found for other programs."""
+"""Exit codes of `megatron-mimo parity`, and its result as JSON."""
 
 import json
 import math
@@ -10,7 +10,7 @@ EXIT_PASS, EXIT_FAIL = 0, 3
 
 
 def write_json(path: str, values: dict[str, Any]) -> None:
-    """Write values to a file and say so; numbers that JSON does not have become null.
+    """Write values to a file and print its path; numbers that JSON does not have become null.
 
     Raises:
         ValueError: The file cannot be written.

@@ -1,4 +1,4 @@
-"""Where the activations of two runs part: `megatron-mimo parity --tensors`."""
+"""Where the activations of two runs begin to differ: `megatron-mimo parity --tensors`."""
 
 import math
 import sys
@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_mimo.tools.parity.outcome import EXIT_FAIL, EXIT_PASS, write_json
-from megatron_mimo.training.saved_activations import (
+from megatron_mimo.watch.saved_activations import (
     METADATA,
-    POINTS,
     POSITIONS,
     SavedFile,
     SavedSample,
+    in_order,
 )
 
 # Rows whose differences are taken at once in float64: logits are wide.
@@ -34,11 +34,11 @@ class Shard:
     """One rank's part of a sample at a point.
 
     Attributes:
-        path: File.
-        name: Of the tensor.
-        first_column: Of its columns.
-        width: Columns of all parts.
-        size: Positions of the whole sample.
+        path: Path to the file.
+        name: Name of the tensor in the file.
+        first_column: First column that the tensor has.
+        width: Number of columns of all parts.
+        size: Number of positions of the whole sample.
     """
 
     path: Path
@@ -50,11 +50,11 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """What a run saved of one iteration.
+    """Activations that a run saved in one iteration.
 
     Attributes:
-        folder: Where.
-        points: Point -> sample -> its parts.
+        folder: Folder of the files.
+        points: Parts by point and sample.
     """
 
     folder: Path
@@ -63,13 +63,13 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleDifference:
-    """How far a sample's values at a point are apart.
+    """Difference of a sample's values at a point.
 
     Attributes:
-        sample: Its key.
-        relative: |a - b| / |a|, norms over all values; infinite where one is not finite.
+        sample: Key of the sample.
+        relative: |a - b| / |a|, with norms over all values; infinite where one is not finite.
         largest: Largest |a - b|.
-        position: Of that value in the sample.
+        position: Position of that value in the sample.
     """
 
     sample: str
@@ -80,14 +80,14 @@ class SampleDifference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PointDifference:
-    """How far two runs are apart at a point.
+    """Difference of two runs at a point.
 
     Attributes:
-        point: Of `saved_activations.POINTS`.
-        cosine: Of all values as one vector.
+        point: Name of the point, one of `saved_activations.POINTS`.
+        cosine: Cosine similarity of all values as one vector.
         largest: Largest |a - b|.
         mean: Mean |a - b|.
-        samples: Each sample's.
+        samples: Difference of each sample.
     """
 
     point: str
@@ -98,25 +98,25 @@ class PointDifference:
 
     @property
     def worst(self) -> SampleDifference:
-        """The sample that is furthest apart."""
+        """Sample with the largest difference."""
         return max(self.samples, key=lambda sample: sample.relative)
 
 
 def run_tensor_parity(a: str, b: str, *, tolerance: float, json_path: str | None) -> int:
-    """Compare the activations that two runs saved, and print where they part.
+    """Compare the activations of two runs, and print where they begin to differ.
 
     Args:
-        a: --save-activations of the reference.
-        b: Of the other run.
+        a: Folder of --save-activations of the reference.
+        b: Folder of --save-activations of the other run.
         tolerance: Largest relative difference of a sample that passes.
-        json_path: File for what was found.
+        json_path: Path to the JSON file to write; None for no file.
 
     Returns:
-        0 when they agree, 3 when they part.
+        0 when they agree, 3 when they differ.
 
     Raises:
-        ValueError: A folder is not of saved activations, or incomplete, or they have no step in
-            common.
+        ValueError: A folder does not hold saved activations or is incomplete, or the runs have no
+            step in common.
     """
     steps_a, steps_b = find_steps(a), find_steps(b)
     common = sorted(steps_a.keys() & steps_b.keys())
@@ -156,10 +156,10 @@ def run_tensor_parity(a: str, b: str, *, tolerance: float, json_path: str | None
 
 
 def find_steps(folder: str) -> dict[int, Path]:
-    """Iteration -> its folder; `folder` may be that of one iteration.
+    """Folder of each iteration; `folder` may be that of one iteration.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There are no saved activations.
     """
     root = Path(folder)
     candidates = [root] if root.name.startswith("step-") else sorted(root.glob("step-*"))
@@ -177,10 +177,10 @@ def find_steps(folder: str) -> dict[int, Path]:
 
 
 def read_step(folder: Path) -> Step:
-    """Find out what a step's files hold, without reading it.
+    """List the contents of a step's files, without reading the tensors.
 
     Raises:
-        ValueError: A file is damaged; names it.
+        ValueError: A file is damaged; the message names it.
     """
     found: dict[str, dict[str, dict[tuple[int, int, int], list[Shard]]]] = {}
     for path in sorted(folder.glob("*/*.safetensors")):
@@ -214,8 +214,8 @@ def read_step(folder: Path) -> Step:
 
 
 def other_samples(a: Step, b: Step) -> str | None:
-    """What one run has and the other has not, in words; None when both have the same."""
-    for point in POINTS:
+    """Samples that only one of two runs has, as text; None when both have the same."""
+    for point in in_order({*a.points, *b.points}):
         mine, theirs = a.points.get(point, {}), b.points.get(point, {})
         for name, here, there in (("A", mine, theirs), ("B", theirs, mine)):
             if here and not there:
@@ -230,18 +230,17 @@ def other_samples(a: Step, b: Step) -> str | None:
 
 
 def compare_steps(a: Step, b: Step) -> Iterator[PointDifference]:
-    """How far two runs that read the same samples are apart, point by point of the forward.
+    """Differences of two runs that read the same samples, in the order of the forward.
 
     Raises:
         ValueError: A rank's part is missing, or shapes differ.
     """
-    for point in POINTS:
-        if point in a.points:
-            yield _compare_point(point, a, b)
+    for point in in_order(a.points):
+        yield _compare_point(point, a, b)
 
 
 def first_apart(points: Sequence[PointDifference], tolerance: float) -> str | None:
-    """The first point whose samples are further apart than allowed, in words."""
+    """First point with a sample beyond the tolerance, as text; None for no such point."""
     for number, point in enumerate(points):
         beyond = [sample for sample in point.samples if sample.relative > tolerance]
         if not beyond:
@@ -249,7 +248,7 @@ def first_apart(points: Sequence[PointDifference], tolerance: float) -> str | No
         worst = point.worst
         before = f" ({', '.join(p.point for p in points[:number])} agree)" if number else ""
         return (
-            f"the runs part at {point.point}{before}: {len(beyond)} of {len(point.samples)} "
+            f"the runs differ at {point.point}{before}: {len(beyond)} of {len(point.samples)} "
             f"samples differ by more than {tolerance:g}, most {worst.sample!r} by "
             f"{worst.relative:.2e}, there most at position {worst.position} ({worst.largest:.3g})"
         )
@@ -260,7 +259,7 @@ def assemble(shards: Sequence[Shard]) -> tuple[Tensor, Tensor]:
     """A whole sample at a point from its parts: positions int64 [n], values [n, width].
 
     Raises:
-        ValueError: A part is missing or there twice.
+        ValueError: A part is missing or occurs twice.
     """
     parts = []
     for shard in shards:

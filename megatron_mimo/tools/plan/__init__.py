@@ -1,1 +1,1 @@
-"""What a layout does and holds, on paper: `megatron-mimo plan`."""
+"""What a layout computes and holds, without running it: `megatron-mimo plan`."""

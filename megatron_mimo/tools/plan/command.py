@@ -1,4 +1,4 @@
-"""`megatron-mimo plan`: what a layout would do, on paper."""
+"""`megatron-mimo plan`: what a layout would do, without running it."""
 
 import sys
 from dataclasses import dataclass, field
@@ -8,27 +8,25 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import UseAppendAction, arg
 
-from megatron_mimo.schedule.actions import (
-    Action,
-    GradientFlow,
-    Kind,
-    Module,
-    build_schedule,
-    role_of,
+from megatron_mimo.config.architecture import check_shards, frozen_parts
+from megatron_mimo.config.custom import import_custom
+from megatron_mimo.config.layout import grids
+from megatron_mimo.config.model_file import read_architecture
+from megatron_mimo.config.sections import (
+    CustomImport,
+    GridSection,
+    ModelSection,
+    Preset,
 )
+from megatron_mimo.model.config import ModelConfig
+from megatron_mimo.model.flow import gradient_flow
+from megatron_mimo.schedule.actions import Action, Kind, build_schedule
+from megatron_mimo.schedule.graph import GradientFlow
 from megatron_mimo.schedule.timeline import timeline
+from megatron_mimo.settings import File, MoreThan, Number, Switch, Within, check_bounds
+from megatron_mimo.settings.ranges import MOST_RANKS
 from megatron_mimo.tools.plan.draw import draw_png, draw_text, gather_rows
 from megatron_mimo.topology import Layout
-from megatron_mimo.training.config import (
-    File,
-    GridSection,
-    Number,
-    Preset,
-    Switch,
-    TrainConfig,
-)
-from megatron_mimo.training.model_file import read_architecture
-from megatron_mimo.training.resolve import check_shards, grids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +37,11 @@ class PlanConfig:
         show_schedule: Draw the step: who computes what when, and who waits.
         show_actions: List the actions of this rank, in order.
         params: Count the parameters of each module, in all and on a rank.
+        dry_run: Build every distinct role of a run, and run a training step of it, on this machine
+            with tensors that have shapes only. It takes the flags of `train` in the place of those
+            below, with --nproc N: --dry-run --help lists them.
+        custom_import: Python module to import before the model is looked up: it may register
+            families of modules, and presets.
         model_provider: Preset whose parameters are counted.
         model_config: YAML file of an architecture: sections vision, projector and language, whose
             fields replace the preset's.
@@ -58,37 +61,41 @@ class PlanConfig:
     """
 
     show_schedule: Switch = False
-    show_actions: Number = None
+    show_actions: Annotated[Number, Within(0, MOST_RANKS)] = None
     params: Switch = False
+    dry_run: Switch = False
+    custom_import: CustomImport = ()
     model_provider: Preset = "mock"
     model_config: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="")] = None
     override: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SECTION.FIELD=VALUE")] = ()
-    vocab_size: int = 131072
-    num_microbatches: int = 8
+    vocab_size: Annotated[int, Within(1, 10**9)] = 131072
+    num_microbatches: Annotated[int, Within(1, 100_000)] = 8
     evaluation: Switch = False
     training_stage: Literal["stage1", "stage2", "stage3"] = "stage3"
     freeze_vit: Switch = False
     freeze_projection: Switch = False
-    encoder_cost: float = 1.0
-    llm_cost: float = 1.0
-    backward_cost: float = 2.0
+    encoder_cost: Annotated[float, MoreThan(0, 1e6)] = 1.0
+    llm_cost: Annotated[float, MoreThan(0, 1e6)] = 1.0
+    backward_cost: Annotated[float, MoreThan(0, 1e6)] = 2.0
     png: File = None
     grids: Annotated[GridSection, arg(name="")] = field(default_factory=GridSection)
 
 
 def run_plan(config: PlanConfig) -> int:
-    """Print what was asked for.
+    """Print the parts that the flags ask for.
 
     Returns:
-        0.
+        Exit code 0.
 
     Raises:
-        ValueError: A grid is impossible, a number out of range, or nothing was asked for.
+        ValueError: A grid is impossible, a number is out of range, or no flag asks for a part.
     """
     _check(config)
-    layout = _layout(config.grids)
+    import_custom(config.custom_import)
+    architecture = read_architecture(config.model_provider, config.model_config, config.override)
+    layout = grids(config.grids, tuple(architecture.modules), None)
     if config.params:
-        _show_parameters(config, layout)
+        _show_parameters(config, architecture, layout)
     if not _wants_schedule(config):
         return 0
     schedule = build_schedule(
@@ -96,28 +103,29 @@ def run_plan(config: PlanConfig) -> int:
         num_microbatches=config.num_microbatches,
         run_ahead=config.grids.encoder_run_ahead,
         gradients=not config.evaluation,
-        flow=_flow(config),
+        flow=_flow(config, architecture, layout),
     )
     if config.show_actions is not None:
         rank = config.show_actions
         if rank not in range(layout.world_size):
             raise ValueError(f"--show-actions {rank}: expected 0 to {layout.world_size - 1}")
         lines = [f"rank {rank}, {layout.describe_rank(rank)}:"]
-        lines += [f"  {action}" for action in schedule[role_of(layout, rank)]]
+        lines += [f"  {action}" for action in schedule[layout.stages_of(rank)]]
         sys.stdout.write("\n".join(lines) + "\n")
     if config.show_schedule or config.png is not None:
 
         def duration(_: int, action: Action) -> float:
-            cost = config.encoder_cost if action.module is Module.ENCODER else config.llm_cost
+            is_target = action.module == layout.target.name
+            cost = config.llm_cost if is_target else config.encoder_cost
             return cost * (config.backward_cost if action.kind is Kind.BACKWARD else 1.0)
 
         step = timeline(layout, schedule, duration)
         rows = gather_rows(layout, step)
         if config.show_schedule:
             sys.stdout.write(layout.table() + "\n\n")
-            draw_text(rows, step.makespan)
+            draw_text(rows, step.makespan, tuple(layout.modules))
         if config.png is not None:
-            draw_png(rows, step.makespan, config.png)
+            draw_png(rows, step.makespan, config.png, tuple(layout.modules))
             sys.stdout.write(f"wrote {config.png}\n")
     return 0
 
@@ -126,58 +134,43 @@ def _wants_schedule(config: PlanConfig) -> bool:
     return config.show_schedule or config.show_actions is not None or config.png is not None
 
 
-def _show_parameters(config: PlanConfig, layout: Layout) -> None:
+def _show_parameters(config: PlanConfig, architecture: ModelConfig, layout: Layout) -> None:
     # It takes the engine, which a drawing of the schedule does without.
     from megatron_mimo.tools.plan.parameters import count_parameters
 
-    architecture = read_architecture(config.model_provider, config.model_config, config.override)
     check_shards(layout, architecture)
-    if config.vocab_size < 1 or config.vocab_size % layout.llm.tp:
+    llm = layout.target
+    if config.vocab_size % llm.tp:
         raise ValueError(
-            f"--vocab-size is {config.vocab_size}: expected a multiple of --llm-tp {layout.llm.tp}"
+            f"--vocab-size is {config.vocab_size}: expected a multiple of {llm.flag('tp')} {llm.tp}"
         )
     table = Table(title=f"parameters of {config.model_provider}", title_justify="left")
     for name in ("module", "in all", "active", "on a rank"):
         table.add_column(name, justify="left" if name == "module" else "right")
-    for count in count_parameters(architecture, layout.encoder, layout.llm, config.vocab_size):
+    for count in count_parameters(architecture, layout.modules, config.vocab_size):
         ranks = " | ".join(f"{size:,}" for size in count.stages)
         table.add_row(count.name, f"{count.total:,}", f"{count.active:,}", ranks)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    console.print("active: what a token meets; on a rank: of each pipeline stage")
+    console.print(
+        "active: parameters that one token uses; on a rank: those of one rank, by pipeline stage"
+    )
 
 
 def _check(config: PlanConfig) -> None:
     if not (_wants_schedule(config) or config.params):
         raise ValueError(
-            "nothing to show: add --show-schedule, --show-actions RANK, --png FILE or --params"
+            "nothing to show: add --show-schedule, --show-actions RANK, --png FILE, --params or "
+            "--dry-run"
         )
-    for flag, value in (
-        ("--encoder-cost", config.encoder_cost),
-        ("--llm-cost", config.llm_cost),
-        ("--backward-cost", config.backward_cost),
-    ):
-        if not value > 0:
-            raise ValueError(f"{flag} is {value}: expected more than 0")
-    if config.num_microbatches < 1:
-        raise ValueError(f"--num-microbatches is {config.num_microbatches}: expected at least 1")
-    if config.grids.encoder_run_ahead < 0:
-        raise ValueError(
-            f"--encoder-run-ahead is {config.grids.encoder_run_ahead}: expected at least 0"
-        )
+    check_bounds(config)
 
 
-def _layout(section: GridSection) -> Layout:
-    """The grids, and a world just large enough for them."""
-    llm = section.llm_tp * section.llm_cp * section.llm_pp * section.llm_dp
-    encoder = section.encoder_tp * section.encoder_cp * section.encoder_pp * section.encoder_dp
-    first = section.encoder_offset or 0
-    behind = section.llm_offset if section.llm_offset is not None else first + encoder
-    if section.llm_only:
-        first, encoder, behind = 0, 0, section.llm_offset or 0
-    return grids(TrainConfig(grids=section), max(first + encoder, behind + llm))
-
-
-def _flow(config: PlanConfig) -> GradientFlow:
-    vision = not (config.freeze_vit or config.training_stage in ("stage1", "stage2"))
-    return GradientFlow(encoder=vision, bridge=vision or not config.freeze_projection)
+def _flow(config: PlanConfig, architecture: ModelConfig, layout: Layout) -> GradientFlow:
+    section = ModelSection(
+        training_stage=config.training_stage,
+        freeze_vit=config.freeze_vit,
+        freeze_projection=config.freeze_projection,
+    )
+    frozen = frozen_parts(section, architecture, layout.modules)
+    return gradient_flow(architecture, frozen, [source.name for source in layout.sources])

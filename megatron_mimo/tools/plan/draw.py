@@ -1,35 +1,56 @@
 """A step's timeline, as text and as a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.text import Text
 
-from megatron_mimo.schedule.actions import Kind, Module, role_of
+from megatron_mimo.schedule.actions import Kind
 from megatron_mimo.schedule.timeline import Event, Timeline
 from megatron_mimo.tools import picture
 from megatron_mimo.topology import Layout
 
-COMPUTE_COLORS = {
-    (Module.ENCODER, False): "#9ecae1",
-    (Module.ENCODER, True): "#3182bd",
-    (Module.LLM, False): "#fdd0a2",
-    (Module.LLM, True): "#e6550d",
-}
-"""(module, backward) -> colour in pictures."""
-_STYLES = {
-    (Module.ENCODER, False): "black on cyan",
-    (Module.ENCODER, True): "white on blue",
-    (Module.LLM, False): "black on yellow",
-    (Module.LLM, True): "black on dark_orange",
-}
-_NAMES = {
-    (Module.ENCODER, False): "encoder forward",
-    (Module.ENCODER, True): "encoder backward",
-    (Module.LLM, False): "llm forward",
-    (Module.LLM, True): "llm backward",
-}
+# (forward, backward) of the target, and of the sources in their order; colours repeat.
+_TARGET_COLORS = ("#fdd0a2", "#e6550d")
+_SOURCE_COLORS = (
+    ("#9ecae1", "#3182bd"),
+    ("#c7e9c0", "#31a354"),
+    ("#dadaeb", "#756bb1"),
+    ("#d9d9d9", "#636363"),
+)
+_TARGET_STYLES = ("black on yellow", "black on dark_orange")
+_SOURCE_STYLES = (
+    ("black on cyan", "white on blue"),
+    ("black on green3", "white on dark_green"),
+    ("black on plum3", "white on purple4"),
+    ("black on grey70", "white on grey37"),
+)
+
+
+_IN_WORDS = {"llm": "language model"}
+
+
+def compute_colors(modules: Sequence[str]) -> dict[tuple[str, bool], str]:
+    """(module, backward) -> colour in pictures.
+
+    Args:
+        modules: Names, the target's last.
+    """
+    return _by_module(modules, _SOURCE_COLORS, _TARGET_COLORS)
+
+
+def _by_module(
+    modules: Sequence[str], of_sources: Sequence[tuple[str, str]], of_target: tuple[str, str]
+) -> dict[tuple[str, bool], str]:
+    *sources, target = modules
+    pairs = {name: of_sources[i % len(of_sources)] for i, name in enumerate(sources)}
+    pairs[target] = of_target
+    return {
+        (name, backward): pair[backward]
+        for name, pair in pairs.items()
+        for backward in (False, True)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +59,15 @@ class Row:
 
     Attributes:
         ranks: Global ranks, ascending.
-        stages: What they hold, in words.
-        events: Their forwards and backwards.
-        in_flight: The most microbatches that each module had forward without their backward.
+        stages: Description of the stages that they hold.
+        events: Forwards and backwards of these ranks.
+        in_flight: Largest number of microbatches of each module between their forward and backward.
     """
 
     ranks: tuple[int, ...]
     stages: str
     events: tuple[Event, ...]
-    in_flight: dict[Module, int]
+    in_flight: dict[str, int]
 
     @property
     def label(self) -> str:
@@ -64,7 +85,7 @@ def gather_rows(layout: Layout, step: Timeline) -> list[Row]:
     rows: dict[object, list[int]] = {}
     events = {rank: tuple(step.compute(rank)) for rank in range(layout.world_size)}
     for rank, mine in events.items():
-        key = (role_of(layout, rank), tuple((e.action, e.start) for e in mine))
+        key = (layout.stages_of(rank), tuple((e.action, e.start) for e in mine))
         rows.setdefault(key, []).append(rank)
     return [
         Row(
@@ -77,28 +98,37 @@ def gather_rows(layout: Layout, step: Timeline) -> list[Row]:
     ]
 
 
-def draw_text(rows: Sequence[Row], makespan: float) -> None:
-    """Draw rows to the terminal, or without colours to a file: capitals forward, small backward."""
+def draw_text(rows: Sequence[Row], makespan: float, modules: Sequence[str]) -> None:
+    """Draw rows to the terminal, or without colours to a file: capitals forward, small backward.
+
+    Args:
+        rows: Rows from `gather_rows`.
+        makespan: Length of the step.
+        modules: Names of the modules, the target's last.
+    """
+    letters = cell_letters(modules)
+    styles = _by_module(modules, _SOURCE_STYLES, _TARGET_STYLES)
     console = Console(highlight=False, soft_wrap=True)
     label = max(len(row.label) for row in rows)
     shortest = min(event.end - event.start for row in rows for event in row.events)
-    widest = max(len(_cell(event)) for row in rows for event in row.events)
+    widest = max(len(_cell(event, letters)) for row in rows for event in row.events)
     # Room for a name in the shortest cell, and a bar in front of it.
     scale = (widest + 1) / shortest
     for row in rows:
         line, at = Text(f"{row.label:<{label}}  "), 0
         for event in row.events:
             start, end = round(event.start * scale), round(event.end * scale)
-            style = _STYLES[_kind(event)]
+            style = styles[_kind(event)]
             line.append(" " * (start - at))
-            line.append(f"|{_cell(event):<{end - start - 1}}", style=style)
+            line.append(f"|{_cell(event, letters):<{end - start - 1}}", style=style)
             at = end
         line.append("|")
         console.print(line)
     console.print()
-    key = Text("E encoder, L language model; capitals forward, small letters backward: ")
-    for kind, style in _STYLES.items():
-        key.append(f" {_NAMES[kind]} ", style=style)
+    named = ", ".join(f"{letters[name]} {_IN_WORDS.get(name, name)}" for name in modules)
+    key = Text(f"{named}; capitals forward, small letters backward: ")
+    for kind, style in styles.items():
+        key.append(f" {_name(kind)} ", style=style)
         key.append(" ")
     console.print(key)
     console.print(f"the step takes {makespan:g}")
@@ -110,14 +140,21 @@ def draw_text(rows: Sequence[Row], makespan: float) -> None:
         )
 
 
-def draw_png(rows: Sequence[Row], makespan: float, path: str) -> None:
+def draw_png(rows: Sequence[Row], makespan: float, path: str, modules: Sequence[str]) -> None:
     """Draw rows into a picture.
+
+    Args:
+        rows: Rows from `gather_rows`.
+        makespan: Length of the step.
+        path: Path of the picture.
+        modules: Names of the modules, the target's last.
 
     Raises:
         ValueError: matplotlib is missing, or the file cannot be written.
     """
     figure = picture.blank(figsize=(max(7, makespan * 0.32), 0.9 + 0.5 * len(rows)))
     axes = figure.subplots()
+    colors = compute_colors(modules)
     seen = set()
     for y, row in enumerate(rows):
         for event in row.events:
@@ -128,7 +165,7 @@ def draw_png(rows: Sequence[Row], makespan: float, path: str) -> None:
                 width,
                 left=event.start,
                 height=0.8,
-                color=COMPUTE_COLORS[kind],
+                color=colors[kind],
                 edgecolor="white",
             )
             axes.text(
@@ -138,7 +175,7 @@ def draw_png(rows: Sequence[Row], makespan: float, path: str) -> None:
                 ha="center",
                 va="center",
                 fontsize=8,
-                color="white" if kind == (Module.ENCODER, True) else "black",
+                color="white" if kind[1] and kind[0] != modules[-1] else "black",
             )
     axes.set_yticks(range(len(rows)), [row.label for row in rows])
     axes.invert_yaxis()
@@ -146,34 +183,49 @@ def draw_png(rows: Sequence[Row], makespan: float, path: str) -> None:
     axes.set_xlabel("time")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
-    for kind in COMPUTE_COLORS:
+    for kind in colors:
         if kind in seen:
             # A bar of no length, for the legend.
-            axes.barh(0, 0, color=COMPUTE_COLORS[kind], label=_NAMES[kind])
+            axes.barh(0, 0, color=colors[kind], label=_name(kind))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(seen), frameon=False)
     picture.save(figure, path, bbox_inches="tight")
 
 
-def _kind(event: Event) -> tuple[Module, bool]:
+def cell_letters(modules: Sequence[str]) -> dict[str, str]:
+    """A short name for each module, in capitals: as many of its letters as tell it from others."""
+    return {
+        name: next(
+            name[:length].upper()
+            for length in range(1, len(name) + 1)
+            if length == len(name)
+            or not any(other.startswith(name[:length]) for other in modules if other != name)
+        )
+        for name in modules
+    }
+
+
+def _kind(event: Event) -> tuple[str, bool]:
     return event.action.module, event.action.kind is Kind.BACKWARD
 
 
-def _cell(event: Event) -> str:
-    letter = event.action.module[0]
+def _name(kind: tuple[str, bool]) -> str:
+    return f"{kind[0]} {'backward' if kind[1] else 'forward'}"
+
+
+def _cell(event: Event, letters: Mapping[str, str]) -> str:
+    letter = letters[event.action.module]
     forward = event.action.kind is Kind.FORWARD
-    return f"{letter.upper() if forward else letter.lower()}{event.action.microbatch}"
+    return f"{letter if forward else letter.lower()}{event.action.microbatch}"
 
 
 def _stages(layout: Layout, rank: int) -> str:
-    role = role_of(layout, rank)
-    held = ((module, role.stage(module)) for module in Module)
-    return " + ".join(f"{module} stage {stage}" for module, stage in held if stage is not None)
+    return " + ".join(f"{module} stage {stage}" for module, stage in layout.stages_of(rank))
 
 
-def _in_flight(events: Sequence[Event]) -> dict[Module, int]:
+def _in_flight(events: Sequence[Event]) -> dict[str, int]:
     trained = {event.action.module for event in events if event.action.kind is Kind.BACKWARD}
-    most: dict[Module, int] = {}
-    alive: dict[Module, int] = {}
+    most: dict[str, int] = {}
+    alive: dict[str, int] = {}
     for event in events:
         module = event.action.module
         # Without a backward, a forward leaves nothing behind.

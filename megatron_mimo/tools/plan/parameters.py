@@ -1,26 +1,28 @@
-"""How many parameters a model has, in all and on a rank, without building its weights."""
+"""Number of parameters of a model and of a rank, without building the weights."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from megatron_mimo.language.config import ExecutionConfig, HybridConfig
-from megatron_mimo.model.config import FreezeConfig, ModelConfig
-from megatron_mimo.runtime import Device, prepare_engine
+from megatron_mimo.model.config import ModelConfig
+from megatron_mimo.modules.adapter import BuildContext, Experts, ModuleConfig
+from megatron_mimo.modules.families import adapter_of
+from megatron_mimo.runtime import Device, prepare_megatron_core
 from megatron_mimo.topology import ModuleGridSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterCount:
-    """Parameters of a module.
+    """Parameters of a part of a module.
 
     Attributes:
-        name: Of the module.
-        total: In all.
-        active: That a token meets: of the experts of a layer, those that it goes to.
-        stages: On a rank of each pipeline stage.
+        name: Name of the part, in words.
+        total: Number in all.
+        active: Number that a token meets: of the experts of a layer, those that it goes to.
+        stages: Number on a rank of each pipeline stage.
     """
 
     name: str
@@ -30,96 +32,65 @@ class ParameterCount:
 
 
 def count_parameters(
-    architecture: ModelConfig, encoder: ModuleGridSpec | None, llm: ModuleGridSpec, vocab_size: int
+    architecture: ModelConfig, grids: Mapping[str, ModuleGridSpec], vocab_size: int
 ) -> tuple[ParameterCount, ...]:
-    """Count vision encoder, projector and language model, on torch's meta device.
+    """Count the parts of every module, on torch's meta device.
 
     Args:
-        architecture: Of every module.
-        encoder: The encoder's grid, if any.
-        llm: The language model's.
-        vocab_size: V.
+        architecture: Architecture of every module.
+        grids: Name of a module -> its grid, of those to count.
+        vocab_size: Number of tokens of the vocabulary, V.
     """
-    prepare_engine(Device("cpu"))
-    language = architecture.language
-    whole = _language(_without_bars(architecture), ModuleGridSpec(name="llm"), 0, vocab_size)
-    total = _size(whole)
-    idle = 0
-    if isinstance(language, HybridConfig):
-        experts = sum(
-            parameter.numel() for name, parameter in whole.named_parameters() if ".experts." in name
-        )
-        idle = experts - experts * language.moe_router_topk // language.num_moe_experts
-    counts = [
-        ParameterCount(
-            name="language model",
-            total=total,
-            active=total - idle,
-            stages=tuple(
-                _size(_language(architecture, llm, stage, vocab_size)) for stage in range(llm.pp)
-            ),
-        )
-    ]
-    if encoder is not None:
-        module = _encoder(architecture, ModuleGridSpec(name="encoder"), 0)
-        stages = [_encoder(architecture, encoder, stage) for stage in range(encoder.pp)]
-        for part, name in (("projector", "projector"), ("vision", "vision encoder")):
-            size = _size(module.get_submodule(part))
-            held = (getattr(stage, part) for stage in stages)
-            counts.insert(
-                0,
+    prepare_megatron_core(Device("cpu"))
+    counts = []
+    for name, grid in grids.items():
+        config = architecture.modules[name]
+        adapter = adapter_of(config)
+        sizes = (architecture.row_width, vocab_size)
+        whole = _parts(adapter.one_stage(config), ModuleGridSpec(name=name), 0, *sizes)
+        stages = [_parts(config, grid, stage, *sizes) for stage in range(grid.pp)]
+        for part, title in adapter.part_titles(config).items():
+            total = _size(whole[part])
+            counts.append(
                 ParameterCount(
-                    name=name,
-                    total=size,
-                    active=size,
-                    stages=tuple(0 if one is None else _size(one) for one in held),
-                ),
+                    name=title,
+                    total=total,
+                    active=total - _idle(whole[part], adapter.experts(config)),
+                    stages=tuple(_size(stage[part]) for stage in stages),
+                )
             )
     return tuple(counts)
 
 
-def _without_bars(architecture: ModelConfig) -> ModelConfig:
-    """The same layers, for one pipeline stage."""
-    language = architecture.language
-    if not isinstance(language, HybridConfig):
-        return architecture
-    return replace(architecture, language=replace(language, pattern=language.layers))
+def _idle(module: nn.Module | None, experts: Experts | None) -> int:
+    """Parameters of the experts of each layer that a token does not go to."""
+    if experts is None or module is None:
+        return 0
+    held = sum(
+        parameter.numel() for name, parameter in module.named_parameters() if ".experts." in name
+    )
+    return held - held * experts.per_token // experts.number
 
 
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _size(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
-def _language(
-    architecture: ModelConfig, spec: ModuleGridSpec, stage: int, vocab_size: int
-) -> nn.Module:
-    from megatron_mimo.model.modules import LanguageModule
+def _parts(
+    config: ModuleConfig, spec: ModuleGridSpec, stage: int, row_width: int, vocab_size: int
+) -> Mapping[str, nn.Module | None]:
+    """Parts of a stage of a module, which the first rank of the stage holds."""
     from megatron_mimo.runtime.solo import paper_groups, solo_world
 
+    sizes = {axis: getattr(spec, axis) for axis in ("tp", "cp", "dp", "ep", "expt_tp")}
+    places = {axis: (0, size) for axis, size in sizes.items()} | {"pp": (stage, spec.pp)}
     with solo_world(), torch.device("meta"):
-        return LanguageModule(
-            architecture,
-            FreezeConfig(),
-            paper_groups(_places(spec, stage)),
-            torch.bfloat16,
+        context = BuildContext(
+            pg_collection=paper_groups(places),
+            params_dtype=torch.bfloat16,
+            row_width=row_width,
             vocab_size=vocab_size,
             seq_length=math.lcm(64, 2 * spec.cp * spec.tp),
             sequence_parallel=spec.tp > 1,
-            execution=ExecutionConfig(),
         )
-
-
-def _encoder(architecture: ModelConfig, spec: ModuleGridSpec, stage: int) -> nn.Module:
-    from megatron_mimo.model.modules import EncoderModule
-    from megatron_mimo.runtime.solo import paper_groups, solo_world
-
-    with solo_world(), torch.device("meta"):
-        return EncoderModule(
-            architecture, FreezeConfig(), paper_groups(_places(spec, stage)), torch.bfloat16
-        )
-
-
-def _places(spec: ModuleGridSpec, stage: int) -> dict[str, tuple[int, int]]:
-    """Of the first rank of a stage."""
-    sizes = {axis: getattr(spec, axis) for axis in ("tp", "cp", "dp", "ep", "expt_tp")}
-    return {axis: (0, size) for axis, size in sizes.items()} | {"pp": (stage, spec.pp)}
+        return adapter_of(config).build(config, context).parts

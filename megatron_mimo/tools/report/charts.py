@@ -50,10 +50,10 @@ class Line:
     """One curve of a chart.
 
     Attributes:
-        label: In words.
-        curve: To draw.
-        color: CSS.
-        marked: Draw its points, as of a curve that has few.
+        label: Label in the legend.
+        curve: Values by iteration.
+        color: Colour as CSS.
+        marked: Whether to draw a marker at each point, for a curve of few points.
     """
 
     label: str
@@ -63,21 +63,21 @@ class Line:
 
 
 def head() -> str:
-    """What a page with charts needs in its head."""
+    """HTML that a page with charts needs in its head."""
     return f"<script>{get_plotlyjs()}</script>\n<script>{_SCRIPT}</script>"
 
 
 def lines_chart(
     title: str, lines: Sequence[Line], *, unit: str, resumes: Sequence[int] = (), log: bool = False
 ) -> str:
-    """Curves over iterations.
+    """Chart of curves over iterations.
 
     Args:
-        title: Above it.
-        lines: To draw, those with many points thinned out.
-        unit: Of the values; empty for a ratio or a count.
-        resumes: Iterations behind which the run was started again.
-        log: Draw values on a logarithmic axis; a button switches it.
+        title: Title above the chart.
+        lines: Curves to draw; those with many points are thinned.
+        unit: Unit of the values; empty for a ratio or a count.
+        resumes: Iterations after which the run was started again.
+        log: Whether values are on a logarithmic axis at first; a button switches it.
     """
     figure = go.Figure()
     for line in lines:
@@ -92,7 +92,7 @@ def lines_chart(
 def stack_chart(
     title: str, parts: Sequence[Line], *, unit: str, resumes: Sequence[int] = ()
 ) -> str:
-    """Curves over iterations, one on top of the other; many points are drawn as means of some."""
+    """Chart of stacked curves over iterations; many points are drawn as means of buckets."""
     figure = go.Figure()
     for part in parts:
         _add(figure, part, average(part.curve), width=0.5, mode="lines", stackgroup="all")
@@ -100,14 +100,14 @@ def stack_chart(
 
 
 def thin(curve: Curve, buckets: int = _BUCKETS) -> Curve:
-    """Points that draw the same picture: the first, last, least and most of each of some buckets.
+    """Points that draw the same picture: first, last, smallest and largest of each bucket.
 
-    That is M4 (Jugel et al., "M4: A Visualization-Oriented Time Series Data Aggregation", 2014);
-    no spike is lost. Curves with few points stay as they are.
+    This is M4 (Jugel et al., "M4: A Visualization-Oriented Time Series Data Aggregation", 2014); no
+    spike is lost. Curves with few points are returned unchanged.
 
     Args:
-        curve: Iterations ascending.
-        buckets: Of as many neighbouring points each.
+        curve: Values by iteration, ascending.
+        buckets: Number of buckets, each with the same number of neighbouring points.
     """
     if len(curve) <= 4 * buckets:
         return curve
@@ -120,7 +120,7 @@ def thin(curve: Curve, buckets: int = _BUCKETS) -> Curve:
 
 
 def average(curve: Curve, buckets: int = _BUCKETS) -> Curve:
-    """Means of some buckets, each at its last iteration; curves with few points as they are."""
+    """Means of buckets, each at its last iteration; curves with few points are unchanged."""
     if len(curve) <= buckets:
         return curve
     return {
@@ -133,10 +133,10 @@ def show(figure: go.Figure, title: str, *, kind: str = "", height: int = _HEIGHT
     """A figure as HTML, below its title.
 
     Args:
-        figure: To draw.
-        title: As text; also its name for those who do not see it.
-        kind: Class of the element.
-        height: Pixels.
+        figure: Figure to draw.
+        title: Title as plain text; also the accessible name of the figure.
+        kind: CSS class of the element.
+        height: Height in pixels.
     """
     figure.update_layout(
         template="plotly_white",

@@ -1,4 +1,4 @@
-"""`megatron-mimo report`: reads what a run has written, and makes one page of it."""
+"""`megatron-mimo report`: reads the files of a run, and writes one page about it."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from megatron_mimo.tools.page import write_page
 from megatron_mimo.tools.report import charts
 from megatron_mimo.tools.report.sections import Section, sections
 from megatron_mimo.tools.report.timeline import Timeline, read_timeline
-from megatron_mimo.training.start_record import StartRecord, read_starts
+from megatron_mimo.watch.start_record import StartRecord, read_starts
 
 _WIDTH = 84
 
@@ -37,14 +37,14 @@ class ReportConfig:
 
 
 def run_report(path: str, config: ReportConfig) -> int:
-    """Read a run, write its page, and say where.
+    """Read a run, write its page, and print the page's path.
 
     Args:
-        path: RUN.
-        config: Where to, and what else to read.
+        path: Path to the run.
+        config: Values of the flags.
 
     Returns:
-        0.
+        Exit code 0.
 
     Raises:
         ValueError: There is nothing to read, a file is damaged, or the page cannot be written.
@@ -70,14 +70,14 @@ def write_run_page(
     """Write a page that may have charts.
 
     Args:
-        path: Where to; folders are made.
-        title: Heading.
-        lead: A sentence below it.
+        path: Path to the HTML file; missing folders are created.
+        title: Heading of the page.
+        lead: Sentence below the heading.
         parts: Heading and HTML of each section.
-        style: More CSS.
+        style: Additional CSS.
 
     Raises:
-        ValueError: It cannot be written.
+        ValueError: The file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,14 +97,14 @@ def write_run_page(
 
 
 def run_sections(folder: Path) -> Sequence[Section]:
-    """All sections on the run that has written into a folder."""
+    """All sections on the run that has written to a folder."""
     run = read_run(str(folder))
     starts = read_starts(run.folder)
     return list(sections(run, starts, _timeline(run, starts, None)))
 
 
 def lead(run: RunCurves, starts: Sequence[StartRecord]) -> str:
-    """A sentence on what a page is about."""
+    """Sentence on the subject of a page."""
     if not starts:
         return f"Read from {run.source}."
     last = starts[-1]
@@ -117,7 +117,7 @@ def lead(run: RunCurves, starts: Sequence[StartRecord]) -> str:
 
 
 def _timeline(run: RunCurves, starts: Sequence[StartRecord], folder: str | None) -> Timeline | None:
-    """From the folder that was named, else from where the run's last start has put it."""
+    """Timeline from the folder that was named, else from the one of the run's last start."""
     if folder is not None:
         found = read_timeline(Path(folder))
         if found is None:

@@ -1,13 +1,15 @@
-"""What a report shows of a run, section by section."""
+"""Sections of a report on a run."""
 
+import re
 import shlex
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from math import isfinite
 
-from megatron_mimo.schedule.actions import Module
+from megatron_mimo.config.flags import flat
+from megatron_mimo.config.sections import TrainConfig
 from megatron_mimo.tools import page
 from megatron_mimo.tools.curves import Curve, RunCurves
 from megatron_mimo.tools.report.charts import (
@@ -21,25 +23,26 @@ from megatron_mimo.tools.report.charts import (
 )
 from megatron_mimo.tools.report.timeline import PART_COLORS, WAITS, Timeline
 from megatron_mimo.tools.report.timeline import section as timeline_section
-from megatron_mimo.training.config import TrainConfig
-from megatron_mimo.training.flags import flat
-from megatron_mimo.training.rank_report import Part
-from megatron_mimo.training.start_record import StartRecord
+from megatron_mimo.watch.rank_report import Part
+from megatron_mimo.watch.start_record import StartRecord
 
 Section = tuple[str, str]
 _SKIPPED = "Skipped samples so far"
 _COLORS = {"encoder": BLUE, "llm": ORANGE, "model": GREEN}
+# Colours of further modules, in their order; they repeat.
+_MORE_COLORS = ("#9467bd", "#8c564b", "#17becf", "#e377c2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """Curves that are drawn together.
+    """Curves that are drawn in one chart.
 
     Attributes:
-        title: Above it.
-        unit: Of its values; empty for a ratio or a count.
-        lines: TensorBoard tag, label and colour of each; those that the run has not are left out.
-        log: Drawn on a logarithmic axis.
+        title: Title above the chart.
+        unit: Unit of the values; empty for a ratio or a count.
+        lines: TensorBoard tag, label and colour of each curve; curves that the run does not have
+            are left out.
+        log: Whether values are drawn on a logarithmic axis.
     """
 
     title: str
@@ -63,62 +66,86 @@ _LOSS = (
     ),
     Chart(title="Learning rate", unit="", lines=(("learning-rate", "", BLUE),)),
 )
-_SPEED = (
-    Chart(
-        title="Time of an iteration",
-        unit="ms",
-        lines=(("iteration-time-ms", "", BLUE),),
-    ),
-    Chart(
-        title="Tokens",
-        unit="tokens/s per GPU",
-        lines=(("speed/tokens per s per GPU", "", BLUE),),
-    ),
-    Chart(
-        title="FLOPs of the model",
-        unit="TFLOP/s per GPU",
-        lines=tuple(
-            (f"speed/{name} TFLOP per s per GPU", name, color) for name, color in _COLORS.items()
+
+
+def _speed_charts(tags: Sequence[str]) -> tuple[Chart, ...]:
+    return (
+        Chart(
+            title="Time of an iteration",
+            unit="ms",
+            lines=(("iteration-time-ms", "", BLUE),),
         ),
-    ),
-    Chart(
-        title="Utilisation (MFU)",
-        unit="",
-        lines=tuple((f"speed/{name} MFU", name, color) for name, color in _COLORS.items()),
-    ),
-)
-_BALANCE = (
-    Chart(
-        title="Imbalance of the encoder, fullest rank by mean",
-        unit="1 is even",
-        lines=(
-            ("balance/encoder rows max over mean", "rows", BLUE),
-            ("balance/encoder patches max over mean", "patches", ORANGE),
+        Chart(
+            title="Tokens",
+            unit="tokens/s per GPU",
+            lines=(("speed/tokens per s per GPU", "", BLUE),),
         ),
-    ),
-    Chart(
-        title="Imbalance of the experts, fullest by mean",
-        unit="1 is even",
-        lines=(("experts/max over mean load", "mean of the layers", BLUE),),
-    ),
-    Chart(title="Rows of an iteration", unit="rows", lines=(("bridge/rows", "", BLUE),)),
-    Chart(
-        title="Sent over the bridge in an iteration",
-        unit="bytes",
-        lines=(("bridge/bytes", "", BLUE),),
-    ),
-    Chart(title="Packing", unit="share of positions", lines=(("packing fill", "", BLUE),)),
-    Chart(title=_SKIPPED, unit="samples", lines=(("data/skipped samples", "", RED),)),
-    Chart(
-        title="Peak memory of the fullest rank",
-        unit="GiB",
-        lines=tuple(
-            (f"memory/{name} peak GiB", name, color)
-            for name, color in _COLORS.items()
-            if name != "model"
+        Chart(
+            title="FLOPs of the model",
+            unit="TFLOP/s per GPU",
+            lines=_by_module(tags, r"speed/(.+) TFLOP per s per GPU"),
         ),
-    ),
-)
+        Chart(title="Utilisation (MFU)", unit="", lines=_by_module(tags, r"speed/(.+) MFU")),
+    )
+
+
+def _balance_charts(tags: Sequence[str]) -> tuple[Chart, ...]:
+    return (
+        *_imbalance_charts(tags),
+        Chart(
+            title="Imbalance of the experts, fullest by mean",
+            unit="1 is even",
+            lines=(("experts/max over mean load", "mean of the layers", BLUE),),
+        ),
+        Chart(
+            title="Rows of an iteration",
+            unit="rows",
+            lines=_by_module(tags, r"bridge/(.+) rows") or (("bridge/rows", "", BLUE),),
+        ),
+        Chart(
+            title="Sent over the bridge in an iteration",
+            unit="bytes",
+            lines=(("bridge/bytes", "", BLUE),),
+        ),
+        Chart(title="Packing", unit="share of positions", lines=(("packing fill", "", BLUE),)),
+        Chart(title=_SKIPPED, unit="samples", lines=(("data/skipped samples", "", RED),)),
+        Chart(
+            title="Peak memory of the fullest rank",
+            unit="GiB",
+            lines=_by_module(tags, r"memory/(.+) peak GiB"),
+        ),
+    )
+
+
+def _imbalance_charts(tags: Sequence[str]) -> Iterator[Chart]:
+    """A chart for each source: how far its fullest replica is above the mean."""
+    counts: dict[str, list[str]] = {}
+    for tag in tags:
+        found = re.fullmatch(r"balance/(.+) (\S+) max over mean", tag)
+        if found is not None:
+            counts.setdefault(found[1], []).append(found[2])
+    for name, of_source in counts.items():
+        # Rows first, whatever the order of the tags.
+        ordered = sorted(of_source, key=lambda count: (count != "rows", count))
+        yield Chart(
+            title=f"Imbalance of the {name}, fullest rank by mean",
+            unit="1 is even",
+            lines=tuple(
+                (f"balance/{name} {count} max over mean", count, color)
+                for count, color in zip(ordered, cycle((BLUE, ORANGE)), strict=False)
+            ),
+        )
+
+
+def _by_module(tags: Sequence[str], pattern: str) -> tuple[tuple[str, str, str], ...]:
+    """A line for each tag of a pattern, whose group is the module's name."""
+    found = {match[1]: tag for tag in tags if (match := re.fullmatch(pattern, tag)) is not None}
+    ordered = [name for name in _COLORS if name in found]
+    others = [name for name in found if name not in _COLORS]
+    colors = _COLORS | dict(zip(others, cycle(_MORE_COLORS), strict=False))
+    return tuple((found[name], name, colors[name]) for name in (*ordered, *others))
+
+
 # Drawn as stacks, or shown as text, or of no interest as a curve.
 _NOT_CHARTS = ("time/", "consumed_samples", "skipped_iterations", "nan_iterations")
 
@@ -129,14 +156,15 @@ def sections(
     """Heading and HTML of each section.
 
     Args:
-        run: Its curves.
-        starts: Of the run, in order; empty where it kept none, as Megatron-LM.
-        timeline: Of traced iterations; None where there is none.
+        run: Curves of the run.
+        starts: Starts of the run, in order; empty where the run recorded none, as Megatron-LM.
+        timeline: Timeline of traced iterations; None where there is none.
     """
     resumes = [start.iteration for start in starts if start.iteration]
     yield "In short", _summary(run, starts, timeline)
     yield "Curves", _charts(run, _LOSS, resumes)
-    speed = _charts(run, _SPEED, resumes)
+    tags = list(run.curves)
+    speed = _charts(run, _speed_charts(tags), resumes)
     if speed:
         yield "Speed", speed
     where = _time(run, resumes)
@@ -146,7 +174,7 @@ def sections(
         yield "Timeline", timeline_section(timeline)
     else:
         yield "Timeline", page.note("None was recorded: train with --timeline-profile.")
-    balance = _charts(run, _BALANCE, resumes)
+    balance = _charts(run, _balance_charts(tags), resumes)
     if balance:
         yield "Balance, data and memory", balance
     rest = _rest(run, resumes)
@@ -168,7 +196,7 @@ def _summary(run: RunCurves, starts: Sequence[StartRecord], timeline: Timeline |
         ("tokens/s per GPU", "speed/tokens per s per GPU", "{:,.0f}"),
         ("TFLOP/s per GPU", "speed/model TFLOP per s per GPU", "{:,.4g}"),
         ("MFU", "speed/model MFU", "{:.1%}"),
-        ("encoder imbalance, rows", "balance/encoder rows max over mean", "{:.2f}"),
+        *_imbalances(run.curves),
         ("packing fill", "packing fill", "{:.1%}"),
     ):
         typical = _median(run.curves.get(tag, {}))
@@ -181,6 +209,14 @@ def _summary(run: RunCurves, starts: Sequence[StartRecord], timeline: Timeline |
         waiting = _waiting(timeline)
         rows.append(("waiting for other ranks, of the traced time", f"{waiting:.1%}"))
     return page.facts(rows)
+
+
+def _imbalances(tags: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Label, tag and form of the imbalance of each source's rows."""
+    for tag in tags:
+        found = re.fullmatch(r"balance/(.+) rows max over mean", tag)
+        if found is not None:
+            yield f"{found[1]} imbalance, rows", tag, "{:.2f}"
 
 
 def _progress(run: RunCurves, starts: Sequence[StartRecord]) -> Iterator[tuple[str, str]]:
@@ -198,12 +234,12 @@ def _progress(run: RunCurves, starts: Sequence[StartRecord]) -> Iterator[tuple[s
     if skipped:
         yield "skipped updates", f"{skipped:,.0f}"
     if len(starts) > 1:
-        behind = ", ".join(f"{start.iteration:,}" for start in starts[1:])
-        yield "starts", f"{len(starts)}; again behind iteration {behind}"
+        after = ", ".join(f"{start.iteration:,}" for start in starts[1:])
+        yield "starts", f"{len(starts)}; again after iteration {after}"
 
 
 def _median(curve: Curve) -> float | None:
-    """Of finite values, the first left out, in which a run warms up."""
+    """Median of finite values without the first one, in which a run warms up."""
     values = [value for value in list(curve.values())[1:] or curve.values() if isfinite(value)]
     return statistics.median(values) if values else None
 
@@ -217,7 +253,7 @@ def _waiting(timeline: Timeline) -> float:
 
 
 def _charts(run: RunCurves, wanted: Sequence[Chart], resumes: Sequence[int]) -> str:
-    """Those for which the run has curves; empty for none."""
+    """Charts for which the run has curves; empty for none."""
     drawn = []
     for chart in wanted:
         lines = [
@@ -232,9 +268,19 @@ def _charts(run: RunCurves, wanted: Sequence[Chart], resumes: Sequence[int]) -> 
     return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
 
 
+def _timed_modules(tags: Iterable[str]) -> list[str]:
+    """Names of the modules whose time was measured, in the order of the tags."""
+    suffix = f" {Part.COMPUTE} ms"
+    return [
+        tag.removeprefix("time/").removesuffix(suffix)
+        for tag in tags
+        if tag.startswith("time/") and tag.endswith(suffix)
+    ]
+
+
 def _time(run: RunCurves, resumes: Sequence[int]) -> str:
     drawn, rows = [], []
-    for module in Module:
+    for module in _timed_modules(run.curves):
         parts = {part: run.curves.get(f"time/{module} {part} ms") for part in Part}
         there = {part: curve for part, curve in parts.items() if curve and any(curve.values())}
         if not there:
@@ -248,7 +294,7 @@ def _time(run: RunCurves, resumes: Sequence[int]) -> str:
         total = sum(typical.values()) or 1.0
         rows.append(
             (
-                str(module),
+                module,
                 *(
                     f"{typical[part]:,.1f} ms ({typical[part] / total:.0%})"
                     if part in typical
@@ -265,7 +311,10 @@ def _time(run: RunCurves, resumes: Sequence[int]) -> str:
 
 
 def _rest(run: RunCurves, resumes: Sequence[int]) -> str:
-    shown = {tag for chart in (*_LOSS, *_SPEED, *_BALANCE) for tag, _, _ in chart.lines}
+    tags = list(run.curves)
+    charts_above = (*_LOSS, *_speed_charts(tags), *_balance_charts(tags))
+    # Where rows have a line for each bridge, their sum is not drawn again.
+    shown = {tag for chart in charts_above for tag, _, _ in chart.lines} | {"bridge/rows"}
     rest = [
         Chart(title=tag, unit="", lines=((tag, "", BLUE),))
         for tag, curve in sorted(run.curves.items())
@@ -304,7 +353,7 @@ def _flags(flags: Mapping[str, object]) -> str:
 def _changes(starts: Sequence[StartRecord]) -> str:
     rows = []
     for before, after in pairwise(starts):
-        where = f"behind iteration {after.iteration:,}, {after.time}"
+        where = f"after iteration {after.iteration:,}, {after.time}"
         differing = [
             (f"--{name}", _value(before.flags.get(name)), _value(value))
             for name, value in after.flags.items()

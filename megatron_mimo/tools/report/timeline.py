@@ -1,4 +1,4 @@
-"""What traced ranks did in some iterations: read from their traces, summed up, and drawn."""
+"""Work of traced ranks in some iterations: read from their traces, summed up, and drawn."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from megatron_mimo.schedule.actions import Kind, Module
+from megatron_mimo.schedule.actions import Kind
 from megatron_mimo.tools import page
-from megatron_mimo.tools.plan.draw import COMPUTE_COLORS
+from megatron_mimo.tools.plan.draw import compute_colors
 from megatron_mimo.tools.report import charts
-from megatron_mimo.training.rank_report import Part
-from megatron_mimo.training.traces import timeline_files
+from megatron_mimo.watch.rank_report import Part
+from megatron_mimo.watch.traces import timeline_files
 
 # A browser draws so many bars without falling behind.
 MOST_BARS = 6000
@@ -38,35 +38,36 @@ _SHORTEST = 1 / 5000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bar:
-    """One thing that a rank did.
+    """One lap of a rank.
 
     Attributes:
         rank: Global rank.
-        iteration: In which.
-        name: The schedule's.
-        part: What its time counts as.
-        compute: Module and whether backward, of a forward or backward; None for all else.
-        start: Milliseconds, from the first bar of all.
-        duration: Milliseconds.
+        iteration: Number of the iteration.
+        name: Name of the action in the schedule.
+        part: Part of the step that its time is added to.
+        compute: Name of the module and whether it is a backward; None for other laps than forward
+            and backward.
+        start: Start in milliseconds from the first bar of all.
+        duration: Duration in milliseconds.
     """
 
     rank: int
     iteration: int
     name: str
     part: Part
-    compute: tuple[Module, bool] | None
+    compute: tuple[str, bool] | None
     start: float
     duration: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timeline:
-    """Traced iterations.
+    """Laps of traced iterations.
 
     Attributes:
-        source: The files read, in words.
-        roles: Rank -> "rank 0: encoder dp 0", ranks ascending.
-        bars: By rank, each rank's in order.
+        source: Description of the files that were read.
+        roles: Description of each rank, such as "rank 0: encoder dp 0", ranks ascending.
+        bars: Bars by rank, in order for each rank.
     """
 
     source: str
@@ -75,11 +76,11 @@ class Timeline:
 
     @property
     def iterations(self) -> tuple[int, ...]:
-        """Those traced."""
+        """Iterations that were traced."""
         return tuple(sorted({bar.iteration for bar in self.bars}))
 
     def seconds_of(self, rank: int) -> dict[Part, float]:
-        """How a rank's time went, seconds."""
+        """Seconds that a rank spent in each part of a step."""
         spent = dict.fromkeys(Part, 0.0)
         for bar in self.bars:
             if bar.rank == rank:
@@ -88,7 +89,7 @@ class Timeline:
 
 
 def read_timeline(folder: Path) -> Timeline | None:
-    """Read what `--timeline-profile` wrote into a folder; None where it wrote nothing.
+    """Read the files of `--timeline-profile` in a folder; None where there are none.
 
     Raises:
         ValueError: A file is damaged.
@@ -109,7 +110,7 @@ def read_timeline(folder: Path) -> Timeline | None:
             found += [_bar(event) for event in events if event["ph"] == "X" and "args" in event]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path} is no timeline as --timeline-profile writes it: {error!r}"
+                f"{path} is not a timeline as --timeline-profile writes it: {error!r}"
             ) from error
     origin = min((bar.start for bar in found), default=0.0)
     bars = [replace(bar, start=bar.start - origin) for bar in found]
@@ -121,7 +122,7 @@ def read_timeline(folder: Path) -> Timeline | None:
 
 
 def section(timeline: Timeline) -> str:
-    """The timeline drawn, and where each rank's time went, as HTML."""
+    """HTML of the timeline, and of the time of each rank by part."""
     shown, left_out = _that_fit(timeline)
     first, last = timeline.iterations[0], timeline.iterations[-1]
     which = f"iteration {first}" if first == last else f"iterations {first} to {last}"
@@ -138,7 +139,7 @@ def section(timeline: Timeline) -> str:
 
 
 def _that_fit(timeline: Timeline) -> tuple[list[Bar], str]:
-    """Bars that can be seen and drawn, and a remark on what was left out."""
+    """Bars that are visible and not too many to draw, and a remark on those left out."""
     ends = [bar.start + bar.duration for bar in timeline.bars]
     shortest = max(ends) * _SHORTEST / len(timeline.iterations)
     bars = [bar for bar in timeline.bars if bar.duration >= shortest]
@@ -150,7 +151,7 @@ def _that_fit(timeline: Timeline) -> tuple[list[Bar], str]:
         remark = f" Drawn: iteration {last}."
     if len(kept) > MOST_BARS:
         ranks = sorted({bar.rank for bar in kept})
-        # Evenly over both grids, rather than the first ranks of one.
+        # Evenly over all grids, rather than the first ranks of one.
         step = -(-len(kept) // MOST_BARS)
         chosen = set(ranks[::step])
         kept = [bar for bar in kept if bar.rank in chosen]
@@ -186,10 +187,12 @@ def _draw(bars: Sequence[Bar], roles: dict[int, str]) -> str:
 
 
 def _groups(bars: Iterable[Bar]) -> list[tuple[str, str, list[Bar]]]:
-    """Legend entry, colour, bars: first what computes, then the rest; empty ones left out."""
+    """Legend entry, colour and bars: first compute, then the rest; empty groups are left out."""
     kinds: list[tuple[str, str, list[Bar]]] = []
     listed = list(bars)
-    for (module, backward), color in COMPUTE_COLORS.items():
+    # In the order of their first ranks, in which those of the target come last.
+    modules = list(dict.fromkeys(bar.compute[0] for bar in listed if bar.compute is not None))
+    for (module, backward), color in compute_colors(modules).items() if modules else ():
         mine = [bar for bar in listed if bar.compute == (module, backward)]
         kinds.append((f"{module} {'backward' if backward else 'forward'}", color, mine))
     for part in Part:
@@ -222,7 +225,7 @@ def _bar(span: dict[str, Any]) -> Bar:
         iteration=details["iteration"],
         name=span["name"],
         part=Part(details["part"]),
-        compute=(Module(details["module"]), span["cat"] == Kind.BACKWARD) if computes else None,
+        compute=(details["module"], span["cat"] == Kind.BACKWARD) if computes else None,
         start=span["ts"] / 1000,
         duration=span["dur"] / 1000,
     )

@@ -6,8 +6,8 @@ GRADIENTS = (
     Fault(
         "divisor-of-own-lanes",
         "training/step.py",
-        "    finalize_gradients(\n        engine.model,\n        num_tokens,",
-        "    finalize_gradients(\n        engine.model,\n"
+        "    finalize_gradients(\n        runner.model,\n        num_tokens,",
+        "    finalize_gradients(\n        runner.model,\n"
         "        sum(data.lane_target_tokens.values()),",
         "Gradients are divided by the target tokens of the lanes that a rank reads, not by "
         "those of the global batch: wrong where there are several lanes.",
@@ -15,22 +15,24 @@ GRADIENTS = (
     Fault(
         "encoder-mean-over-replicas",
         "optim/mimo_optimizer.py",
-        "scale = encoder_scale if replica is model.encoder else 1.0",
-        "scale = encoder_scale / replica.groups.spec.dp if replica is model.encoder else 1.0",
+        "scale = (scales or {}).get(replica.groups.spec.name, 1.0)",
+        "scale = (scales or {}).get(replica.groups.spec.name, 1.0)\n"
+        "            if replica is not model.target:\n"
+        "                scale /= replica.groups.spec.dp",
         "The encoder's gradients are averaged over its replicas: wrong with encoder dp > 1.",
     ),
     Fault(
         "mean-over-context-ranks",
         "optim/mimo_optimizer.py",
-        "scale = encoder_scale if replica is model.encoder else 1.0",
-        "scale = encoder_scale if replica is model.encoder else 1.0 / replica.groups.spec.cp",
+        "scale = (scales or {}).get(replica.groups.spec.name, 1.0)",
+        "scale = (scales or {}).get(replica.groups.spec.name, 1.0) / replica.groups.spec.cp",
         "The language model's gradients are averaged over its cp ranks: wrong with cp > 1.",
     ),
     Fault(
         "loss-over-dp-alone",
         "training/step.py",
-        "dist.all_reduce(loss_sum, group=topology.llm.pg_collection.dp_cp)",
-        "dist.all_reduce(loss_sum, group=topology.llm.pg_collection.dp)",
+        "dist.all_reduce(loss_sum, group=topology.target.pg_collection.dp_cp)",
+        "dist.all_reduce(loss_sum, group=topology.target.pg_collection.dp)",
         "The reported loss leaves out the other cp ranks' positions: cp > 1.",
     ),
     Fault(
@@ -38,7 +40,7 @@ GRADIENTS = (
         "topology/groups.py",
         '    "dp_cp_gtp_remat": "dp_cp",\n    "intra_dp_cp": "dp_cp",\n',
         '    "dp_cp": "dp",\n    "dp_cp_gtp_remat": "dp",\n    "intra_dp_cp": "dp",\n',
-        "Gradients are not summed over cp ranks, whose weights part: cp > 1.",
+        "Gradients are not summed over cp ranks, whose weights then differ: cp > 1.",
     ),
     Fault(
         "expert-gradients-over-dense-replicas",
@@ -57,9 +59,9 @@ GRADIENTS = (
     ),
     Fault(
         "expert-bias-without-cp",
-        "topology/groups.py",
-        '    ("tp_dp_cp", None, ("tp", "cp", "dp")),',
-        '    ("tp_dp_cp", None, ("tp", "dp")),',
+        "topology/group_plan.py",
+        '    ("tp_dp_cp", ("tp", "cp", "dp")),',
+        '    ("tp_dp_cp", ("tp", "dp")),',
         "The expert bias follows the tokens of one cp rank: experts with cp > 1.",
     ),
     Fault(
@@ -79,7 +81,7 @@ GRADIENTS = (
     ),
     Fault(
         "tied-embedding-not-reduced",
-        "model/modules.py",
+        "modules/language/module.py",
         "self.share_embeddings_and_output_weights = model.share_embeddings_and_output_weights",
         "self.share_embeddings_and_output_weights = False",
         "The first and the last stage's copies of a tied weight get gradients of their own, and "
@@ -104,20 +106,20 @@ GRADIENTS = (
     Fault(
         "norm-of-one-rank",
         "optim/mimo_optimizer.py",
-        "        dist.all_reduce(numbers, op=dist.ReduceOp.SUM, group=self._control)\n",
-        "        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._control)\n",
+        "        dist.all_reduce(message, op=dist.ReduceOp.SUM, group=self._control)\n",
+        "        dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._control)\n",
         "The norm is that of the rank with the largest: wrong wherever a module has several ranks.",
     ),
     Fault(
         "norm-weights-not-reduced-over-tp",
-        "runtime/norms.py",
+        "kernels/norms.py",
         "self.weight.sequence_parallel = config.sequence_parallel  # type",
         "self.weight.sequence_parallel = False  # type",
         "Each tp rank trains a norm's weight on its own positions: sequence parallelism.",
     ),
     Fault(
         "norm-biases-not-reduced-over-tp",
-        "runtime/norms.py",
+        "kernels/norms.py",
         "self.bias.sequence_parallel = config.sequence_parallel  # type",
         "self.bias.sequence_parallel = False  # type",
         "As norm-weights-not-reduced-over-tp, of biases: sequence parallelism with LayerNorm, "
@@ -125,32 +127,32 @@ GRADIENTS = (
     ),
     Fault(
         "input-gradient-not-summed-over-tp",
-        "runtime/host_layers.py",
+        "kernels/host_layers.py",
         "        if self.allreduce_dgrad:\n",
         "        if self.allreduce_dgrad and self.tp_group.size() > 2:\n",
-        "Gradients behind a column-parallel layer are those of one tp rank: encoder tp > 1, or "
+        "Gradients after a column-parallel layer are those of one tp rank: encoder tp > 1, or "
         "LLM tp > 1 without sequence parallelism.",
     ),
     Fault(
         "last-microbatch-without-backward",
         "schedule/actions.py",
-        "        for m in range(self.num_microbatches):\n            order.append(",
-        "        for m in range(max(1, self.num_microbatches - 1)):\n            order.append(",
+        "    for m in range(num_microbatches):\n        order.append(",
+        "    for m in range(max(1, num_microbatches - 1)):\n        order.append(",
         "Every stage leaves out the backward of the last of several microbatches.",
     ),
     Fault(
         "learning-rate-by-microbatches",
         "training/step.py",
-        "engine.scheduler.step(increment=global_batch_size)",
-        "engine.scheduler.step(increment=2 * len(data.microbatches))",
+        "runner.scheduler.step(increment=global_batch_size)",
+        "runner.scheduler.step(increment=2 * len(data.microbatches))",
         "The learning rate follows the number of microbatches, not of samples: layouts, or "
         "batch sizes, with another number of microbatches than the reference.",
     ),
     Fault(
         "learning-rate-moves-without-update",
         "training/step.py",
-        "    if update.applied:\n        engine.scheduler",
-        "    if update is not None:\n        engine.scheduler",
+        "    if update.applied:\n        runner.scheduler",
+        "    if update is not None:\n        runner.scheduler",
         "The schedule goes on in steps whose gradients were not finite: fp16, and broken "
         "gradients.",
     ),
@@ -164,14 +166,14 @@ GRADIENTS = (
     ),
     Fault(
         "frozen-projector-trains",
-        "model/modules.py",
-        "self.projector.requires_grad_(not freeze.projector)",
-        "self.projector.requires_grad_(not (freeze.projector and freeze.language))",
+        "modules/radio/module.py",
+        'self.projector.requires_grad_("projector" not in frozen)',
+        'self.projector.requires_grad_("language" not in frozen)',
         "A frozen projector trains: freezing.",
     ),
     Fault(
         "frozen-encoder-trains-its-class-tokens",
-        "encoders/radio/vit.py",
+        "modules/radio/vit.py",
         "        self.requires_grad_(False)\n        self.eval()",
         "        self.requires_grad_(False)\n"
         "        if self.is_first:\n"
@@ -213,10 +215,22 @@ GRADIENTS = (
         "A scale that is too large stays so, and nothing trains: fp16.",
     ),
     Fault(
+        "norm-of-the-last-source-alone",
+        "optim/mimo_optimizer.py",
+        "column = self._names.index(name)",
+        "column = max(self._names.index(name), len(self._names) - 2)",
+        "Of several sources only the last one's gradients count in the norm: two sources or more.",
+    ),
+    Fault(
         "participation-by-images",
         "training/agreement.py",
-        "found[entry.encoder_rank] = 1",
-        "found[entry.encoder_rank] += 1",
+        "int(replica in found) for replica in replicas",
+        "sum(\n"
+        "                (entry.module, entry.source_rank) == replica\n"
+        "                for microbatch in step.microbatches\n"
+        "                for entry in microbatch.manifest\n"
+        "            )\n"
+        "            for replica in replicas",
         "The correction for encoder ranks without images counts images in the place of ranks: "
         "only with that correction, and more than one image.",
     ),
@@ -230,14 +244,14 @@ GRADIENTS = (
     ),
     Fault(
         "expert-load-without-other-stages",
-        "training/experts.py",
+        "watch/experts.py",
         "dist.all_reduce(found, group=groups.pg_collection.intra_dist_opt)",
         "dist.all_reduce(found, group=groups.pg_collection.tp_dp_cp)",
         "The reported load of experts leaves out other stages' layers: experts with pp > 1.",
     ),
     Fault(
         "balance-loss-of-all-lanes",
-        "training/experts.py",
+        "watch/experts.py",
         "found[:, -1] /= num_microbatches * groups.spec.dp",
         "found[:, -1] /= num_microbatches",
         "The reported balance loss is a sum over lanes: experts with LLM dp > 1.",

@@ -21,29 +21,29 @@ MODEL = (
     Fault(
         "encoder-drawn-on-the-language-grid",
         "model/mimo.py",
-        '_initialize(encoder_module, "encoder", build, topology.encoder)',
-        '_initialize(encoder_module, "encoder", build, topology.llm or topology.encoder)',
+        "_initialize(module, name, build, groups)\n",
+        "_initialize(module, name, build, topology.target or groups)\n",
         "The encoder's initial weights are cut by the language model's tp size: colocated grids "
         "of different tp.",
     ),
     Fault(
         "layers-numbered-by-stage",
-        "model/initialize.py",
-        "match = _LAYER.match(name)",
-        "match = None",
+        "weights/names.py",
+        "layer = _LAYER.search(name)",
+        "layer = None",
         "Each stage draws the weights of the first layers: pp > 1, of encoder and LLM.",
     ),
     Fault(
         "residual-scale-of-own-layers",
-        "model/modules.py",
-        "name, self.architecture.init_method_std, self.architecture.num_layers\n",
-        "name, self.architecture.init_method_std, len(self.model.decoder.layers)\n",
+        "modules/gpt/adapter.py",
+        "transformer_initial(name, config.init_method_std, config.num_layers)",
+        "transformer_initial(name, config.init_method_std, len(model.decoder.layers))",
         "Projections into the residual stream are scaled by the layers of a stage: dense LLM "
         "with pp > 1.",
     ),
     Fault(
         "tied-copy-drawn-by-its-own-name",
-        "model/modules.py",
+        "modules/language/module.py",
         "return _EMBEDDING if tied and name == _OUTPUT else name",
         "return name",
         "The last stage's copy of a tied weight starts from other values: tied embeddings with "
@@ -80,7 +80,7 @@ MODEL = (
     ),
     Fault(
         "position-table-without-a-corner",
-        "encoders/radio/embedding.py",
+        "modules/radio/embedding.py",
         "for tap in range(images.position_index.size(1)):",
         "for tap in range(images.position_index.size(1) - 1):",
         "A quarter of the position table's gradient is lost, on every layout alike: only a "
@@ -88,7 +88,7 @@ MODEL = (
     ),
     Fault(
         "class-token-gradient-of-one-image",
-        "encoders/radio/embedding.py",
+        "modules/radio/embedding.py",
         "of_class = of_class.view(len(images.lengths), *ctx.class_shape).sum(0)",
         "of_class = of_class.view(len(images.lengths), *ctx.class_shape)[0]",
         "Class tokens learn from the shortest image that a rank runs in a microbatch: layouts "
@@ -96,28 +96,28 @@ MODEL = (
     ),
     Fault(
         "projector-bias-lost-under-tp",
-        "encoders/projector.py",
+        "modules/projector/projector.py",
         "return output if bias is None else output + bias",
         "return output",
         "The projector's last bias, zero at first, is not added: encoder tp > 1.",
     ),
     Fault(
         "residual-bias-lost-under-tp",
-        "runtime/layer_scale.py",
+        "kernels/layer_scale.py",
         "hidden = (hidden if bias is None else hidden + bias) * self.scale",
         "hidden = hidden * self.scale",
-        "Biases behind attention and MLP are not added: encoder tp > 1 with a trained layer scale.",
+        "Biases after attention and MLP are not added: encoder tp > 1 with a trained layer scale.",
     ),
     Fault(
         "vision-cut-off",
-        "model/modules.py",
+        "modules/radio/module.py",
         "gather_rows(tokens, images.row_index, row_size)",
         "gather_rows(tokens.detach(), images.row_index, row_size)",
         "The vision transformer gets no gradient, the projector does, on every layout alike.",
     ),
     Fault(
         "mamba-norm-over-all-channels",
-        "runtime/ssd.py",
+        "kernels/ssd.py",
         "self.group_size = group_size or hidden_size",
         "self.group_size = hidden_size",
         "A Mamba layer's norm spans all channels of a tp rank: hybrid LLM with tp > 1, or a "
@@ -125,28 +125,30 @@ MODEL = (
     ),
     Fault(
         "documents-share-attention",
-        "model/program.py",
-        "return packed_documents(bounds, text.lengths)",
-        "return packed_documents(bounds, (sum(text.lengths[:2]), *text.lengths[2:]))",
+        "model/inputs.py",
+        "return packed_documents(text.cu_seqlens, text.lengths)",
+        "return packed_documents(\n"
+        "        text.cu_seqlens, (sum(text.lengths[:2]), *text.lengths[2:])\n"
+        "    )",
         "The first two documents of a packed sequence see each other, on every layout alike.",
     ),
     Fault(
         "documents-share-states",
-        "runtime/packed.py",
+        "kernels/packed.py",
         "np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)",
         "np.repeat(np.arange(len(lengths), dtype=np.int32) // 2, lengths)",
         "Mamba's states run on from every first document into every second, on every layout alike.",
     ),
     Fault(
         "documents-share-the-convolution",
-        "runtime/ssd.py",
+        "kernels/ssd.py",
         "            earlier = earlier * same[..., None]\n",
         "            earlier = earlier * same[..., None] if back > 1 else earlier\n",
         "The convolution of a document's first token sees the token before it: packing, hybrid.",
     ),
     Fault(
         "states-cross-chunks",
-        "runtime/ssd.py",
+        "kernels/ssd.py",
         "        (last == previous)[..., 0],\n",
         "        torch.ones_like(last[..., 0], dtype=torch.bool),\n",
         "Mamba's states run on into documents that begin with a chunk of 64 tokens or in an "

@@ -28,46 +28,61 @@ MOVEMENT = (
     ),
     Fault(
         "chunks-gathered-out-of-order",
-        "runtime/attention.py",
+        "kernels/attention.py",
         "return torch.cat([chunks[:, 0], chunks[:, 1].flip(0)]).flatten(0, 1)",
         "return torch.cat([chunks[:, 0], chunks[:, 1]]).flatten(0, 1)",
         "Keys and values of the second half of a sequence stand in the order of ranks: cp > 1.",
     ),
     Fault(
         "causal-mask-one-short",
-        "runtime/attention.py",
+        "kernels/attention.py",
         "            visible = _lower_triangle(length, end, query.device, at_end=True)\n"
         "            outputs",
         "            visible = _lower_triangle(length, end, query.device, at_end=True).tril(\n"
         "                end - length - (number > 0)\n"
         "            )\n"
         "            outputs",
-        "Behind the first chunk a position does not see itself: cp > 1.",
+        "After the first chunk a position does not see itself: cp > 1.",
     ),
     Fault(
         "loss-mask-of-the-first-positions",
-        "model/program.py",
+        "model/inputs.py",
         "self._part(text.loss_mask)",
-        "text.loss_mask[:, : output.shape[1]].to(output.device)",
+        "text.loss_mask[:, : len(self._read)]",
         "Every cp rank masks its loss as the first positions of the sequence: cp > 1.",
     ),
     Fault(
         "rows-by-encoder-rank",
         "bridge/plan.py",
         "        runs: dict[int, list[Interval]] = {}\n        held = 0\n"
-        "        for entry in manifest:",
+        "        for entry in self.entries(manifest):",
         "        runs: dict[int, list[Interval]] = {}\n        held = 0\n"
-        "        for entry in sorted(manifest, key=lambda entry: entry.encoder_rank):",
+        "        for entry in sorted(self.entries(manifest), key=lambda e: e.source_rank):",
         "A lane lays its rows in the order of encoder ranks, which microbatches rotate: fan-in, "
         "from the second microbatch on.",
+    ),
+    Fault(
+        "rows-of-sources-swapped",
+        "modules/language/merge.py",
+        "    return torch.cat(parts), torch.cat(places)\n",
+        "    return torch.cat(parts[::-1]), torch.cat(places)\n",
+        "Rows of several sources stand at each other's tokens: two modules with items in a "
+        "microbatch.",
+    ),
+    Fault(
+        "rows-counted-over-all-bridges",
+        "bridge/plan.py",
+        "return (entry for entry in manifest if entry.module == self._grid.name and entry.rows)",
+        "return (entry for entry in manifest if entry.rows)",
+        "A bridge plans the rows of every source: two modules with items in a microbatch.",
     ),
     Fault(
         "rows-by-sequence",
         "bridge/plan.py",
         "        runs: dict[tuple[int, int], list[Interval]] = {}\n        held = 0\n"
-        "        for entry in manifest:",
+        "        for entry in self.entries(manifest):",
         "        runs: dict[tuple[int, int], list[Interval]] = {}\n        held = 0\n"
-        "        for entry in sorted(manifest, key=lambda entry: entry.sequence):",
+        "        for entry in sorted(self.entries(manifest), key=lambda e: e.sequence):",
         "An encoder rank takes its rows to lie by sequence, then lane: fan-out with several "
         "samples in a microbatch.",
     ),
@@ -107,56 +122,59 @@ MOVEMENT = (
     Fault(
         "buffers-back-too-early",
         "schedule/stage.py",
-        "            self._inputs[m] = rows.detach().requires_grad_(self._returns_input(m))\n",
-        "            self._inputs[m] = rows.detach().requires_grad_(self._returns_input(m))\n"
-        "            self._before.release_forward(m)\n",
+        "                found[name] = rows.detach().requires_grad_(traffic.returns[m])\n",
+        "                found[name] = rows.detach().requires_grad_(traffic.returns[m])\n"
+        "                traffic.release_forward(m)\n",
         "The buffer of hidden states is used again while backward still needs it: a later stage "
         "with several microbatches under way, as an encoder of pp > 1 with run-ahead has.",
     ),
     Fault(
         "first-microbatch-not-back-over-the-bridge",
         "schedule/executor.py",
-        "returns=[gradients and self._config.flow.bridge] * len(crossings),",
+        "returns=[gradients and source in self._config.flow.returning] * len(plans),",
         "returns=[\n"
-        "                gradients and self._config.flow.bridge and m > 0\n"
-        "                for m in range(len(crossings))\n"
+        "                gradients and source in self._config.flow.returning and m > 0\n"
+        "                for m in range(len(plans))\n"
         "            ],",
         "The encoder gets no gradient of a step's first microbatch.",
     ),
     Fault(
         "first-microbatch-not-back-to-the-first-stage",
         "schedule/executor.py",
-        "                [gradients and config.flow.encoder] * num,\n",
-        "                [gradients and config.flow.encoder and m > 0 for m in range(num)],\n",
+        "            [gradients and name in self._config.flow.inside] * len(plans),\n",
+        "            [\n"
+        "                gradients and name in self._config.flow.inside and m > 0\n"
+        "                for m in range(len(plans))\n"
+        "            ],\n",
         "The encoder's first stage gets no gradient of a step's first microbatch: encoder pp > 1.",
     ),
     Fault(
         "samples-before-positions",
         "model/program.py",
-        "inputs = inputs.view(self._model.sharding.shard_length, batch, -1)",
-        "inputs = inputs.view(batch, self._model.sharding.shard_length, -1).transpose(0, 1)",
+        "hidden = hidden.view(self._model.sharding.shard_length, text.batch, -1)",
+        "hidden = hidden.unflatten(0, (text.batch, -1)).transpose(0, 1)",
         "Later stages mix positions and samples: LLM pp > 1 with several samples in a microbatch.",
     ),
     Fault(
         "packed-bounds-on-the-first-stage",
-        "model/program.py",
-        "documents = self._documents(text)",
-        "documents = self._documents(text) if groups.is_first_stage else None",
-        "Documents see each other behind the first stage: packing with LLM pp > 1.",
+        "model/inputs.py",
+        "documents=_documents(text)",
+        "documents=_documents(text) if first else None",
+        "Documents see each other after the first stage: packing with LLM pp > 1.",
     ),
     Fault(
         "images-mixed-on-later-stages",
-        "encoders/radio/vit.py",
+        "modules/radio/vit.py",
         "packed = packed_segments(images.cu_seqlens, images.lengths)",
         "packed = packed_segments(\n"
         "                images.cu_seqlens,\n"
         "                images.lengths if self.is_first else (images.num_tokens,),\n"
         "            )",
-        "Images of a microbatch see each other behind the first stage: encoder pp > 1.",
+        "Images of a microbatch see each other after the first stage: encoder pp > 1.",
     ),
     Fault(
         "rows-at-other-samples",
-        "model/merge.py",
+        "modules/language/merge.py",
         "return position * held.shape[0] + sample",
         "return sample * held.shape[1] + position",
         "Rows go to wrong positions where a microbatch holds several samples.",

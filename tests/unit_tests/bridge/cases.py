@@ -1,11 +1,11 @@
 """Random layouts, sequences and manifests; shared by the tests of plans."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 
 from megatron_mimo.bridge.manifest import Manifest, ManifestEntry
-from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding, assign_images
+from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding, assign_items
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,8 @@ class Case:
     manifest: Manifest
 
     def holders(self, encoder_rank: int) -> list[int]:
-        """Ranks that hold the rows of an encoder dp rank."""
-        grid = self.layout.encoder
-        assert grid is not None
+        """Ranks that hold the rows of a dp rank of the source."""
+        grid = self.layout.modules["encoder"]
         return [
             rank
             for rank in grid.ranks
@@ -26,18 +25,18 @@ class Case:
 
     def users(self) -> list[int]:
         """Ranks of the language model's first stage."""
-        llm = self.layout.llm
+        llm = self.layout.target
         return [rank for rank in llm.ranks if llm.coordinates(rank).pp == 0]
 
     def uses(self, rank: int) -> list[tuple[int, int]]:
         """Rows that a rank of the language model uses: (entry, row), in order."""
-        place = self.layout.llm.coordinates(rank)
+        place = self.layout.target.coordinates(rank)
         shard = self.sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
         mine = {p for start, stop in self.sharding.intervals(shard) for p in range(start, stop)}
         return [
             (index, row)
             for index, entry in enumerate(self.manifest)
-            if entry.lane == place.dp
+            if entry.module == "encoder" and entry.lane == place.dp
             for row in range(entry.rows)
             if entry.start + row in mine
         ]
@@ -47,14 +46,14 @@ class Case:
         return [
             (index, row)
             for index, entry in enumerate(self.manifest)
-            if entry.encoder_rank == encoder_rank
+            if entry.module == "encoder" and entry.source_rank == encoder_rank
             for row in range(entry.rows)
         ]
 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
-    """Disjoint grids of any sizes, or colocated ones."""
+    """Grids of any sizes, apart, over the same ranks or over some of them."""
     small = st.integers(1, 3)
     encoder = ModuleGridSpec(
         name="encoder",
@@ -73,24 +72,23 @@ def layouts(draw: st.DrawFn) -> Layout:
         ]
         tp, cp, pp, dp = draw(st.sampled_from(sizes))
         llm = ModuleGridSpec(name="llm", tp=tp, cp=cp, pp=pp, dp=dp)
-        return Layout(encoder=encoder, llm=llm, world_size=encoder.size)
+        return Layout.of(encoder, llm, world_size=encoder.size)
     llm = ModuleGridSpec(
         name="llm",
-        offset=encoder.size,
+        offset=draw(st.sampled_from((encoder.size, encoder.size, encoder.size // 2, 0))),
         dp=draw(st.integers(1, 5)),
         tp=draw(small),
         cp=draw(small),
         pp=draw(st.integers(1, 2)),
     )
-    return Layout(encoder=encoder, llm=llm, world_size=encoder.size + llm.size)
+    return Layout.of(encoder, llm, world_size=max(encoder.size, llm.ranks.stop))
 
 
 @st.composite
 def cases(draw: st.DrawFn, arbitrary: bool | None = None) -> Case:
-    """A layout with sequences and images in them, some without rows."""
+    """A layout with sequences and items in them, some without rows."""
     layout = draw(layouts())
-    assert layout.encoder is not None
-    llm = layout.llm
+    llm, replicas = layout.target, layout.modules["encoder"].dp
     sharding = SequenceSharding(
         seq_length=2 * llm.cp * llm.tp * draw(st.integers(1, 8)),
         cp=llm.cp,
@@ -108,12 +106,20 @@ def cases(draw: st.DrawFn, arbitrary: bool | None = None) -> Case:
                 for start, stop in zip(cuts[::2], cuts[1::2], strict=False)
             ]
         assigned = (
-            tuple(draw(st.integers(0, layout.encoder.dp - 1)) for _ in images)
+            tuple(draw(st.integers(0, replicas - 1)) for _ in images)
             if anywhere
-            else assign_images(len(images), layout.serving(lane), draw(st.integers(0, 7)))
+            else assign_items(len(images), layout.serving("encoder", lane), draw(st.integers(0, 7)))
         )
-        entries += [
-            ManifestEntry(lane, encoder_rank, rows, sequence, start)
-            for encoder_rank, (sequence, start, rows) in zip(assigned, images, strict=True)
-        ]
+        for encoder_rank, (sequence, start, rows) in zip(assigned, images, strict=True):
+            mine = ManifestEntry(
+                module="encoder",
+                source_rank=encoder_rank,
+                lane=lane,
+                rows=rows,
+                sequence=sequence,
+                start=start,
+            )
+            # Another module's rows are none of this bridge's business, wherever they stand.
+            other = replace(mine, module="audio", rows=draw(st.integers(0, 3)))
+            entries += [mine, other] if draw(st.booleans()) else [mine]
     return Case(layout, sharding, tuple(entries))

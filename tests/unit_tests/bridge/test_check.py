@@ -23,6 +23,7 @@ def exchange(fault: str) -> str | None:
         config=CheckConfig(
             control=control,
             tag=0,
+            stride=4,
             receivers={1: 5} if rank == 0 else {},
             senders={0: 5} if rank == 1 else {},
             describe=lambda rank: ("encoder dp 0", "llm dp 5")[rank],
@@ -36,7 +37,7 @@ def exchange(fault: str) -> str | None:
     start = 9 if fault == "place" and rank == 0 else 1
 
     def view(m: int, lane: int, rows: int) -> View:
-        return View(lane=lane, keys=("a", key), images=((0, 4, 0, start),), rows=rows)
+        return View(lane=lane, keys=("a", key), items=((0, 4, 0, start),), rows=rows)
 
     channel.begin(view)
     rows = torch.arange(8.0).view(4, 2)
@@ -68,7 +69,7 @@ def exchange(fault: str) -> str | None:
 SAID: dict[str, str | None] = {
     "none": None,
     "key": "receiver against sender: keys ('a', 'b') against ('a', 'x')",
-    "place": "images ((0, 4, 0, 1),) against ((0, 4, 0, 9),)",
+    "place": "items ((0, 4, 0, 1),) against ((0, 4, 0, 9),)",
     "rows": "rows 4 against 3",
     "silent": "rows 4 against 0",
     "memory": "4 rows arrived with another checksum",

@@ -3,32 +3,32 @@
 from hypothesis import given
 
 from megatron_mimo.bridge.manifest import ManifestEntry
-from megatron_mimo.bridge.plan import BridgePlanner, Message, ModulePlan
+from megatron_mimo.bridge.plan import BridgePlanner, Message, RankPlan
 from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding
 from tests.properties import examples
 from tests.unit_tests.bridge.cases import Case, cases
 
 Row = tuple[int, int]
-Plans = dict[int, ModulePlan]
+Plans = dict[int, RankPlan]
 
 
 def plans(case: Case) -> tuple[Plans, Plans]:
     """The plan of every rank on either side, from the whole manifest."""
-    planner = BridgePlanner(case.layout, case.sharding)
-    assert case.layout.encoder is not None
+    planner = BridgePlanner(case.layout, "encoder", case.sharding)
     encoder = {
-        rank: planner.encoder_plan(rank, case.manifest)
-        for dp in range(case.layout.encoder.dp)
+        rank: planner.source_plan(rank, case.manifest)
+        for dp in range(case.layout.modules["encoder"].dp)
         for rank in case.holders(dp)
     }
-    return encoder, {rank: planner.language_plan(rank, case.manifest) for rank in case.users()}
+    return encoder, {rank: planner.target_plan(rank, case.manifest) for rank in case.users()}
 
 
 def rows_held(case: Case) -> tuple[dict[int, list[Row]], dict[int, list[Row]]]:
     """What every rank on either side holds."""
-    assert case.layout.encoder is not None
     produced = {
-        rank: case.produces(dp) for dp in range(case.layout.encoder.dp) for rank in case.holders(dp)
+        rank: case.produces(dp)
+        for dp in range(case.layout.modules["encoder"].dp)
+        for rank in case.holders(dp)
     }
     return produced, {rank: case.uses(rank) for rank in case.users()}
 
@@ -74,14 +74,18 @@ def test_every_row_and_gradient_arrives_once_and_nothing_else_moves(case: Case) 
 @given(cases())
 def test_holders_of_the_same_rows_share_the_sending(case: Case) -> None:
     encoder, language = plans(case)
-    assert case.layout.encoder is not None
-    groups = [[encoder[rank] for rank in case.holders(d)] for d in range(case.layout.encoder.dp)]
+    groups = [
+        [encoder[rank] for rank in case.holders(d)]
+        for d in range(case.layout.modules["encoder"].dp)
+    ]
     shards: dict[tuple[int, int], list[int]] = {}
     for rank in language:
-        place = case.layout.llm.coordinates(rank)
+        place = case.layout.target.coordinates(rank)
         shard = case.sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
         shards.setdefault((place.dp, shard), []).append(rank)
-    ranks = [case.holders(d) for d in range(case.layout.encoder.dp)] + list(shards.values())
+    ranks = [case.holders(d) for d in range(case.layout.modules["encoder"].dp)] + list(
+        shards.values()
+    )
     groups += [[language[rank] for rank in shard] for shard in shards.values()]
     for holders, group in zip(ranks, groups, strict=True):
         loads = [
@@ -109,33 +113,44 @@ def test_a_rank_that_holds_its_rows_asks_nobody_for_them(case: Case) -> None:
 def test_a_rank_needs_only_the_lanes_it_reads(case: Case) -> None:
     """With the row counts of other lanes, which training spreads, where they are needed."""
     layout, manifest = case.layout, case.manifest
-    planner = BridgePlanner(layout, case.sharding)
+    planner = BridgePlanner(layout, "encoder", case.sharding)
     encoder, language = plans(case)
     counts = planner.network_rows(manifest) if planner.needs_network_rows else None
     for rank, plan in language.items():
-        lane = layout.llm.coordinates(rank).dp
-        local = tuple(entry for entry in manifest if entry.lane == lane)
-        assert planner.language_plan(rank, local, counts) == plan
-    assert layout.encoder is not None
+        lane = layout.target.coordinates(rank).dp
+        local = tuple(e for e in manifest if e.lane == lane)
+        assert planner.target_plan(rank, local, counts) == plan
     for rank, plan in encoder.items():
-        served = layout.served(layout.encoder.coordinates(rank).dp)
-        local = tuple(entry for entry in manifest if entry.lane in served)
-        assert planner.encoder_plan(rank, local) == plan
+        served = layout.served("encoder", layout.modules["encoder"].coordinates(rank).dp)
+        local = tuple(e for e in manifest if e.lane in served)
+        assert planner.source_plan(rank, local) == plan
 
 
 def beside(encoder: dict[str, int], llm: dict[str, int]) -> Layout:
     first = ModuleGridSpec(name="encoder", **encoder)
     second = ModuleGridSpec(name="llm", offset=first.size, **llm)
-    return Layout(encoder=first, llm=second, world_size=first.size + second.size)
+    return Layout.of(first, second, world_size=first.size + second.size)
+
+
+def entry(lane: int, source_rank: int, rows: int, sequence: int, start: int) -> ManifestEntry:
+    return ManifestEntry(
+        module="encoder",
+        source_rank=source_rank,
+        lane=lane,
+        rows=rows,
+        sequence=sequence,
+        start=start,
+    )
 
 
 def planner_for(layout: Layout, seq_length: int, sequence_parallel: bool = False) -> BridgePlanner:
     return BridgePlanner(
         layout,
+        "encoder",
         SequenceSharding(
             seq_length=seq_length,
-            cp=layout.llm.cp,
-            tp=layout.llm.tp,
+            cp=layout.target.cp,
+            tp=layout.target.tp,
             sequence_parallel=sequence_parallel,
         ),
     )
@@ -143,41 +158,39 @@ def planner_for(layout: Layout, seq_length: int, sequence_parallel: bool = False
 
 def test_replicated_rows_go_to_every_tensor_parallel_rank() -> None:
     planner = planner_for(beside({"tp": 2}, {"tp": 2}), 16)
-    manifest = (ManifestEntry(0, 0, 5, 0, 3),)
-    assert planner.encoder_plan(0, manifest).sends == (Message(2, ((0, 5),)),)
-    assert planner.encoder_plan(1, manifest).sends == (Message(3, ((0, 5),)),)
+    manifest = (entry(0, 0, 5, 0, 3),)
+    assert planner.source_plan(0, manifest).sends == (Message(2, ((0, 5),)),)
+    assert planner.source_plan(1, manifest).sends == (Message(3, ((0, 5),)),)
 
 
 def test_sequence_shards_get_their_own_rows_only() -> None:
     planner = planner_for(beside({}, {"tp": 2}), 16, sequence_parallel=True)
-    manifest = (ManifestEntry(0, 0, 6, 0, 4),)
-    assert planner.encoder_plan(0, manifest).sends == (
+    manifest = (entry(0, 0, 6, 0, 4),)
+    assert planner.source_plan(0, manifest).sends == (
         Message(1, ((0, 4),)),
         Message(2, ((4, 6),)),
     )
-    assert planner.language_plan(2, manifest).num_rows == 2
+    assert planner.target_plan(2, manifest).num_rows == 2
 
 
 def test_context_parallel_ranks_get_both_their_chunks() -> None:
     # Four chunks of four positions: rank 0 owns the first and the last.
     planner = planner_for(beside({}, {"cp": 2}), 16)
-    manifest = (ManifestEntry(0, 0, 12, 0, 2),)
-    assert planner.encoder_plan(0, manifest).sends == (
+    manifest = (entry(0, 0, 12, 0, 2),)
+    assert planner.source_plan(0, manifest).sends == (
         Message(1, ((0, 2), (10, 12))),
         Message(2, ((2, 10),)),
     )
-    assert planner.language_plan(1, manifest).receives == (Message(0, ((0, 4),)),)
+    assert planner.target_plan(1, manifest).receives == (Message(0, ((0, 4),)),)
 
 
-def test_neighbouring_images_travel_as_one_run() -> None:
+def test_neighbouring_items_travel_as_one_run() -> None:
     planner = planner_for(beside({}, {}), 16)
-    manifest = tuple(
-        ManifestEntry(0, 0, rows, 0, start) for rows, start in ((3, 0), (0, 5), (4, 6))
-    )
-    assert planner.encoder_plan(0, manifest).sends == (Message(1, ((0, 7),)),)
+    manifest = tuple(entry(0, 0, rows, 0, start) for rows, start in ((3, 0), (0, 5), (4, 6)))
+    assert planner.source_plan(0, manifest).sends == (Message(1, ((0, 7),)),)
 
 
 def test_no_rows_no_messages() -> None:
     planner = planner_for(beside({}, {}), 16)
-    assert planner.encoder_plan(0, ()) == ModulePlan(0, (), ())
-    assert planner.language_plan(1, (ManifestEntry(0, 0, 0, 0, 0),)) == ModulePlan(0, (), ())
+    assert planner.source_plan(0, ()) == RankPlan(0, (), ())
+    assert planner.target_plan(1, (entry(0, 0, 0, 0, 0),)) == RankPlan(0, (), ())

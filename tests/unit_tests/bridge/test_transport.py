@@ -150,10 +150,18 @@ def test_a_rank_hands_itself_a_view_where_it_can(run_ranks: Callable[..., list])
     run_ranks(1, keep_for_itself)
 
 
-def test_a_wrong_number_of_rows_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((4, 8), "float32"), ((3, 7), "float32"), ((3, 1, 8), "float32"), ((3, 8), "float64")],
+)
+def test_other_rows_than_peers_expect_are_refused(shape: tuple[int, ...], dtype: str) -> None:
+    """Sent all the same, they would be waited for, or be read as other numbers."""
     import torch
 
-    from megatron_mimo.schedule.boundary import _outgoing, neighbour_plan
+    from megatron_mimo.bridge.boundary import require_rows
 
-    with pytest.raises(RuntimeError, match="microbatch 2: the manifest names 3 rows .*, but 4"):
-        _outgoing([neighbour_plan(1, 3)] * 3, 2, torch.zeros(4, WIDTH))
+    expected: Any = {"shape": (3, 8), "dtype": torch.float32, "where": "microbatch 2, rows of a"}
+    require_rows(torch.zeros(3, 8), **expected)
+    message = rf"microbatch 2, rows of a: expected float32 \[3, 8\].* gave {dtype} \["
+    with pytest.raises(RuntimeError, match=message):
+        require_rows(torch.zeros(shape, dtype=getattr(torch, dtype)), **expected)

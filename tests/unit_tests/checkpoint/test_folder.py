@@ -184,3 +184,108 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="cannot be written"):
             folders.SaveLock(tmp_path / "checkpoints")
         tmp_path.chmod(0o700)
+
+
+# -- nothing yet, or not what was named ------------------------------------------------------------
+
+
+def test_a_path_names_the_newest_or_itself(tmp_path: Path) -> None:
+    save(tmp_path, 5, 10)
+    newest = tmp_path / "iter_0000010"
+    assert folders.find(tmp_path) == newest
+    assert folders.find(newest) == newest
+    copied = tmp_path / "best"
+    newest.rename(copied)
+    assert folders.find(copied) == copied
+
+
+@pytest.mark.parametrize("left", [[], [".lock", "metrics.jsonl", "run.log"], [".saving-0000005-a"]])
+def test_logs_and_leftovers_are_nothing_yet(left: list[str], tmp_path: Path) -> None:
+    for name in left:
+        (tmp_path / name).touch()
+    assert folders.find(tmp_path) is None
+    assert folders.find(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["iter_0000005", "iter_0000010"],
+         r"--load .* holds iter_0000005, iter_0000010, and no latest_.*write one of 5, 10 into"),
+        (["release"], r"holds release, and no latest_.*expected a folder of checkpoints of this"),
+        (["model-00001-of-00002.safetensors"], r"holds model-00001-of-00002.safetensors, and no"),
+        ([".metadata", "__0_0.distcp"], r"holds .metadata, __0_0.distcp, and no latest_"),
+    ],
+)  # fmt: skip
+def test_checkpoints_without_a_tracker_are_refused(
+    names: list[str], message: str, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=message):
+        folders.find(tmp_path)
+
+
+def test_paths_that_are_no_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name, message in (
+        ("file", "is not a folder: expected a folder of checkpoints"),
+        ("link", r"is a link to .*gone, which is not there"),
+        ("iter_0000007", r"iter_0000007 is not there: expected one of .*\(none is there\)"),
+        ("a" * 300, "cannot be read: File name too long"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            folders.find(tmp_path / name)
+
+
+def test_a_tracker_is_read_as_a_short_text(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    tracker = tmp_path / folders.TRACKER
+    tracker.write_text("release")
+    assert folders.find(tmp_path, release=True) == tmp_path / "release"
+    for text in ("release", "9" * 5000, "-5", "\u0665", "5 5"):
+        tracker.write_text(text)
+        with pytest.raises(ValueError, match="expected the number of an iteration") as error:
+            folders.find(tmp_path)
+        assert len(str(error.value)) < 600
+    tracker.unlink()
+    os.mkfifo(tracker)
+    with pytest.raises(ValueError, match="is not a file: expected one with an iteration's number"):
+        folders.find(tmp_path)
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_a_death_while_the_first_is_published_is_nothing_yet_or_the_first(
+    moment: int, tmp_path: Path
+) -> None:
+    """A tracker that is not written yet is no tracker that was lost."""
+    staged = stage(tmp_path, 5)
+
+    class Killed(BaseException):
+        """Stands for SIGKILL."""
+
+    calls = iter(range(10))
+
+    def dying(original):  # type: ignore[no-untyped-def]
+        def call(*args):  # type: ignore[no-untyped-def]
+            if next(calls) == moment:
+                raise Killed
+            return original(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(Path, name, dying(getattr(Path, name)))
+        patch.setattr(folders, "sync", dying(folders.sync))
+        with pytest.raises(Killed):
+            folders.publish(staged, tmp_path, 5)
+    final = tmp_path / "iter_0000005"
+    assert folders.find(tmp_path) == (final if final.exists() else None)
+    # A later run puts the tracker back, and saves on.
+    folders.put_back(tmp_path)
+    assert (tmp_path / folders.TRACKER).exists() == final.exists()
+    folders.prune(tmp_path, None)
+    save(tmp_path, 6)
+    assert folders.find(tmp_path) == tmp_path / "iter_0000006"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mimo.data.digits import DigitsConfig, write_digits_dataset
+from megatron_mimo.data.samples.digits import DigitsConfig, write_digits_dataset
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_mimo.model.config import FreezeConfig, ModelConfig
+    from megatron_mimo.model.config import Frozen, ModelConfig
     from megatron_mimo.model.mimo import MimoModel, ModuleReplica
     from megatron_mimo.topology.groups import Topology
 
@@ -17,7 +17,7 @@ LENGTH = 24
 
 def small_config(*, tied: bool = False) -> "ModelConfig":
     """Each module has four layers of four heads, the llm two key-value heads."""
-    from megatron_mimo.presets import model_config
+    from megatron_mimo.config.presets import model_config
 
     sizes = {"num_layers": LAYERS, "hidden_size": WIDTH, "ffn_hidden_size": 48}
     overrides = [f"{part}.{key}={n}" for part in ("vision", "language") for key, n in sizes.items()]
@@ -28,7 +28,7 @@ def small_config(*, tied: bool = False) -> "ModelConfig":
 def small_model(
     topology: "Topology",
     *,
-    freeze: "FreezeConfig | None" = None,
+    frozen: "Frozen" = frozenset(),
     sequence_parallel: bool = True,
     tied: bool = False,
     init: str = "topology-invariant",
@@ -36,13 +36,12 @@ def small_model(
     """This rank's modules."""
     import torch
 
-    from megatron_mimo.model.config import FreezeConfig
     from megatron_mimo.model.mimo import BuildConfig, build_model
     from megatron_mimo.runtime import Device
 
     return build_model(
         small_config(tied=tied),
-        freeze or FreezeConfig(),
+        frozen,
         BuildConfig(
             params_dtype=torch.float32,
             seed=3,

@@ -4,17 +4,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from megatron_mimo.model.flops import (
-    Flops,
-    Work,
-    all_pairs,
-    causal_pairs,
-    image_work,
-    language_flops,
-    model_flops,
-    text_work,
-)
-from megatron_mimo.presets import model_config
+from megatron_mimo.config.presets import model_config
+from megatron_mimo.model.config import Frozen
+from megatron_mimo.model.flops import ModelWork, model_flops, no_work
+from megatron_mimo.modules.adapter import FlopsContext
+from megatron_mimo.modules.families import adapter_of
+from megatron_mimo.modules.flops import Flops, TextWork, all_pairs, causal_pairs, text_work
+from megatron_mimo.modules.hybrid.flops import hybrid_flops
+from megatron_mimo.modules.radio.flops import ImageWork, image_work
 
 VOCAB = 96
 NARROW = ("language.hidden_size=64", "vision.hidden_size=64")
@@ -63,23 +60,21 @@ def count_language(
 ) -> tuple[int, int]:
     import torch
 
-    from megatron_mimo.language.config import ExecutionConfig
-    from megatron_mimo.model.config import FreezeConfig
-    from megatron_mimo.model.modules import LanguageModule
-    from megatron_mimo.runtime.packed import packed_documents
+    from megatron_mimo.kernels.packed import packed_documents
+    from megatron_mimo.modules.adapter import BuildContext
     from megatron_mimo.runtime.solo import solo_groups, solo_world
 
+    config = model_config(provider, overrides)
     with solo_world():
-        module = LanguageModule(
-            model_config(provider, overrides),
-            FreezeConfig(language=frozen),
-            solo_groups(),
-            torch.float32,
+        context = BuildContext(
+            pg_collection=solo_groups(),
+            params_dtype=torch.float32,
+            frozen=frozenset({"language"} if frozen else ()),
+            row_width=config.row_width,
             vocab_size=VOCAB,
             seq_length=length,
-            sequence_parallel=False,
-            execution=ExecutionConfig(),
         )
+        module = adapter_of(config.target).build(config.target, context)
         tokens = torch.randint(0, VOCAB, (batch, length))
         rows = torch.randn(4, module.config.hidden_size, requires_grad=encoder_trains)
         packed = None
@@ -90,29 +85,36 @@ def count_language(
         positions = torch.arange(length).expand(batch, -1).contiguous()
         return counted(
             # Without labels: logits, whose loss has no products.
-            lambda: module(tokens, positions, rows, places, None, packed),
+            lambda: module(tokens, positions, None, rows, places, None, packed),
             lambda logits: logits.sum(),
         )
 
 
 def count_encoder(
-    overrides: Sequence[str], grids: list[tuple[int, int]], vision: bool, projector: bool
+    overrides: Sequence[str], grids: list[tuple[int, int]], frozen: Frozen
 ) -> tuple[tuple[int, ...], int, int]:
     """Lengths of the pieces, and what the counter finds."""
     import torch
 
-    from megatron_mimo.images.packing import pack_patches
-    from megatron_mimo.model.config import FreezeConfig
-    from megatron_mimo.model.modules import EncoderModule
+    from megatron_mimo.media.images.packing import pack_patches
+    from megatron_mimo.modules.adapter import BuildContext
     from megatron_mimo.runtime.solo import solo_groups, solo_world
 
     config = model_config("mock", overrides)
+    vision, encoder = config.part("vision"), config.modules["encoder"]
     size = sum(rows * columns for rows, columns in grids)
-    patches = torch.randn(size, 3 * config.vision.patch_dim**2)
-    images = pack_patches(patches, grids, config.vision.image_config())
+    patches = torch.randn(size, 3 * vision.patch_dim**2)
+    images = pack_patches(patches, grids, vision.image_config())
     with solo_world():
-        freeze = FreezeConfig(vision=vision, projector=projector)
-        module = EncoderModule(config, freeze, solo_groups(), torch.float32)
+        context = BuildContext(
+            pg_collection=solo_groups(),
+            params_dtype=torch.float32,
+            frozen=frozen,
+            row_width=config.row_width,
+            vocab_size=VOCAB,
+            seq_length=64,
+        )
+        module = adapter_of(encoder).build(encoder, context)
         found = counted(lambda: module(images), lambda rows: rows.sum())
     return images.lengths, *found
 
@@ -130,20 +132,22 @@ LANGUAGE = {
 
 
 def language(
-    name: str, work: Work, *, trains: bool = True, returns_gradients: bool = True
+    name: str, work: TextWork, *, trains: bool = True, returns_gradients: bool = True
 ) -> Flops:
-    from megatron_mimo.runtime import ssd
+    from megatron_mimo.kernels import ssd
 
     provider, overrides, length = LANGUAGE[name]
-    return language_flops(
-        model_config(provider, overrides).language,
-        work,
+    config = model_config(provider, overrides)
+    context = FlopsContext(
+        frozen=frozenset(() if trains else {"language"}),
+        row_width=config.row_width,
         vocab_size=VOCAB,
         seq_length=length,
-        chunk=ssd._CHUNK,
-        trains=trains,
-        returns_gradients=returns_gradients,
+        rows_train=returns_gradients,
     )
+    if provider == "mock":
+        return adapter_of(config.target).flops(config.target, work, context)
+    return hybrid_flops(config.part("language"), work, context, chunk=ssd._CHUNK)
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
@@ -191,21 +195,23 @@ def test_packed_documents(name: str, run_ranks: Callable[..., list]) -> None:
 def test_the_encoder(
     overrides: Sequence[str], vision: bool, projector: bool, run_ranks: Callable[..., list]
 ) -> None:
-    from megatron_mimo.model.config import FreezeConfig
-
     grids = [(2, 4), (6, 6), (4, 10)]
-    (found,) = run_ranks(1, count_encoder, [*NARROW, *overrides], grids, vision, projector)
+    frozen = Frozen(
+        part for part, is_frozen in {"vision": vision, "projector": projector}.items() if is_frozen
+    )
+    (found,) = run_ranks(1, count_encoder, [*NARROW, *overrides], grids, frozen)
     lengths, *operations = found
     config = model_config("mock", [*NARROW, *overrides])
     flops = model_flops(
         config,
-        FreezeConfig(vision=vision, projector=projector),
-        image_work(lengths, config.vision),
+        frozen,
+        ModelWork({"encoder": image_work(lengths, config.part("vision"))}),
         vocab_size=VOCAB,
         seq_length=64,
-    )
-    assert flops.language == Flops(0, 0)
-    assert operations == pytest.approx([flops.encoder.forward, flops.encoder.backward], rel=0.01)
+    ).modules
+    assert flops["llm"] == Flops(0, 0)
+    encoder = flops["encoder"]
+    assert operations == pytest.approx([encoder.forward, encoder.backward], rel=0.01)
 
 
 def test_pairs() -> None:
@@ -223,32 +229,44 @@ def test_a_causal_mask_halves_attention_alone() -> None:
 
 def test_work_adds_up() -> None:
     config = model_config("nemotron-moe-vlm-tiny")
+    vision = config.part("vision")
     parts = [
-        text_work([10, 54]) + image_work([18, 38], config.vision),
-        text_work([64]),
-        image_work([66], config.vision),
+        ModelWork({"llm": text_work([10, 54]), "encoder": image_work([18, 38], vision)}),
+        ModelWork({"llm": text_work([64])}),
+        ModelWork({"encoder": image_work([66], vision)}),
     ]
-    assert sum(parts, Work()) == Work(
-        sequences=2,
-        document_pairs=causal_pairs([10, 54, 64]),
-        patches=16 + 36 + 64,
-        pieces=3,
-        piece_pairs=18**2 + 38**2 + 66**2,
-        rows=(16 + 36 + 64) // 4,
+    together = sum(parts, no_work(config))
+    assert together == ModelWork(
+        {
+            "encoder": ImageWork(
+                patches=16 + 36 + 64,
+                pieces=3,
+                piece_pairs=18**2 + 38**2 + 66**2,
+                rows=(16 + 36 + 64) // 4,
+            ),
+            "llm": TextWork(sequences=2, document_pairs=causal_pairs([10, 54, 64])),
+        }
     )
-    from megatron_mimo.model.config import FreezeConfig
-
     sizes = {"vocab_size": VOCAB, "seq_length": 64}
-    whole = model_flops(config, FreezeConfig(), sum(parts, Work()), **sizes)
-    each = [model_flops(config, FreezeConfig(), part, **sizes) for part in parts]
+    whole = model_flops(config, Frozen(), together, **sizes)
+    each = [model_flops(config, Frozen(), part, **sizes) for part in parts]
     assert whole.total == sum(one.total for one in each)
+
+
+def test_work_travels_as_numbers() -> None:
+    config = model_config("mock")
+    none = no_work(config)
+    work = none + ModelWork({"encoder": image_work([18, 38], config.part("vision"))})
+    assert len(none.numbers()) == len(work.numbers())
+    assert none.filled(float(count) for count in work.numbers()) == work != none
 
 
 def test_a_large_model_costs_six_operations_for_each_active_weight_and_token() -> None:
     """Kaplan et al. 2020, beside attention's pairs and Mamba's states."""
-    config = model_config("nemotron-moe-vlm-54l").language
+    config = model_config("nemotron-moe-vlm-54l").part("language")
     length, heads = 8192, 32 * 128
-    flops = language_flops(config, text_work([length]), vocab_size=131072, seq_length=length)
+    context = FlopsContext(row_width=config.hidden_size, vocab_size=131072, seq_length=length)
+    flops = hybrid_flops(config, text_work([length]), context)
     attention = 8 * 12 * (length + 1) // 2 * heads
     states = 23 * 6 * (128 * (8 * 128 + 4096) + 2 * 4096 * 128)
     # As `megatron-mimo plan --params` counts, less the embeddings, which are looked up.

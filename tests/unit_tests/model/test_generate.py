@@ -15,8 +15,9 @@ def count_up(prompts: list[tuple[int, int]], max_new_tokens: int) -> list[tuple[
     import torch
     import torch.distributed as dist
 
-    from megatron_mimo.data.batch import Microbatch, TextBatch
+    from megatron_mimo.data.loader.batch import Microbatch, TextBatch
     from megatron_mimo.model.generate import GreedyStep
+    from megatron_mimo.model.inputs import InputReader
     from megatron_mimo.topology import ModuleGridSpec, SequenceSharding
 
     spec = ModuleGridSpec(name="llm")
@@ -26,9 +27,12 @@ def count_up(prompts: list[tuple[int, int]], max_new_tokens: int) -> list[tuple[
             pg_collection=SimpleNamespace(tp=dist.group.WORLD),
             spec=spec,
             place=spec.coordinates(0),
+            is_first_stage=True,
+            is_last_stage=True,
         )
 
-        def __call__(self, tokens, position_ids, rows, positions):
+        def __call__(self, tokens, position_ids, hidden, rows, positions):
+            assert hidden is None
             assert tokens.shape == (len(prompts), SEQ_LENGTH)
             return torch.nn.functional.one_hot((tokens + 1).clamp(max=VOCAB - 1), VOCAB).float()
 
@@ -46,19 +50,21 @@ def count_up(prompts: list[tuple[int, int]], max_new_tokens: int) -> list[tuple[
         position_ids=torch.arange(SEQ_LENGTH).expand(len(prompts), -1),
     )
     model = SimpleNamespace(
-        language=Counter(),
+        target=Counter(),
+        target_name="llm",
+        modules={},
         device=torch.device("cpu"),
         sharding=SequenceSharding(seq_length=SEQ_LENGTH),
     )
     step = GreedyStep(
         model,
-        [Microbatch(index=0, manifest=(), keys={}, text=text, images=None)],
-        image_token_id=VOCAB - 1,
+        [Microbatch(index=0, manifest=(), keys={}, text=text, inputs={})],
+        InputReader(model, {"encoder": VOCAB - 1}),
         pad_id=PAD,
         eos_id=EOS,
         max_new_tokens=max_new_tokens,
     )
-    step.forward(0, None)
+    step.forward("llm", 0, {})
     return [answer.generated for answer in step.answers]
 
 

@@ -78,8 +78,8 @@ def stage_weights(tied: bool) -> dict[str, torch.Tensor]:
 
     size = dist.get_world_size()
     llm = ModuleGridSpec(name="llm", pp=size)
-    topology = build_topology(Layout(encoder=None, llm=llm, world_size=size))
-    language = small_model(topology, tied_embeddings=tied).language
+    topology = build_topology(Layout.of(llm, world_size=size))
+    language = small_model(topology, tied_embeddings=tied).target
     # A stage of two has one layer.
     first = language.module.model.decoder.layers[0].layer_number - 1
     return {
@@ -113,10 +113,10 @@ def drawn_by_megatron(grid: dict[str, int]) -> dict[str, torch.Tensor]:
     from tests.integration.engines import small_model
 
     llm = ModuleGridSpec(name="llm", **grid)
-    topology = build_topology(Layout(encoder=None, llm=llm, world_size=llm.size))
+    topology = build_topology(Layout.of(llm, world_size=llm.size))
     language = small_model(
         topology, provider="nemotron-moe-vlm-tiny", overrides=HYBRID, init="megatron"
-    ).language
+    ).target
     return {name: value.detach().clone() for name, value in language.module.named_parameters()}
 
 

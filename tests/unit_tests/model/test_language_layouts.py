@@ -12,7 +12,7 @@ from tests.unit_tests.model.by_hand import IMAGE, LENGTH, VOCAB, WIDTH, assert_c
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_mimo.data.batch import TextBatch
+    from megatron_mimo.data.loader.batch import TextBatch
     from megatron_mimo.model.mimo import MimoModel
 
 BATCH = 2
@@ -22,14 +22,14 @@ EMBEDDING, OUTPUT = "model.embedding.word_embeddings.weight", "model.output_laye
 def llm_layout(**sizes: int) -> Layout:
     """A language model alone."""
     grid = ModuleGridSpec(name="llm", **sizes)
-    return Layout(encoder=None, llm=grid, world_size=grid.size)
+    return Layout.of(grid, world_size=grid.size)
 
 
 def text_batch() -> "TextBatch":
     """The same tokens on every rank, a third of them image tokens."""
     import torch
 
-    from megatron_mimo.data.batch import TextBatch
+    from megatron_mimo.data.loader.batch import TextBatch
 
     random = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, IMAGE, (BATCH, LENGTH + 1), generator=random)
@@ -57,8 +57,8 @@ def rows_of(text: "TextBatch", held: list[int]) -> "tuple[list[int], Tensor]":
 
 def positions_of(model: "MimoModel") -> tuple[list[int], list[int]]:
     """Positions that this rank's cp rank reads, and that this rank embeds."""
-    assert model.language is not None
-    sharding, place = model.sharding, model.language.groups.place
+    assert model.target is not None
+    sharding, place = model.sharding, model.target.groups.place
     shard = sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
     read, embedded = sharding.cp_intervals(place.cp), sharding.intervals(shard)
     return (
@@ -86,25 +86,27 @@ def step(layout: Layout, sequence_parallel: bool, tied: bool) -> Found:
     """Forward and backward of one microbatch over the stages, gradients finalised."""
     import torch.distributed as dist
 
-    from megatron_mimo.data.batch import Microbatch
+    from megatron_mimo.data.loader.batch import Microbatch
+    from megatron_mimo.model.inputs import InputReader
     from megatron_mimo.model.program import MimoStep
     from megatron_mimo.optim.mimo_optimizer import finalize_gradients
-    from megatron_mimo.schedule.actions import Module
     from megatron_mimo.topology.groups import build_topology
     from tests.unit_tests.model.by_hand import run_stage, small_model, whole_gradients
 
     topology = build_topology(layout)
     model = small_model(topology, sequence_parallel=sequence_parallel, tied=tied)
-    assert model.language is not None
-    language, text = model.language, text_batch()
-    microbatch = Microbatch(index=0, manifest=(), keys={}, text=text, images=None)
-    program = MimoStep(model, [microbatch], IMAGE)
+    assert model.target is not None
+    language, text = model.target, text_batch()
+    microbatch = Microbatch(index=0, manifest=(), keys={}, text=text, inputs={})
+    reader = InputReader(model, {"encoder": IMAGE})
+    program = MimoStep(model, reader.prepare([microbatch]))
     numbers, rows = rows_of(text, positions_of(model)[1])
     rows.requires_grad_()
+    feeds = "encoder" if language.groups.is_first_stage else "llm"
     run_stage(
         language,
-        lambda inputs: program.forward(0, inputs),
-        program.hidden_rows(Module.LLM, 0),
+        lambda inputs: program.forward("llm", 0, {feeds: inputs}),
+        program.hidden_rows("llm", 0),
         rows,
     )
     finalize_gradients(model, 1)
@@ -122,22 +124,23 @@ def logits(layout: Layout, sequence_parallel: bool) -> "tuple[list[int], Tensor]
     import torch
     import torch.distributed as dist
 
-    from megatron_mimo.model.merge import row_positions
+    from megatron_mimo.modules.language.merge import row_positions
     from megatron_mimo.topology.groups import build_topology
     from tests.unit_tests.model.by_hand import small_model
 
     model = small_model(build_topology(layout), sequence_parallel=sequence_parallel)
-    assert model.language is not None
+    assert model.target is not None
     text = text_batch()
     read, embedded = positions_of(model)
     with torch.no_grad():
-        mine = model.language(
+        mine = model.target(
             text.input_ids[:, read],
             text.position_ids[:, read],
+            None,
             rows_of(text, embedded)[1],
             row_positions(text.input_ids, IMAGE, torch.tensor(embedded)),
         ).contiguous()
-    tp = model.language.groups.pg_collection.tp
+    tp = model.target.groups.pg_collection.tp
     shards = [torch.empty_like(mine) for _ in range(tp.size())]
     dist.all_gather(shards, mine, group=tp)
     return read, torch.cat(shards, dim=-1)
@@ -202,7 +205,7 @@ def test_tied_embeddings_sum_the_gradients_of_both_ends(
 ) -> None:
     layout, wanted = llm_layout(**sizes), one_rank[True]
     assert OUTPUT not in wanted.gradients
-    if layout.llm.pp > 1:
+    if layout.target.pp > 1:
         # The last stage has a copy, which must get the same gradient.
         both_ends = wanted.gradients | {OUTPUT: wanted.gradients[EMBEDDING]}
         wanted = dataclasses.replace(wanted, gradients=both_ends)
@@ -240,7 +243,7 @@ def tied_weights(init: str) -> "Tensor":
     from tests.unit_tests.model.by_hand import small_model
 
     topology = build_topology(llm_layout(pp=dist.get_world_size()))
-    language = small_model(topology, tied=True, init=init).language
+    language = small_model(topology, tied=True, init=init).target
     assert language is not None
     return language.module.shared_embedding_or_output_weight().detach().clone()
 

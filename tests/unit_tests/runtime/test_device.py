@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_mimo.runtime import Device, resolve_device
+from megatron_mimo.runtime.device import computes_on_gpu
 
 
 @pytest.fixture
@@ -39,11 +40,17 @@ def test_unknown_choice_names_the_known(no_gpu: None) -> None:
 def test_local_rank_picks_the_gpu(gpus: pytest.MonkeyPatch, choice: str) -> None:
     device = resolve_device(choice, local_rank=2)
     assert device.torch == torch.device("cuda", 2)
-    assert device.backend == "cpu:gloo,cuda:nccl"
+    assert device.backend == "nccl"
 
 
 def test_a_host_may_be_asked_for_beside_gpus(gpus: pytest.MonkeyPatch) -> None:
     assert resolve_device("cpu", local_rank=2) == Device("cpu")
+
+
+def test_a_gpu_is_computed_on_where_there_is_one(gpus: pytest.MonkeyPatch) -> None:
+    assert [computes_on_gpu(choice) for choice in ("auto", "cuda", "cpu")] == [True, True, False]
+    gpus.setattr(torch.cuda, "is_available", lambda: False)
+    assert not computes_on_gpu("auto")
 
 
 def test_the_only_visible_gpu_is_taken(gpus: pytest.MonkeyPatch) -> None:

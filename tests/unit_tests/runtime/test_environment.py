@@ -25,6 +25,7 @@ SLURM = {
     "SLURM_LOCALID": "1",
     "SLURM_NODELIST": "gpu[07-08]",
     "SLURM_JOB_ID": "1234567",
+    "SLURM_STEP_ID": "0",
 }
 
 
@@ -71,6 +72,36 @@ def test_slurm_without_a_node_list_takes_the_launch_address() -> None:
 
 def test_a_slurm_allocation_without_srun_is_a_single_process() -> None:
     assert read_environment({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}).world_size == 1
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {},
+        {"SLURM_STEP_ID": "4294967291"},  # a batch script
+        {"SLURM_STEP_ID": "4294967290"},  # an interactive shell
+    ],
+)
+def test_the_shell_of_a_slurm_job_is_no_task(step: dict[str, str]) -> None:
+    batch = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}
+    assert read_environment(batch | step).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "on_one_host"),
+    [
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "8"}, True),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "4"}, False),
+        (TORCHRUN, False),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "1"}, True),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, False),
+        (SLURM, False),
+    ],
+)
+def test_one_host_is_known_where_the_launcher_says_so(
+    env: dict[str, str], on_one_host: bool
+) -> None:
+    assert read_environment(env).on_one_host is on_one_host
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megatron_mimo.runtime import Device
-from megatron_mimo.runtime.peak import peak_memory, peak_of_name, peak_tflops
+from megatron_mimo.runtime.memory import peak_memory
+from megatron_mimo.runtime.peak import peak_of_name, peak_tflops
 
 
 @pytest.mark.parametrize(

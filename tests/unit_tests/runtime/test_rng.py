@@ -60,3 +60,29 @@ def test_streams(run_ranks: RunRanks) -> None:
 def changed_by(seed: int, ranks: dict[str, int]) -> set[str]:
     """`changed` with its keywords in a dictionary, as the pool passes arguments."""
     return changed(seed, **ranks)
+
+
+def restored() -> None:
+    """States come back after weights-only loading, and as earlier versions stored them."""
+    import io
+
+    import numpy as np
+    import torch
+
+    from megatron_mimo.runtime.rng import rng_state, set_rng_state
+    from megatron_mimo.weights.torch_dist import load_plain
+
+    draws(7)
+    older = rng_state() | {"np_rng_state": np.random.get_state()}
+    for state in (rng_state(), older):
+        content = io.BytesIO()
+        torch.save(state, content)
+        set_rng_state(load_plain(io.BytesIO(content.getvalue()), "FILE"))
+        first = (np.random.rand(5).tolist(), torch.rand(5).tolist())
+        set_rng_state(state)
+        assert (np.random.rand(5).tolist(), torch.rand(5).tolist()) == first
+        set_rng_state(older)
+
+
+def test_states_are_plain_values(run_ranks: RunRanks) -> None:
+    run_ranks(1, restored)

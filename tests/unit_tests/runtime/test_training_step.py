@@ -3,7 +3,7 @@
 import pytest
 
 from tests.harness import RunRanks
-from tests.unit_tests.runtime.small_gpt import build_gpt, llm_layout, losses_of, named
+from tests.unit_tests.kernels.small_gpt import build_gpt, llm_layout, losses_of, named
 
 
 def optimizer_steps(overlap: bool, dtype_name: str) -> tuple[list[float], bool]:
@@ -21,7 +21,7 @@ def optimizer_steps(overlap: bool, dtype_name: str) -> tuple[list[float], bool]:
     from megatron_mimo.topology.groups import build_topology
 
     bf16 = dtype_name == "bfloat16"
-    module = build_topology(llm_layout(dp=2)).llm
+    module = build_topology(llm_layout(dp=2)).target
     assert module is not None
     dtype = {"params_dtype": getattr(torch, dtype_name), "bf16": bf16}
     model = build_gpt(module, dtype)
@@ -76,7 +76,7 @@ def recomputed_gradients() -> dict[str, float]:
     """Largest differences in gradients that recomputation makes, with dropout."""
     from megatron_mimo.topology.groups import build_topology
 
-    module = build_topology(llm_layout()).llm
+    module = build_topology(llm_layout()).target
     assert module is not None
     runs = []
     for recompute in (
@@ -109,7 +109,7 @@ def recompute_mlp_with_bias() -> str:
     """What building a model with it says."""
     from megatron_mimo.topology.groups import build_topology
 
-    module = build_topology(llm_layout()).llm
+    module = build_topology(llm_layout()).target
     assert module is not None
     try:
         build_gpt(module, {"recompute_granularity": "selective", "recompute_modules": ["mlp"]})

@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from megatron_mimo.schedule.actions import Action, Kind, Module
+from megatron_mimo.schedule.actions import Action, Kind
 from megatron_mimo.schedule.laps import Lap, Phase, Recorder
 from megatron_mimo.topology import Layout
 from tests.unit_tests.schedule.toy import grids, sharding_of
 
-FORWARD = Action(Kind.FORWARD, Module.LLM, 0)
+FORWARD = Action(Kind.FORWARD, "llm", 0)
 
 
 class Counter:
-    """A stopwatch that goes on by a second with each mark."""
+    """A stopwatch that advances by a second with each mark."""
 
     def __init__(self) -> None:
         self.now = 0

@@ -1,30 +1,32 @@
 """The toy as a program of the executor: rows times one weight per stage, squared and summed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_mimo.bridge.channels import TransportConfig
 from megatron_mimo.bridge.manifest import ManifestEntry
-from megatron_mimo.schedule.actions import GradientFlow, Module
-from megatron_mimo.schedule.channels import BoundaryConfig
-from megatron_mimo.schedule.crossing import StepManifest
-from megatron_mimo.schedule.executor import Executor
+from megatron_mimo.bridge.microbatch import MicrobatchManifest
+from megatron_mimo.schedule.executor import Executor, ExecutorConfig
+from megatron_mimo.schedule.graph import GradientFlow
 from megatron_mimo.schedule.laps import Note, ignore
 from megatron_mimo.topology import SequenceSharding
-from megatron_mimo.topology.groups import Topology
+from megatron_mimo.topology.groups import ModuleGroups, Topology
 from tests.unit_tests.schedule.toy import WIDTH, manifests, name_of
 
 
 @dataclass(frozen=True)
 class Settings:
+    """`still` names the sources that do not train, `fixed` those whose last stage alone does."""
+
     run_ahead: int = 1
     num_microbatches: int = 5
-    encoder_flow: bool = True
-    bridge_flow: bool = True
-    language_trains: bool = True
+    still: frozenset[str] = frozenset()
+    fixed: frozenset[str] = frozenset()
+    target_trains: bool = True
     gradients: bool = True
     check: bool = False
 
@@ -33,134 +35,155 @@ class Toy:
     """Every rank knows all weights, so that it can tell what it should see and get."""
 
     def __init__(self, topology: Topology, sharding: SequenceSharding, settings: Settings) -> None:
-        self.encoder, self.llm = topology.encoder, topology.llm
-        self.sharding, self.settings = sharding, settings
-        self.flow = GradientFlow(
-            encoder=settings.encoder_flow and settings.bridge_flow, bridge=settings.bridge_flow
-        )
+        self.topology, self.sharding, self.settings = topology, sharding, settings
         layout = topology.layout
+        self.target = layout.target.name
+        self.sources = [source.name for source in layout.sources]
+        returning = frozenset(self.sources) - settings.still
+        self.flow = GradientFlow(returning=returning, inside=returning - settings.fixed)
         self.made = manifests(layout, settings.num_microbatches)
-        stages = layout.encoder.pp if layout.encoder else 0
-        self.encoder_weights = [
-            _weight(1.5 + j / 8, self.flow.bridge if j == stages - 1 else self.flow.encoder)
-            for j in range(stages)
-        ]
-        self.llm_weights = [
-            _weight(0.5 + p / 8, settings.language_trains) for p in range(layout.llm.pp)
+        self.weights = {
+            grid.name: [
+                _weight(
+                    1.5 + k / 4 + j / 8,
+                    grid.name in (returning if j == grid.pp - 1 else self.flow.inside),
+                )
+                for j in range(grid.pp)
+            ]
+            for k, grid in enumerate(layout.sources)
+        }
+        self.weights[self.target] = [
+            _weight(0.5 + p / 8, settings.target_trains) for p in range(layout.target.pp)
         ]
         self.seen: list[int] = []
         self.executor = Executor(
             topology,
-            BoundaryConfig(
+            ExecutorConfig(
+                transport=TransportConfig(
+                    row_width=WIDTH,
+                    dtype=torch.float64,
+                    device=torch.device("cpu"),
+                    check=settings.check,
+                ),
                 sharding=sharding,
-                row_width=WIDTH,
-                encoder_width=WIDTH,
-                dtype=torch.float64,
-                device=torch.device("cpu"),
                 flow=self.flow,
-                language_trains=settings.language_trains,
+                target_trains=settings.target_trains,
                 run_ahead=settings.run_ahead,
-                check=settings.check,
             ),
         )
 
     def run(self, note: Note = ignore) -> None:
         """One step from fresh gradients."""
         self.seen = []
-        for weight in (*self.encoder_weights, *self.llm_weights):
+        for weight in (weight for weights in self.weights.values() for weight in weights):
             weight.grad = None
-        known = [self.executor.plan(StepManifest(entries=entries)) for entries in self.made]
+        known = [self.executor.plan(MicrobatchManifest(entries=entries)) for entries in self.made]
         self.executor.run(self, known, gradients=self.settings.gradients, note=note)
 
     def check(self) -> None:
-        """The loss is the sum of row^2 / 2 over all rows, each proportional to every weight."""
+        """The loss is the sum of row^2 / 2 over all rows, each proportional to its weights."""
         num = self.settings.num_microbatches
-        if self.llm is not None:
+        if self.target in self.topology.modules:
             assert self.seen == list(range(num))
-        scale = (_product(self.encoder_weights) * _product(self.llm_weights)).item() ** 2
-        for module, weights, rows in (
-            (self.encoder, self.encoder_weights, self.held),
-            (self.llm, self.llm_weights, self.used),
-        ):
-            if module is None:
-                continue
-            mine = weights[module.place.pp]
-            assert all(weight.grad is None for weight in weights if weight is not mine)
+        for name, module in self.topology.modules.items():
+            mine = self.weights[name][module.place.pp]
+            assert all(weight.grad is None for weight in self.weights[name] if weight is not mine)
             if not (self.settings.gradients and mine.requires_grad):
                 assert mine.grad is None
                 continue
-            energy = sum(rows(m).square().sum().item() for m in range(num))
+            # Square of the factor and of the rows, for each source whose rows pass this weight.
+            total = 0.0
+            for source in self.sources if name == self.target else [name]:
+                rows = self.used if name == self.target else self.held
+                energy = sum(rows(source, m).square().sum().item() for m in range(num))
+                total += self.factor(source).item() ** 2 * energy
             got = 0.0 if mine.grad is None else mine.grad.item()
-            assert got == pytest.approx(scale * energy / mine.item())
+            assert got == pytest.approx(total / mine.item())
 
-    def encode(self, m: int, hidden: Tensor | None) -> Tensor:
-        """See `StepProgram.encode`."""
-        assert self.encoder is not None
-        assert self.held(m).shape[0]
-        stage = self.encoder.place.pp
-        if hidden is None:
-            assert self.encoder.is_first_stage
-            # One row more than what crosses the bridge.
-            hidden = torch.cat([self.held(m), torch.ones(1, WIDTH)])
-        else:
-            expected = self.held(m) * _product(self.encoder_weights[:stage])
-            assert torch.allclose(hidden[:-1], expected)
-            assert hidden.requires_grad == (self.settings.gradients and self.flow.encoder)
-        hidden = hidden * self.encoder_weights[stage]
-        return hidden[:-1] if self.encoder.is_last_stage else hidden
+    def factor(self, source: str) -> Tensor:
+        """What a row of a source is multiplied by on its whole way."""
+        return _product(self.weights[source]) * _product(self.weights[self.target])
 
-    def forward(self, m: int, inputs: Tensor | None) -> Tensor:
+    def forward(self, module: str, m: int, inputs: Mapping[str, Tensor]) -> Tensor:
         """See `StepProgram.forward`."""
-        assert self.llm is not None
-        self.seen.append(m)
-        stage, gradients = self.llm.place.pp, self.settings.gradients
-        fed = any(e.rows for e in self.made[m] if e.lane == self.llm.place.dp)
-        expected = (
-            self.used(m) * _product(self.encoder_weights) * _product(self.llm_weights[:stage])
-        )
-        if self.llm.is_first_stage:
-            hidden = torch.zeros(self.hidden_rows(Module.LLM, m), WIDTH, dtype=torch.float64)
-            assert (inputs is not None) == fed
-            if inputs is not None:
-                assert inputs.shape == expected.shape
-                assert inputs.requires_grad == (gradients and self.flow.bridge)
-                hidden = torch.cat([inputs, hidden[inputs.shape[0] :]])
-        else:
-            assert inputs is not None
-            trains = self.settings.language_trains or (self.flow.bridge and fed)
-            assert inputs.requires_grad == (gradients and trains)
-            hidden = inputs
-        assert torch.allclose(hidden[: expected.shape[0]], expected)
-        hidden = hidden * self.llm_weights[stage]
-        return hidden.square().sum() / 2 if self.llm.is_last_stage else hidden
+        groups = self.topology.modules[module]
+        run = self._of_target if module == self.target else self._of_source
+        return run(module, groups, m, inputs)
 
-    def begin_last_backward(self, module: Module) -> None:
+    def _of_source(
+        self, module: str, groups: ModuleGroups, m: int, inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        held = self.held(module, m)
+        assert held.shape[0]
+        stage = groups.place.pp
+        if groups.is_first_stage:
+            assert not inputs
+            # One row more than what crosses the bridge.
+            hidden = torch.cat([held, torch.ones(1, WIDTH)])
+        else:
+            hidden = inputs[module]
+            assert torch.allclose(hidden[:-1], held * _product(self.weights[module][:stage]))
+            assert hidden.requires_grad == (self.settings.gradients and module in self.flow.inside)
+        hidden = hidden * self.weights[module][stage]
+        return hidden[:-1] if groups.is_last_stage else hidden
+
+    def _of_target(
+        self, module: str, groups: ModuleGroups, m: int, inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        self.seen.append(m)
+        stage, gradients = groups.place.pp, self.settings.gradients
+        fed = {e.module for e in self.made[m] if e.lane == groups.place.dp and e.rows}
+        expected = torch.cat(
+            [torch.zeros(0, WIDTH, dtype=torch.float64)]
+            + [
+                self.used(name, m)
+                * _product(self.weights[name])
+                * _product(self.weights[module][:stage])
+                for name in self.sources
+            ]
+        )
+        if groups.is_first_stage:
+            assert set(inputs) == fed
+            for name, rows in inputs.items():
+                assert rows.shape == self.used(name, m).shape
+                assert rows.requires_grad == (gradients and name in self.flow.returning)
+            hidden = torch.zeros(self.hidden_rows(module, m), WIDTH, dtype=torch.float64)
+            rows = [inputs[name] for name in self.sources if name in inputs]
+            hidden = torch.cat([*rows, hidden[sum(map(len, rows)) :]])
+        else:
+            hidden = inputs[module]
+            trains = self.settings.target_trains or bool(self.flow.returning & fed)
+            assert hidden.requires_grad == (gradients and trains)
+        assert torch.allclose(hidden[: expected.shape[0]], expected)
+        hidden = hidden * self.weights[module][stage]
+        return hidden.square().sum() / 2 if groups.is_last_stage else hidden
+
+    def begin_last_backward(self, module: str) -> None:
         """Nothing is exchanged here."""
 
-    def hidden_rows(self, module: Module, m: int) -> int:
+    def hidden_rows(self, module: str, m: int) -> int:
         """See `StepProgram.hidden_rows`."""
-        if module is Module.ENCODER:
-            return self.held(m).shape[0] + 1
-        return 2 * self.sharding.shard_length
+        if module == self.target:
+            return 2 * self.sharding.shard_length
+        return self.held(module, m).shape[0] + 1
 
-    def held(self, m: int) -> Tensor:
-        """Rows of this rank's encoder, before any weight."""
-        assert self.encoder is not None
-        dp = self.encoder.place.dp
-        return self._named(m, lambda entry, _: entry.encoder_rank == dp)
+    def held(self, source: str, m: int) -> Tensor:
+        """Rows of this rank's replica of a source, before any weight."""
+        dp = self.topology.modules[source].place.dp
+        return self._named(source, m, lambda entry, _: entry.source_rank == dp)
 
-    def used(self, m: int) -> Tensor:
-        """Rows of this rank's shard of the sequence, before any weight."""
-        assert self.llm is not None
-        place = self.llm.place
+    def used(self, source: str, m: int) -> Tensor:
+        """A source's rows in this rank's shard of the sequence, before any weight."""
+        place = self.topology.modules[self.target].place
         shard = self.sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
         mine = {p for low, high in self.sharding.intervals(shard) for p in range(low, high)}
-        return self._named(m, lambda e, row: e.lane == place.dp and e.start + row in mine)
+        return self._named(source, m, lambda e, row: e.lane == place.dp and e.start + row in mine)
 
-    def _named(self, m: int, keep: Callable[[ManifestEntry, int], bool]) -> Tensor:
+    def _named(self, source: str, m: int, keep: Callable[[ManifestEntry, int], bool]) -> Tensor:
         names = [
             name_of(entry, row, m)
             for entry in self.made[m]
+            if entry.module == source
             for row in range(entry.rows)
             if keep(entry, row)
         ]

@@ -64,6 +64,10 @@ def sbatch(argv: Sequence[str]) -> int:
             "SLURM_JOB_ID": "4242",
             "SLURM_JOB_NAME": options["job-name"],
             "SLURM_JOB_NUM_NODES": str(nodes),
+            # The batch script has these, though it is no task.
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+            "SLURM_NTASKS": str(nodes * int(options["ntasks-per-node"])),
             "SLURM_JOB_NODELIST": f"node[1-{nodes}]",
             "SLURM_SUBMIT_DIR": os.environ.get("SLURM_SUBMIT_DIR", os.getcwd()),
             "SLURM_CPUS_ON_NODE": "8",
@@ -114,6 +118,7 @@ def srun(argv: Sequence[str]) -> int:
             "SLURM_PROCID": str(rank),
             "SLURM_NTASKS": str(tasks),
             "SLURM_LOCALID": str(rank % per_node),
+            "SLURM_STEP_ID": "0",
             "SLURM_STEP_NODELIST": "127.0.0.1",
         }
         output = None

@@ -6,8 +6,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mimo.training.flags import CommandLine, parse
-from megatron_mimo.training.resolve import Resolved, resolve
+from megatron_mimo.config.flags import CommandLine, parse
+from megatron_mimo.config.resolve import Resolved, resolve
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 BATCH = sorted(SCRIPTS.glob("*.sbatch"), key=lambda path: (path.stem.split("_")[0], len(path.stem)))
@@ -97,7 +97,7 @@ def table(recipes: list[Recipe]) -> str:
 def _row(recipe: Recipe) -> str:
     resolved = recipe.resolve()
     layout = resolved.layout
-    encoder, llm = layout.encoder, layout.llm
+    encoder, llm = layout.modules.get("encoder"), layout.target
     assert encoder is not None
     nodes = "1"
     if recipe.path.suffix == ".sbatch":

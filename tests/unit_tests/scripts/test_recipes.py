@@ -1,15 +1,15 @@
 """The scripts' own values: pinned, accepted by the real resolver, and as README.md lists them."""
 
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from megatron_mimo.training.arguments import known_flags, read_argv
-from megatron_mimo.training.config import TrainConfig
-from megatron_mimo.training.flags import CommandLine, parse
-from megatron_mimo.training.resolve import resolve
+from megatron_mimo.config.arguments import known_flags, read_argv
+from megatron_mimo.config.flags import CommandLine, parse
+from megatron_mimo.config.resolve import resolve
+from megatron_mimo.config.sections import TrainConfig
+from megatron_mimo.settings import OnlyWith, declared, values
 from tests.unit_tests.scripts.recipes import BATCH, LOCAL, SCRIPTS, Recipe, read_recipe, table
 
 # Layout, batch and length as published for runs of this kind: nodes, encoder DP, LLM DP, EP, expert
@@ -33,15 +33,8 @@ SCHEDULES = {
 }
 # Flags with a default that scripts need not name, and why.
 UNPINNED = {
-    "loss-scale": "float16",
-    "initial-loss-scale": "float16",
-    "min-loss-scale": "float16",
-    "loss-scale-window": "float16",
-    "hysteresis": "float16",
-    "text-only-fraction": "mock samples",
-    "num-workers": "not of mock samples",
-    "max-bad-sample-fraction": "not of mock samples",
     "eval-iters": "--eval-interval 0",
+    "max-nonfinite-steps": "ends runs that are lost, and changes no curve",
     "save": "the launcher's",
 }
 # Sections that change what a run shows, not what it trains.
@@ -76,15 +69,14 @@ def test_flags_resolve_at_the_real_number_of_ranks(recipe: Recipe) -> None:
 def test_layouts_are_the_published_ones(batch: Recipe) -> None:
     resolved = batch.resolve()
     layout = resolved.layout
-    assert layout.encoder is not None
-    assert (layout.encoder.tp, layout.llm.tp, layout.llm.expt_tp) == (1, 2, 1)
+    assert (layout.modules["encoder"].tp, layout.target.tp, layout.target.expt_tp) == (1, 2, 1)
     assert PUBLISHED[batch.path.stem] == (
         batch.nodes,
-        layout.encoder.dp,
-        layout.llm.dp,
-        layout.llm.ep,
-        layout.llm.expt_dp,
-        len(layout.served(0)),
+        layout.modules["encoder"].dp,
+        layout.target.dp,
+        layout.target.ep,
+        layout.target.expt_dp,
+        len(layout.served("encoder", 0)),
         resolved.global_batch_size,
         resolved.data.num_microbatches(layout.num_lanes),
     )
@@ -92,23 +84,23 @@ def test_layouts_are_the_published_ones(batch: Recipe) -> None:
 
 def test_schedules_are_the_published_ones(batch: Recipe) -> None:
     resolved = batch.resolve()
-    config, schedule = resolved.config, resolved.schedule
+    schedule = resolved.schedule
     assert SCHEDULES[batch.path.stem] == (
-        config.training.train_samples,
+        resolved.length.train_samples,
         schedule.warmup_samples,
         schedule.decay_samples,
         schedule.wsd_decay_samples,
-        config.data.packing_buffer_size,
-        config.watching.log_interval,
+        resolved.data.packing_buffer_size,
+        resolved.watch.log_interval,
     )
     assert (schedule.style, schedule.wsd_decay_style) == ("WSD", "minus_sqrt")
     assert (resolved.adam.lr, resolved.adam.min_lr) == (1.2e-3, 1.2e-5)
-    assert (resolved.adam.weight_decay, config.training.seed) == (0.1, 1234)
+    assert (resolved.adam.weight_decay, resolved.data.seed) == (0.1, 1234)
 
 
 def test_model_images_and_data_are_the_published_ones(batch: Recipe) -> None:
     resolved = batch.resolve()
-    model, data = resolved.config.model, resolved.config.data
+    model, data = resolved.model, resolved.data
     assert model.model_provider == "nemotron-moe-vlm-54l"
     assert (model.training_stage, model.bf16, model.seq_length) == ("stage2", True, 8192)
     assert (model.class_token_len, model.image_tag_type) == (10, "internvl")
@@ -120,20 +112,21 @@ def test_model_images_and_data_are_the_published_ones(batch: Recipe) -> None:
     is_short = batch.path.stem in ("parity_3n", "scaling_17n")
     assert reduce.overlap_params == is_short
     assert batch.nccl_proto == ("simple" if batch.path.stem == "parity_3n" else "LL128")
-    assert resolved.config.checkpoints.save_interval == 1000
+    assert resolved.save is not None and resolved.save.interval == 1000
 
 
 def test_every_value_is_pinned(recipe: Recipe) -> None:
     """A default that changes must not change a recipe."""
     named = {setting.name for setting in read_argv(recipe.flags, known_flags(TrainConfig))}
     named |= {name.removeprefix("no-") for name in named}
-    for section, fields in asdict(recipe.resolve().config).items():
-        if section in SHOWS:
+    found = values(recipe.resolve().config)
+    for flag in declared(TrainConfig):
+        does_nothing = not all(mark.is_met(found) for mark in flag.marked(OnlyWith))
+        if flag.path[0] in SHOWS or does_nothing:
             continue
-        for field, value in fields.items():
-            flag = field.replace("_", "-")
-            is_off = value is None or value is False or value == ()
-            assert is_off or flag in named or flag in UNPINNED, f"--{flag} {value}"
+        value = found[flag.name]
+        is_off = value is None or value is False or value == ()
+        assert is_off or flag.name in named or flag.name in UNPINNED, f"--{flag.name} {value}"
 
 
 def test_no_flag_stands_twice(recipe: Recipe) -> None:
@@ -163,7 +156,7 @@ def test_the_homogeneous_twin_of_the_short_parity_run_resolves(recipes: list[Rec
     readme = (SCRIPTS / "README.md").read_text()
     assert f'MIMO_EXTRA_FLAGS="{command}" sbatch --nodes=2 scripts/parity_3n.sbatch' in readme
     layout = twin.resolve(*command.split()).layout
-    assert layout.colocated and layout.num_lanes == 8
+    assert "colocated grids" in layout.table() and layout.num_lanes == 8
 
 
 def test_the_rehearsal_resolves_on_the_production_layout(recipes: list[Recipe]) -> None:
@@ -173,7 +166,7 @@ def test_the_rehearsal_resolves_on_the_production_layout(recipes: list[Recipe]) 
     assert example
     recipe = next(recipe for recipe in recipes if recipe.path.stem == "production_33n")
     resolved = recipe.resolve(*example[1].split())
-    assert resolved.config.model.model_provider == "nemotron-moe-vlm-tiny"
+    assert resolved.model.model_provider == "nemotron-moe-vlm-tiny"
     assert resolved.layout == recipe.resolve().layout
     assert resolved.train_iters == 10
 

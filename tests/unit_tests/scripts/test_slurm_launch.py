@@ -1,5 +1,6 @@
 """The launcher under a fake Slurm: what is checked, started, saved, requeued and named."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mimo.data.digits import DigitsConfig, write_digits_dataset
+from megatron_mimo.data.samples.digits import DigitsConfig, write_digits_dataset
 from tests.unit_tests.scripts.fake_slurm import install
 from tests.unit_tests.scripts.recipes import SCRIPTS
 
@@ -61,6 +62,7 @@ class Cluster:
         stub.chmod(0o755)
         for name in ("data", "tokenizer"):
             (folder / name).mkdir()
+        (folder / "tokenizer/tokenizer.json").write_text("{}")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MIMO_", "SLURM_"))}
         self.env = kept | {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
@@ -121,7 +123,7 @@ def test_each_rank_is_a_task_with_a_log_of_its_own(cluster: Cluster) -> None:
         assert option in step.split()
     assert "--cpus-per-task=8" in step and "--distribution=block" in step
     assert not cluster.calls("scontrol")
-    assert "done, behind iteration 7" in done.stdout
+    assert "done, after iteration 7" in done.stdout
 
 
 def test_the_time_limit_saves_requeues_and_goes_on(cluster: Cluster) -> None:
@@ -130,9 +132,9 @@ def test_the_time_limit_saves_requeues_and_goes_on(cluster: Cluster) -> None:
     assert done.returncode == 0, done.stderr
     assert all("got SIGUSR1" in cluster.log(rank) for rank in range(3))
     assert cluster.calls("scontrol") == ["scontrol requeue 4242"]
-    assert "saved iteration 7 (began behind 0); requeueing job 4242" in done.stdout
-    assert "attempt 1: 3 ranks on node[1-3], behind iteration 7" in done.stdout
-    assert "done, behind iteration 14" in done.stdout
+    assert "saved iteration 7 (began after 0); requeueing job 4242" in done.stdout
+    assert "attempt 1: 3 ranks on node[1-3], after iteration 7" in done.stdout
+    assert "done, after iteration 14" in done.stdout
     # A restarted job says how its earlier attempt ended.
     assert "earlier attempt: 2026-01-01T00:00:00|2026-01-01T04:00:00|NODE_FAIL|1:0|node2" in (
         done.stdout
@@ -149,7 +151,31 @@ def test_a_job_that_saves_nothing_is_not_requeued(cluster: Cluster) -> None:
     done = cluster.sbatch(STUB_SAVES_NOTHING="1")
     assert done.returncode == 1
     assert not cluster.calls("scontrol")
-    assert "not requeued: no checkpoint was saved behind iteration 0" in done.stdout
+    assert "not requeued: no checkpoint was saved after iteration 0" in done.stdout
+
+
+@pytest.mark.parametrize("text", ["HOME[$(touch {ran})]", "iter_0000007", ""])
+def test_the_text_of_a_tracker_is_never_run(cluster: Cluster, text: str, tmp_path: Path) -> None:
+    tracker = cluster.run_dir / "checkpoints/latest_checkpointed_iteration.txt"
+    tracker.parent.mkdir(parents=True)
+    tracker.write_text(text.format(ran=tmp_path / "ran"))
+    done = cluster.sbatch(STUB_ENDS="0.1")
+    assert done.returncode == 2
+    assert f"error: {tracker} holds '{tracker.read_text()[:40]}': expected the number" in (
+        done.stderr
+    )
+    assert not (tmp_path / "ran").exists()
+    assert not [call for call in cluster.calls("srun") if "--kill-on-bad-exit=1" in call]
+
+
+@pytest.mark.parametrize("text", ["0000008", "release"])
+def test_trackers_of_others_are_read(cluster: Cluster, text: str) -> None:
+    tracker = cluster.run_dir / "checkpoints/latest_checkpointed_iteration.txt"
+    tracker.parent.mkdir(parents=True)
+    tracker.write_text(text)
+    done = cluster.sbatch(STUB_ENDS="0.1", STUB_SAVES_NOTHING="1")
+    assert done.returncode == 0, done.stderr
+    assert f"after iteration {8 if text.isdecimal() else 0}; logs in" in done.stdout
 
 
 def test_a_refused_requeue_says_what_to_do(cluster: Cluster) -> None:
@@ -266,6 +292,31 @@ def test_first_weights_become_flags(cluster: Cluster, given: str, flags: str) ->
     assert f"--device cuda {flags.format(data=data)}" in step
 
 
+def test_a_folder_without_a_tokenizer_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    env = real_python(MIMO_DRY_RUN="1", MIMO_TOKENIZER=str(tmp_path / "empty"))
+    done = cluster.run("bash", "scripts/parity_3n.sbatch", **env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"names {tmp_path / 'empty'}, which holds no tokenizer: expected" in done.stderr
+
+
+@pytest.mark.parametrize(("train", "enough"), [(7, False), (9, True)])
+def test_a_dataset_with_fewer_samples_than_lanes_is_refused(
+    cluster: Cluster, train: int, enough: bool
+) -> None:
+    """Of eight lanes; shards of both splits count, since only the run knows which is which."""
+    meta = Path(cluster.env["MIMO_DATA_PATH"]) / ".nv-meta"
+    meta.mkdir()
+    shards = {"train/000000.tar": train - 2, "train/000001.tar": 2}
+    text = json.dumps({"energon_version": "7.4.1", "shard_counts": shards}, indent=2)
+    (meta / ".info.json").write_text(text)
+    env = real_python(MIMO_DRY_RUN="1", MIMO_RANKS_PER_NODE="8")
+    done = cluster.run("bash", "scripts/parity_3n.sbatch", **env)
+    assert (done.returncode == 0) is enough, done.stderr
+    named = "which has 7 samples, and the run has 8 lanes (--llm-dp): expected" in done.stderr
+    assert named is not enough
+
+
 def test_a_dry_run_needs_no_cluster(cluster: Cluster) -> None:
     env = real_python(MIMO_DRY_RUN="1", MIMO_RANKS_PER_NODE="8")
     done = cluster.run("bash", "scripts/production_100n.sbatch", **env)
@@ -274,6 +325,19 @@ def test_a_dry_run_needs_no_cluster(cluster: Cluster) -> None:
     assert done.stdout.count("srun ") == 1
     assert "-m megatron_mimo.training --encoder-offset 0" in done.stdout
     assert not (cluster.state / "calls").exists()
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_full_dry_run_tries_the_roles_first(cluster: Cluster, code: int) -> None:
+    plan = f'[[ $* != *" plan "* ]] || {{ echo "tried $*"; exit {code}; }}'
+    Path(cluster.env["MIMO_PYTHON"]).write_text(f"#!/bin/bash\n{plan}\n")
+    env = {"MIMO_DRY_RUN": "full", "MIMO_RANKS_PER_NODE": "8"}
+    done = cluster.run("bash", "scripts/parity_3n.sbatch", **env)
+    tried, *rest = done.stdout.splitlines()
+    assert tried.startswith("tried -m megatron_mimo.cli plan --dry-run --nproc 24 --encoder-offset")
+    assert f"--save {cluster.run_dir}/checkpoints" in tried
+    assert done.returncode == code
+    assert [line.split()[0] for line in rest] == ([] if code else ["srun"])
 
 
 def test_outside_slurm_a_batch_script_says_how_to_start_it(cluster: Cluster) -> None:

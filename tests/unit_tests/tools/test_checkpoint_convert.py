@@ -14,8 +14,8 @@ import pytest
 from megatron_mimo.cli import main
 from megatron_mimo.topology import Layout
 from tests.integration.engines import beside, layout
-from tests.unit_tests.omni.peer import write_omni
-from tests.unit_tests.omni.test_omni_weights import changed, edit_weights
+from tests.unit_tests.model.omni.peer import write_omni
+from tests.unit_tests.model.omni.test_omni_weights import changed, edit_weights
 
 PATTERN = "ME*-"
 LAYOUTS = {
@@ -106,24 +106,24 @@ def trained(chosen: Layout, source: Path, root: Path, later: Path) -> None:
     """A run that begins with `root`'s weights, changes every one, and saves in `later`."""
     import torch
 
-    from megatron_mimo.checkpoint.checkpointer import Checkpointer, TrainedParts, load
+    from megatron_mimo.checkpoint.checkpointer import Checkpointer, load
     from megatron_mimo.checkpoint.config import LoadConfig, SaveConfig
     from megatron_mimo.checkpoint.progress import Progress
-    from megatron_mimo.language.config import ExecutionConfig
-    from megatron_mimo.model.config import FreezeConfig
+    from megatron_mimo.model.config import Frozen
     from megatron_mimo.model.mimo import BuildConfig
-    from megatron_mimo.omni import read_omni
+    from megatron_mimo.model.omni import read_omni
+    from megatron_mimo.modules.language import ExecutionConfig
     from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
     from megatron_mimo.runtime import Device
-    from megatron_mimo.training.engine import build_engine
+    from megatron_mimo.training.runner import StepConfig, build_runner
     from megatron_mimo.weights.folder import WeightFolder
 
     with WeightFolder(source) as folder:
         config = read_omni(folder)
-    built = build_engine(
+    built = build_runner(
         chosen,
         config.model,
-        FreezeConfig(),
+        Frozen(),
         BuildConfig(
             params_dtype=torch.float32,
             seed=3,
@@ -137,13 +137,10 @@ def trained(chosen: Layout, source: Path, root: Path, later: Path) -> None:
             lr=1e-3, min_lr=0.0, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_grad=1.0
         ),
         ScheduleConfig(style="constant", warmup_samples=0, decay_samples=8),
-        run_ahead=1,
-        check_bridge=False,
-        image_token_id=config.image_token_id,
-        validate_data=False,
+        StepConfig(placeholder_ids={"encoder": config.image_token_id}, validate_data=False),
         device=Device("cpu"),
     )
-    parts = TrainedParts(built.topology, built.model, built.optimizer, built.scheduler)
+    parts = built
     assert load(parts, LoadConfig(root=root, finetune=True)) is not None
     with torch.no_grad():
         for replica in built.model.replicas:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_mimo.cli import main
-from megatron_mimo.presets import model_config
-from tests.integration.engines import beside, small_engine
+from megatron_mimo.config.presets import model_config
+from tests.integration.engines import beside, small_runner
 
 ITERATION, SAMPLES = 7, 56
 LAYOUT = beside({"dp": 2}, {"dp": 2, "ep": 2})
@@ -23,19 +23,19 @@ ENGINE: dict[str, Any] = {
 
 def save(root: Path, optimizer: bool) -> dict[str, int]:
     """Save a run before its first step; elements of this rank's modules, if it holds them whole."""
-    from megatron_mimo.checkpoint.checkpointer import Checkpointer, TrainedParts
+    from megatron_mimo.checkpoint.checkpointer import Checkpointer
     from megatron_mimo.checkpoint.config import SaveConfig
     from megatron_mimo.checkpoint.progress import Progress
 
-    built = small_engine(LAYOUT, **ENGINE)
-    parts = TrainedParts(built.topology, built.model, built.optimizer, built.scheduler)
+    built = small_runner(LAYOUT, **ENGINE)
+    parts = built
     checkpoints = Checkpointer(
-        parts, SaveConfig(root=root, optimizer=optimizer), {"model_provider": "tiny"}
+        parts, SaveConfig(root=root, without_optimizer=not optimizer), {"model_provider": "tiny"}
     )
     checkpoints.save(Progress(ITERATION, SAMPLES), {})
-    if built.model.encoder is None:
+    if "encoder" not in built.model.modules:
         return {}
-    module = built.model.encoder.module
+    module = built.model.modules["encoder"].module
     found = {}
     for name, part in (("vision_model", module.vision), ("vision_projection", module.projector)):
         found[name] = sum(t.numel() for t in part.state_dict().values() if hasattr(t, "numel"))
@@ -135,7 +135,7 @@ def test_it_counts_by_module(
     ]
     # Each once and whole, though two ranks hold it: the router of the one layer with experts.
     (router,) = re.findall(r"^language_model\.\S+router\.weight +float32  (.*)$", out, re.M)
-    language = model_config(ENGINE["provider"], ENGINE["overrides"]).language
+    language = model_config(ENGINE["provider"], ENGINE["overrides"]).part("language")
     assert router == f"[{language.num_moe_experts}, {language.hidden_size}]"
     listed = [line for line in out.splitlines() if line.endswith("]") and "  float32  " in line]
     assert len(listed) == int(row(weights, "in all")[1]) + int(row(state, "in all")[1])

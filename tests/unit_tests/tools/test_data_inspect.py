@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_mimo.cli import main
+from megatron_mimo.config.flags import parse
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.sample import RawSample, encode_sample
-from megatron_mimo.data.tokenizer import ByteTokenizer
-from megatron_mimo.data.webdataset import prepare, write_shard
-from megatron_mimo.images import ImageConfig
+from megatron_mimo.data.reading.webdataset import prepare, write_shard
+from megatron_mimo.data.samples.sample import RawSample, encode_sample
+from megatron_mimo.data.text.tokenizer import ByteTokenizer
+from megatron_mimo.media.images import EncodedImage, ImageConfig, ImageInput
 from megatron_mimo.tools.data.inspect import (
     InspectCommandLine,
     _EvenChoice,
@@ -33,8 +34,8 @@ from megatron_mimo.tools.data.inspect import (
     survey,
 )
 from megatron_mimo.tools.data.page import spans, unpatchify
-from megatron_mimo.tools.data.statistics import Distribution, Statistics, draw_bars
-from megatron_mimo.training.flags import parse
+from megatron_mimo.tools.data.statistics import Distribution, Observation, Statistics, draw_bars
+from tests.unit_tests.data.toy import ToneInput, tone
 
 PATCH = 8
 
@@ -169,11 +170,11 @@ def test_pixels_are_decoded_on_request(write: Write, packing: tuple[str, ...]) -
     hollow = whole[:start] + chunk + checksum + whole[start + 8 + length :]
     path = write({"fine": ONE, "hollow": {"png": hollow, "json": ONE["json"]}})
     seen, config = look(path, *packing)
-    assert (seen.num_bad, seen.blanks) == (0, None)
+    assert (seen.num_bad, seen.blanks) == (0, {})
     seen, config = look(path, "--decode", *packing)
     assert seen.num_bad == 0
-    assert seen.blanks is not None
-    assert (seen.blanks.count, seen.blanks.example[:8]) == (1, "'hollow'")
+    blanks = seen.blanks["blank for an image"]
+    assert (blanks.count, blanks.example[:8]) == (1, "'hollow'")
     report = "\n".join(describe(seen, config, "train"))
     assert "a blank stands for an image in 1 samples; such as 'hollow' of" in report
 
@@ -197,9 +198,9 @@ def test_blends_are_counted_by_dataset(write: Write, tmp_path: Path) -> None:
     [
         (["{gone}"], "does not exist"),
         (["{path}", "--split", "val"], "the val split cannot be opened"),
-        (["{path}", "--seq-length", "1"], "--seq-length is 1: expected at least 2"),
-        (["{path}", "--samples", "-1"], "--samples is -1: expected at least 0"),
-        (["{path}", "--limit", "0"], "--limit is 0: expected at least 1"),
+        (["{path}", "--seq-length", "1"], "--seq-length is 1: expected 2 to 16,777,216"),
+        (["{path}", "--samples", "-1"], "--samples is -1: expected 0 to"),
+        (["{path}", "--limit", "0"], "--limit is 0: expected 1 to"),
         (["{path}", "--out", "{gone}/a.html"], "its folder does not exist"),
         (["{path}", "--sample", "3"], "unknown flag --sample: the nearest is --samples"),
         (["--seq-length", "64"], "expected one PATH, got 0"),
@@ -345,25 +346,62 @@ def test_the_number_of_shown_sequences(write: Write, tmp_path: Path) -> None:
 def test_tiles_are_put_together_again() -> None:
     config = DataConfig(
         seq_length=512,
-        image=ImageConfig(
-            dynamic_resolution=False,
-            img_h=32,
-            img_w=32,
-            use_tiling=True,
-            max_num_tiles=4,
-            use_thumbnail=True,
-        ),
+        inputs={
+            "encoder": ImageInput(
+                config=ImageConfig(
+                    dynamic_resolution=False,
+                    img_h=32,
+                    img_w=32,
+                    use_tiling=True,
+                    max_num_tiles=4,
+                    use_thumbnail=True,
+                )
+            )
+        },
     )
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    raw = RawSample.asking(key="k", question="<image>", answer="a", images=(pixels,))
-    encoded = encode_sample(raw, config, ByteTokenizer(), with_patches=True)
-    pieces = list(unpatchify(encoded.images[0], config.image.patch_dim))
+    raw = RawSample.asking(key="k", question="<image>", answer="a", items={"encoder": (pixels,)})
+    encoded = encode_sample(raw, config, ByteTokenizer(), content=("encoder",))
+    (image,) = encoded.items["encoder"]
+    assert isinstance(image, EncodedImage)
+    pieces = list(unpatchify(image))
     assert len(pieces) == 5
     assert np.array_equal(
         np.concatenate([np.concatenate(pieces[:2], 1), np.concatenate(pieces[2:4], 1)]), pixels
     )
-    (first, *_) = spans(encoded, ByteTokenizer())
-    assert (first.kind, first.number) == ("image", encoded.images[0].rows)
+    (first, *_) = spans(encoded, config.inputs, ByteTokenizer())
+    assert (first.kind, first.number) == ("image", image.rows)
+
+
+def test_rows_of_every_module_are_counted_and_shown() -> None:
+    inputs = {"encoder": ImageInput(), "audio": ToneInput()}
+    config, tokenizer = DataConfig(inputs=inputs), ByteTokenizer(tuple(inputs))
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    raw = RawSample.asking(
+        key="k",
+        question="<tone><image><tone>",
+        answer="a",
+        items={"encoder": (pixels,), "audio": (tone(2), tone(3))},
+    )
+    sample = encode_sample(raw, config, tokenizer, content=())
+    shown = [(span.kind, span.text) for span in spans(sample, inputs, tokenizer)][:3]
+    assert shown == [
+        ("image", "tone 1: 2 rows"), ("image", "image 1: 1 rows"), ("image", "tone 2: 3 rows")
+    ]  # fmt: skip
+    statistics = Statistics()
+    seen = {"key": "k", "source": "d", "shard": "s", "kind": "", "reason": ""}
+    statistics.add(Observation(number=0, **seen, sample=sample, positions=9))
+    heard = encode_sample(
+        RawSample.asking(key="l", question="<tone>", answer="a", items={"audio": (tone(4),)}),
+        config,
+        tokenizer,
+        content=(),
+    )
+    statistics.add(Observation(number=1, **seen, sample=heard, positions=6))
+    assert statistics.text_only == 0
+    assert statistics.rows_of_images.counts == {1: 1}
+    assert statistics.rows_of_others["audio"].counts == {2: 1, 3: 1, 4: 1}
+    assert "rows of a tone: mean 3.0" in "\n".join(describe(statistics, config, "train"))
 
 
 # -- numbers ---------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ from PIL import Image
 
 from megatron_mimo.cli import main
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.sample import EncodedSample
-from megatron_mimo.data.tokenizer import ByteTokenizer
-from megatron_mimo.data.webdataset import read_shard, write_shard
+from megatron_mimo.data.reading.webdataset import read_shard, write_shard
+from megatron_mimo.data.samples.media import MediaFolder
+from megatron_mimo.data.samples.sample import EncodedSample
+from megatron_mimo.data.text.tokenizer import ByteTokenizer
+from megatron_mimo.media.images import ImageInput
 from megatron_mimo.tools.data import sources
 from megatron_mimo.tools.data.prepare import PrepareConfig, split_score, survey_samples
 from megatron_mimo.tools.data.sources import Found, Problem, read_array, read_folder, stored_key
@@ -128,7 +130,7 @@ def test_folder_of_images_with_captions(
     everything = train | val
     assert said(everything["cat3"]) == ("\n", "Cat 3.")
     assert said(everything[deep]) == ("What?\n", "Dog 1.")
-    assert all(len(sample.images) == 1 for sample in everything.values())
+    assert all(len(sample.items["encoder"]) == 1 for sample in everything.values())
     printed = capsys.readouterr().out
     assert f"wrote {len(train)} train and {len(val)} val samples in 2 shards" in printed
     assert f"megatron-mimo data inspect {out}" in printed
@@ -187,7 +189,7 @@ def check_forms(out: Path, name: str) -> None:
         sample = everything[f"{name}-{number:08d}"]
         assert said(sample) == texts, form
         images = item.get("images", [item["image"]] if "image" in item else [])
-        assert len(sample.images) == len(images), form
+        assert len(sample.items.get("encoder", ())) == len(images), form
         parts = stored(out)[sample.key]
         assert json.loads(parts.pop("json")) == item
         contents = [parts[name] for name in sorted(parts)]
@@ -220,7 +222,7 @@ def test_absolute_paths_and_files_named_without_their_kind(media: Path, tmp_path
         tmp_path / "a.jsonl",
         [{"image": str(media / "blob"), "caption": "A"}, {"image": "media/1.png", "caption": "B"}],
     )
-    assert prepare(source, "--out", tmp_path / "out") == 0
+    assert prepare(source, "--out", tmp_path / "out", "--media-root", media) == 0
     assert stored(tmp_path / "out")["a-00000001"].keys() == {"json", "webp"}
     assert len(read_back(tmp_path / "out", "train") | read_back(tmp_path / "out", "val")) == 2
 
@@ -234,7 +236,7 @@ def test_arrays_are_read_piece_by_piece(
     items = [{"text": f'{i} "é]}}, \\ {{[' * i} for i in range(1, 30)]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(items, indent=indent, ensure_ascii=False), encoding="utf-8")
-    found = list(read_array(path, tmp_path, "<image>"))
+    found = list(read_array(path, MediaFolder(tmp_path), {"encoder": ImageInput()}))
     assert [json.loads(sample.text) for sample in found if isinstance(sample, Found)] == items
 
 
@@ -255,7 +257,7 @@ def test_arrays_that_are_cut_or_broken(
 ) -> None:
     path = tmp_path / "a.json"
     path.write_text(text, encoding="utf-8")
-    found = list(read_array(path, tmp_path, "<image>"))
+    found = list(read_array(path, MediaFolder(tmp_path), {"encoder": ImageInput()}))
     assert sum(isinstance(sample, Found) for sample in found) == good
     problems = [sample for sample in found if isinstance(sample, Problem)]
     assert [p.where for p in problems] == ([f"a.json {problem}"] if problem else [])
@@ -341,7 +343,8 @@ def test_shards_with_double_keys_are_refused(
     for name in ("a.tar", "b.tar"):
         write_shard(source / name, [("same", {"json": b'{"text": "ab"}'})])
     assert prepare(source) == 2
-    assert "share their key, for instance 'same'" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"{source}: samples share the key 'same', one in a.tar and one in b.tar" in err
     assert sorted(path.name for path in source.iterdir()) == ["a.tar", "b.tar"]
 
 
@@ -356,7 +359,7 @@ def test_shards_beside_the_folders_of_splits_are_refused(
 # -- bad input -------------------------------------------------------------------------------------
 
 BAD_LINES: dict[str, tuple[str, str]] = {
-    "missing image": ('{"image": "gone.png", "caption": "A"}', "gone.png is missing"),
+    "missing image": ('{"image": "gone.png", "caption": "A"}', "its image gone.png is not in"),
     "folder for an image": ('{"image": "folder", "caption": "A"}', "folder is a folder"),
     "empty image": ('{"image": "empty.png", "caption": "A"}', "empty.png is empty"),
     "cut image": ('{"image": "cut.png", "caption": "A"}', "cut.png is broken: image of 40 bytes"),
@@ -408,8 +411,23 @@ def test_all_bad_lines_are_named_at_once(
         where = f"  bad.jsonl:{2 * number + 2}: "
         assert lines[number + 1].startswith(where), name
         assert message in lines[number + 1], name
-    assert lines[-1] == "mend them, or pass --skip-bad to leave them out"
+    assert lines[-1] == "correct them, or pass --skip-bad to leave them out"
     assert not (tmp_path / "out").exists()
+
+
+def test_images_of_another_folder_are_a_flag_and_not_bad_samples(
+    media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"image": f"{number}.png", "caption": "Fine."} for number in (1, 2, 3)]
+    (tmp_path / "texts").mkdir()
+    source = write_lines(tmp_path / "texts/llava.jsonl", lines)
+    for flags in ((), ("--skip-bad",)):
+        assert prepare(source, "--out", tmp_path / "out", *flags) == 2
+        assert (
+            f"\n3 of them name images that are not in {source.parent}: pass --image-root with the "
+            f"folder that their paths begin in\n"
+        ) in capsys.readouterr().err
+    assert prepare(source, "--out", tmp_path / "out", "--image-root", media) == 0
 
 
 def test_bad_lines_are_left_out_on_request(
@@ -447,7 +465,7 @@ def test_bad_pairs_of_a_folder(photos: Path, capsys: pytest.CaptureFixture[str])
     assert "cat4.txt: no image beside it" in err
     assert "cat5.jpg, cat5.png, cat5.txt share a name" in err
     assert "cat6.jpg, cat6.json, cat6.txt share a name" in err
-    assert "cat7.jpg: its txt is no UTF-8" in err
+    assert "cat7.jpg: its txt is not UTF-8" in err
     assert "cat8.jpg: it has" in err
     assert prepare(photos, "--out", out, "--skip-bad") == 0
     assert len(stored(out)) == 9
@@ -493,9 +511,9 @@ def test_sources_of_no_use(
         ((), "--out is missing"),
         (("--out", "{photos}"), "exists: name another folder"),
         (("--out", "{photos}/out"), "name a folder beside it"),
-        (("--out", "{new}", "--val-fraction", "1"), "--val-fraction is 1.0: expected at least 0"),
-        (("--out", "{new}", "--shard-size", "0"), "--shard-size is 0: expected at least 1"),
-        (("--out", "{new}", "--workers", "0"), "--workers is 0: expected at least 1"),
+        (("--out", "{new}", "--val-fraction", "1"), "--val-fraction is 1: expected 0 or more"),
+        (("--out", "{new}", "--shard-size", "0"), "--shard-size is 0: expected 1 to"),
+        (("--out", "{new}", "--workers", "0"), "--workers is 0: expected 1 to"),
         (("--out", "{new}", "--image-root", "x"), "--image-root is for JSONL and JSON files"),
         (("--out", "{new}", "extra"), "expected one SOURCE, got 2"),
         (("--skip",), "unknown flag --skip: the nearest is --skip-bad"),
@@ -622,7 +640,7 @@ def test_keys_differ_when_names_do_and_survive_a_tar_file(names: list[str]) -> N
         for key in keys:
             tar.addfile(tarfile.TarInfo(f"{key}.1.jpeg"))
     buffer.seek(0)
-    from megatron_mimo.data.webdataset import group_members
+    from megatron_mimo.data.reading.webdataset import group_members
 
     with tarfile.open(fileobj=buffer) as tar:
         assert [(key, [*parts]) for key, parts in group_members(tar)] == [
@@ -633,7 +651,7 @@ def test_keys_differ_when_names_do_and_survive_a_tar_file(names: list[str]) -> N
 def test_our_reading_of_names_is_energons() -> None:
     from megatron.energon.flavors.webdataset.config import skip_meta_re, split_name_re
 
-    from megatron_mimo.data import webdataset
+    from megatron_mimo.data.reading import webdataset
 
     assert split_name_re.pattern == webdataset._NAME.pattern
     assert skip_meta_re.pattern == webdataset._META.pattern
@@ -654,7 +672,7 @@ def test_a_failure_while_writing_leaves_nothing(
     monkeypatch.setattr("megatron_mimo.tools.data.prepare.prepare", full)
     before = sorted(tmp_path.iterdir())
     assert prepare(photos, "--out", tmp_path / "out") == 1
-    assert "was not written: [Errno 28] No space left" in capsys.readouterr().err
+    assert "was not written: No space left" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
 

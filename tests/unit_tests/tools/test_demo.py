@@ -1,22 +1,24 @@
+import shlex
 from pathlib import Path
 
 import pytest
 
+from megatron_mimo.config.flags import CommandLine, parse
+from megatron_mimo.config.resolve import resolve
 from megatron_mimo.data import RawSample
 from megatron_mimo.tools.demo.command import (
     DemoConfig,
+    asking_line,
     exact_match,
     most_frequent_answer,
     training_flags,
 )
 from megatron_mimo.tools.demo.page import Example, examples_section, results_section
 from megatron_mimo.tools.demo.worker import shuffle_images
-from megatron_mimo.training.flags import CommandLine, parse
-from megatron_mimo.training.resolve import resolve
 
 
 def sample(key: str, answer: str, question: str = "<image>Which?", image: bytes = b"") -> RawSample:
-    return RawSample.asking(key=key, question=question, answer=answer, images=(image,))
+    return RawSample.asking(key=key, question=question, answer=answer, items={"encoder": (image,)})
 
 
 def test_exact_match_is_to_the_letter() -> None:
@@ -34,8 +36,8 @@ def test_shuffling_moves_every_image_and_nothing_else() -> None:
     samples = [sample(str(i), str(i), image=bytes([i])) for i in range(50)]
     shuffled = shuffle_images(samples)
     assert [(s.key, s.answer) for s in shuffled] == [(s.key, s.answer) for s in samples]
-    assert sorted(s.images for s in shuffled) == [s.images for s in samples]
-    moved = sum(s.images != t.images for s, t in zip(samples, shuffled, strict=True))
+    assert sorted(s.items["encoder"] for s in shuffled) == [s.items["encoder"] for s in samples]
+    moved = sum(s.items != t.items for s, t in zip(samples, shuffled, strict=True))
     assert moved > 40
 
 
@@ -69,6 +71,21 @@ def test_the_training_flags_fit_together(config: DemoConfig, shared: int, tmp_pa
     flags = training_flags(config, tmp_path / "digits", tmp_path)
     world_size = config.encoder_dp + config.llm_dp
     resolved = resolve(parse(flags, CommandLine, prog="megatron-mimo train").train, world_size)
-    assert resolved.layout.llm.ep == shared
+    assert resolved.layout.target.ep == shared
     assert resolved.train_iters == config.train_iters
     assert resolved.global_batch_size == 16 * config.llm_dp
+    assert resolved.save is not None and resolved.save.root == str(tmp_path)
+
+
+def test_the_last_line_asks_about_a_held_out_image(tmp_path: Path) -> None:
+    line = asking_line(tmp_path, sample("a", "7", "<image>Which digit is this?", image=b"PNG"))
+    image = tmp_path / "example.png"
+    assert shlex.split(line.removeprefix("ask it yourself: ")) == [
+        "megatron-mimo",
+        "generate",
+        str(tmp_path),
+        "Which digit is this?",
+        "--image",
+        str(image),
+    ]
+    assert image.read_bytes() == b"PNG"

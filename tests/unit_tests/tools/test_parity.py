@@ -13,8 +13,8 @@ from megatron_mimo.cli import main
 from megatron_mimo.tools.curves import NORM, read_run
 from megatron_mimo.tools.parity.command import default_steps
 from megatron_mimo.tools.parity.compare import relative_difference
-from megatron_mimo.training.event_file import EventFile
-from megatron_mimo.training.saved_activations import (
+from megatron_mimo.watch.event_file import EventFile
+from megatron_mimo.watch.saved_activations import (
     EMBEDDINGS,
     LOGITS,
     METADATA,
@@ -269,7 +269,7 @@ def test_relative_difference() -> None:
         (["a", "a/notes.txt"], "a/notes.txt is neither metrics.jsonl nor an event file"),
         (["a", "a", "--steps", "1,x"], "--steps 1,x: expected iterations, as in 1,2,3,10"),
         (["a", "a", "--steps", "1,99"], "--steps 1,99: the runs have no common loss at step 99"),
-        (["a", "a", "--tolerance", "-1"], "--tolerance is -1.0: expected a number from 0 on"),
+        (["a", "a", "--tolerance", "-1"], "--tolerance is -1: expected 0 to"),
         (["a", "a", "--tolerance", "nan"], "--tolerance is nan"),
         (["a", "a", "--norm-tolerance", "inf"], "--norm-tolerance is inf"),
         (["a", "a", "--tolerence", "1"], "unknown flag --tolerence: the nearest is --tolerance"),
@@ -401,7 +401,7 @@ def test_the_first_point_that_parts_is_named(
     code, out, _ = parity(capsys, "--tensors", one, many, "--json", report)
     assert code == 3
     assert (
-        "FAIL: the runs part at combined embeddings (projector output agree): 1 of 2 samples "
+        "FAIL: the runs differ at combined embeddings (projector output agree): 1 of 2 samples "
         "differ by more than 1e-05, most 'y' by" in out
     )
     assert "there most at position 2 (0.5)" in out
@@ -427,7 +427,7 @@ def test_a_scale_leaves_the_cosine_and_is_found(
     one, other = save(tmp_path / "one"), save(tmp_path / "other", scale=1.5)
     code, out, _ = parity(capsys, "--tensors", one, other)
     assert code == 3
-    assert "part at projector output: 2 of 2 samples differ" in out
+    assert "differ at projector output: 2 of 2 samples differ" in out
     assert "1.000000000" in out
     assert parity(capsys, "--tensors", one, other, "--tolerance", "0.6")[0] == 0
 
@@ -439,7 +439,7 @@ def test_activations_that_are_not_finite_fail(
     other = save(tmp_path / "other", add={(LOGITS, "x", 4): math.nan})
     code, out, _ = parity(capsys, "--tensors", one, other, "--tolerance", "100")
     assert code == 3
-    assert "the runs part at logits (projector output, combined embeddings agree): 1 of 2" in out
+    assert "the runs differ at logits (projector output, combined embeddings agree): 1 of 2" in out
     assert "at position 4 (inf)" in out
 
 

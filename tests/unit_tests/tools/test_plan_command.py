@@ -67,7 +67,7 @@ def test_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--show-actions", "2"], "--show-actions 2: expected 0 to 1"),
         (["--show-schedule", "--num-microbatches", "0"], "--num-microbatches is 0"),
         (["--show-schedule", "--encoder-run-ahead", "-1"], "--encoder-run-ahead is -1"),
-        (["--show-schedule", "--llm-cost", "0"], "--llm-cost is 0.0: expected more than 0"),
+        (["--show-schedule", "--llm-cost", "0"], "--llm-cost is 0: expected more than 0"),
         (["--show-schedule", "--llm-offset", "3"], "encoder grid [0, 1) and llm grid [3, 4) leave"),
         (["--show-schedul"], "unknown flag --show-schedul: the nearest is --show-schedule"),
         (["--png", "/nonexistent/a.png"], "--png /nonexistent/a.png cannot be written"),

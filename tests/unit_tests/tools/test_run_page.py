@@ -12,18 +12,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_mimo.cli import main
-from megatron_mimo.schedule.actions import Module
+from megatron_mimo.config.flags import flat
+from megatron_mimo.config.sections import TrainConfig
 from megatron_mimo.tools import page
 from megatron_mimo.tools.curves import read_run
 from megatron_mimo.tools.report import timeline as timelines
 from megatron_mimo.tools.report.charts import average, thin
 from megatron_mimo.tools.report.sections import sections
 from megatron_mimo.tools.report.timeline import Bar, Timeline, read_timeline
-from megatron_mimo.training.config import TrainConfig
-from megatron_mimo.training.event_file import EventFile
-from megatron_mimo.training.flags import flat
-from megatron_mimo.training.rank_report import Part
-from megatron_mimo.training.start_record import STARTS_FILE, StartRecord, read_starts
+from megatron_mimo.watch.event_file import EventFile
+from megatron_mimo.watch.rank_report import Part
+from megatron_mimo.watch.start_record import STARTS_FILE, StartRecord, read_starts
 
 START = StartRecord(
     time="2026-01-02T03:04:05+00:00",
@@ -145,8 +144,8 @@ def test_the_configuration_of_every_start(tmp_path: Path) -> None:
     assert "--llm-dp 4" in changed and "--bf16 on" in changed
     assert "--override a.b=&lt;1&gt;" in changed
     assert "--seed" not in changed and "--seed 1234" in everything
-    assert "behind iteration 20, 2026-01-03T00:00:00+00:00 --llm-dp 1 4" in changed
-    assert "2; again behind iteration 20" in found["In short"]
+    assert "after iteration 20, 2026-01-03T00:00:00+00:00 --llm-dp left out 4" in changed
+    assert "2; again after iteration 20" in found["In short"]
     assert "30 of 30" in found["In short"]
     assert "OMP_NUM_THREADS" in found["Environment"]
 
@@ -199,9 +198,9 @@ def test_a_timeline_is_read_in_order(tmp_path: Path) -> None:
         (1, 1.0, 0.5),
     ]
     assert [bar.compute for bar in found.bars] == [
-        (Module.LLM, False),
+        ("llm", False),
         None,
-        (Module.ENCODER, True),
+        ("encoder", True),
     ]
     assert found.iterations == (3,)
     drawn = " ".join(text(timelines.section(found)).split())
@@ -227,7 +226,7 @@ def many(ranks: int, iterations: int, each: int) -> Timeline:
                 iteration=iteration,
                 name="llm forward 0",
                 part=Part.COMPUTE,
-                compute=(Module.LLM, False),
+                compute=("llm", False),
                 start=float(iteration * each + at),
                 duration=1.0,
             )
@@ -274,7 +273,7 @@ def test_what_cannot_be_seen_is_not_drawn() -> None:
         (["run", "--output", "x"], "unknown flag --output: the nearest is --out"),
         (["run", "--out", "run/metrics.jsonl/x"], "run/metrics.jsonl/x cannot be written: "),
         (["bad-start"], "starts.jsonl, line 1: expected what a run writes when it starts"),
-        (["bad-trace"], "timeline.json is no timeline as --timeline-profile writes it: KeyError"),
+        (["bad-trace"], "timeline.json is not a timeline as --timeline-profile writes it: Key"),
     ],
 )
 def test_wrong_usage_is_one_line(

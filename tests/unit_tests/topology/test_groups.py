@@ -6,24 +6,23 @@ from datetime import timedelta
 import pytest
 
 from megatron_mimo.topology import Layout, ModuleGridSpec
+from megatron_mimo.topology.group_plan import bridge_ranks
 
 LAYOUTS = {
-    "disjoint": Layout(
-        encoder=ModuleGridSpec(name="encoder", dp=2),
-        llm=ModuleGridSpec(name="llm", offset=2, tp=2),
+    "disjoint": Layout.of(
+        ModuleGridSpec(name="encoder", dp=2),
+        ModuleGridSpec(name="llm", offset=2, tp=2),
         world_size=4,
     ),
-    "pipeline": Layout(
-        encoder=ModuleGridSpec(name="encoder"),
-        llm=ModuleGridSpec(name="llm", offset=1, pp=3),
+    "pipeline": Layout.of(
+        ModuleGridSpec(name="encoder"), ModuleGridSpec(name="llm", offset=1, pp=3), world_size=4
+    ),
+    "colocated": Layout.of(
+        ModuleGridSpec(name="encoder", dp=4),
+        ModuleGridSpec(name="llm", tp=2, dp=2, ep=4),
         world_size=4,
     ),
-    "colocated": Layout(
-        encoder=ModuleGridSpec(name="encoder", dp=4),
-        llm=ModuleGridSpec(name="llm", tp=2, dp=2, ep=4),
-        world_size=4,
-    ),
-    "language only": Layout(encoder=None, llm=ModuleGridSpec(name="llm", tp=2, pp=2), world_size=4),
+    "language only": Layout.of(ModuleGridSpec(name="llm", tp=2, pp=2), world_size=4),
 }
 
 # Field -> axes of the dense view that its group spans.
@@ -47,14 +46,13 @@ def describe_groups(layout: Layout) -> dict[str, dict[str, list[int]]]:
 
     topology = build_topology(layout)
     found = {}
-    for module in (topology.encoder, topology.llm):
-        if module is not None:
-            assert isinstance(module.pg_collection, ProcessGroupCollection)
-            found[module.spec.name] = {
-                field: dist.get_process_group_ranks(group)
-                for field, group in vars(module.pg_collection).items()
-                if group is not None
-            }
+    for name, module in topology.modules.items():
+        assert isinstance(module.pg_collection, ProcessGroupCollection)
+        found[name] = {
+            field: dist.get_process_group_ranks(group)
+            for field, group in vars(module.pg_collection).items()
+            if group is not None
+        }
     return found
 
 
@@ -63,8 +61,8 @@ def test_groups_span_the_ranks_of_their_axes(name: str, run_ranks: Callable[...,
     layout = LAYOUTS[name]
     found = run_ranks(4, describe_groups, layout)
     for rank, modules in enumerate(found):
-        assert set(modules) == {grid.name for grid in layout.grids if rank in grid.ranks}
-        for grid in layout.grids:
+        assert set(modules) == {name for name, grid in layout.modules.items() if rank in grid.ranks}
+        for grid in layout.modules.values():
             if rank not in grid.ranks:
                 continue
             for field, axes in DENSE.items():
@@ -101,26 +99,147 @@ def wait_for_nobody(layout: Layout) -> list[str]:
     topology = build_topology(layout, timeout=timedelta(seconds=1))
     if topology.rank == 1:
         return []
-    groups = [topology.control, topology.bridge.forward]
-    assert topology.encoder is not None
-    groups.append(topology.encoder.pg_collection.dp)
+    bridge = topology.bridges["encoder"]
+    groups = [topology.control, bridge.forward, topology.modules["encoder"].pg_collection.dp]
     errors = []
     for group in groups:
         with pytest.raises(RuntimeError) as error:
             dist.all_reduce(torch.zeros(1), group=group)
         errors.append(str(error.value))
     with pytest.raises(RuntimeError) as error:
-        dist.irecv(torch.zeros(1), src=1, group=topology.bridge.backward).wait()
+        dist.irecv(torch.zeros(1), src=1, group=bridge.backward).wait()
     return [*errors, str(error.value)]
 
 
 def test_no_group_waits_longer_than_the_timeout(run_ranks: Callable[..., list]) -> None:
     encoder = ModuleGridSpec(name="encoder", dp=2)
-    llm = ModuleGridSpec(name="llm", dp=2)
-    errors, _ = run_ranks(2, wait_for_nobody, Layout(encoder=encoder, llm=llm, world_size=2))
+    llm = ModuleGridSpec(name="llm", tp=2)
+    errors, _ = run_ranks(2, wait_for_nobody, Layout.of(encoder, llm, world_size=2))
     assert len(errors) == 4
     assert all("imed out" in error for error in errors), errors
 
 
 def test_a_layout_of_another_world_is_refused(run_ranks: Callable[..., list]) -> None:
     run_ranks(2, build_for_another_world, LAYOUTS["disjoint"])
+
+
+MANY = Layout.of(
+    ModuleGridSpec(name="vision", dp=2),
+    ModuleGridSpec(name="audio", offset=1, pp=2),
+    ModuleGridSpec(name="video", offset=3),
+    ModuleGridSpec(name="llm", offset=4, pp=2, dp=2),
+    world_size=8,
+)
+
+
+def talkers(layout: Layout) -> dict[str, list[list[int]]]:
+    """Ranks of both groups of each boundary that this rank takes part in."""
+    import torch.distributed as dist
+
+    from megatron_mimo.topology.groups import build_topology
+
+    topology = build_topology(layout)
+    boundaries = {f"bridge of {name}": groups for name, groups in topology.bridges.items()}
+    for name, pair in topology.pipelines.items():
+        boundaries |= {f"{name} stages {k}": groups for k, groups in enumerate(pair)}
+    return {
+        name: [dist.get_process_group_ranks(group) for group in (both.forward, both.backward)]
+        for name, both in boundaries.items()
+    }
+
+
+def test_the_groups_of_a_boundary_span_the_ranks_that_talk(run_ranks: Callable[..., list]) -> None:
+    found = run_ranks(8, talkers, MANY)
+    stages = ["audio stages 0", "audio stages 1"]
+    expected = {
+        # Each vision rank serves a lane.
+        0: {"bridge of vision": [0, 4]},
+        1: {"bridge of vision": [1, 5]} | {key: [1, 2] for key in stages},
+        2: {"bridge of audio": [2, 4, 5]} | {key: [1, 2] for key in stages},
+        3: {"bridge of video": [3, 4, 5]},
+        4: {"bridge of vision": [0, 4], "bridge of audio": [2, 4, 5], "bridge of video": [3, 4, 5]}
+        | {"llm stages 0": [4, 6], "llm stages 1": [4, 6]},
+        7: {"llm stages 0": [5, 7], "llm stages 1": [5, 7]},
+    }
+    for rank, boundaries in expected.items():
+        assert found[rank] == {name: [ranks, ranks] for name, ranks in boundaries.items()}
+
+
+def test_sets_with_a_rank_in_common_are_one() -> None:
+    """Rank 1 makes rows for lanes 2 and 3, and uses those that rank 0 makes for lane 1."""
+    layout = Layout.of(
+        ModuleGridSpec(name="vision", dp=2), ModuleGridSpec(name="llm", dp=4), world_size=4
+    )
+    assert bridge_ranks(layout, "vision") == [(0, 1, 2, 3)]
+
+
+def in_strict_groups(layout: Layout) -> tuple[dict[str, str], list[float]]:
+    """Backend of each group of this rank, and what arrives over each boundary at once."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_mimo.topology.groups import build_topology
+    from tests.strict.install import StrictDevice, strict_groups
+
+    with strict_groups():
+        topology = build_topology(layout, device=StrictDevice("cpu"))
+        groups = {"world": dist.group.WORLD, "control": topology.control}
+        for name, module in topology.modules.items():
+            groups[f"{name} stage hosts"] = module.stage_hosts
+            groups |= {
+                f"{name} {field}": group
+                for field, group in vars(module.pg_collection).items()
+                if group is not None
+            }
+        arrived = []
+        pairs = [*topology.bridges.values(), *sum(topology.pipelines.values(), ())]
+        for group in [group for both in pairs for group in (both.forward, both.backward)]:
+            ranks = dist.get_process_group_ranks(group)
+            tensor = torch.full((1,), float(topology.rank), device=torch.device("cpu"))
+            if topology.rank == ranks[0]:
+                dist.send(tensor, ranks[-1], group=group)
+            elif topology.rank == ranks[-1]:
+                dist.recv(tensor, ranks[0], group=group)
+                arrived.append(float(tensor))
+        return {name: dist.get_backend(group) for name, group in groups.items()}, arrived
+
+
+def test_device_groups_have_its_backend_and_take_messages_at_once(
+    run_ranks: Callable[..., list],
+) -> None:
+    found = run_ranks(4, in_strict_groups, LAYOUTS["pipeline"])
+    for backends, _ in found:
+        hosts = {name for name, backend in backends.items() if backend == "gloo"}
+        assert hosts == {name for name in backends if name.endswith(("world", "control", "hosts"))}
+        assert set(backends.values()) == {"gloo", "strict"}
+    # The bridge is between ranks 0 and 1, the stages are on ranks 1 to 3.
+    assert [arrived for _, arrived in found] == [[], [0, 0], [], [1, 1, 1, 1]]
+
+
+def post_ahead() -> float:
+    """What rank 1 receives of a message that is sent only after it has posted the receive."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_mimo.topology.groups import build_topology
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_GLOO_LAZY_INIT", "1")
+        (boundary, _) = build_topology(
+            Layout.of(ModuleGridSpec(name="llm", pp=2), world_size=2)
+        ).pipelines["llm"]
+    if dist.get_rank() == 0:
+        dist.barrier()
+        dist.send(torch.ones(1), 1, group=boundary.forward)
+        return 0.0
+    row = torch.zeros(1)
+    work = dist.irecv(row, 0, group=boundary.forward)
+    dist.barrier()
+    assert work is not None
+    work.wait()
+    return float(row)
+
+
+def test_a_receive_is_posted_without_its_sender(run_ranks: Callable[..., list]) -> None:
+    """Schedules post receives ahead; one that waited for its sender would be a deadlock."""
+    assert run_ranks(2, post_ahead, timeout=30) == [0.0, 1.0]

@@ -51,7 +51,7 @@ def test_expert_view_covers_the_same_stage() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"tp": 0}, "--llm-tp is 0: expected at least 1"),
+        ({"tp": 0}, "--llm-tp is 0: expected 1 to 1,000,000"),
         ({"offset": -1}, "--llm-offset is -1"),
         ({"tp": 2, "ep": 3}, "--llm-expt-tp 1 x --llm-ep 3 does not divide the 2 ranks"),
     ],

@@ -1,0 +1,1 @@
+"""Settings of a run: flags, files, presets, and their combined meaning."""

@@ -1,0 +1,1 @@
+"""Conversion of streams of samples to the data of a step."""

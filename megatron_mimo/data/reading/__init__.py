@@ -1,0 +1,1 @@
+"""Streams of samples from datasets, read in this process or in others."""

@@ -1,0 +1,1 @@
+"""One sample, from its stored form to the form for collation."""

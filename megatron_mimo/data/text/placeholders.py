@@ -1,0 +1,35 @@
+"""Where items stand in a text: placeholders, one for each item."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+
+from megatron_mimo.data.inputs import Inputs
+
+
+def split_text(text: str, inputs: Inputs) -> list[tuple[str, str | None]]:
+    """Cut a text at the placeholders of all modules.
+
+    Returns:
+        The pieces of text, each with the module whose placeholder follows it; None at the end.
+    """
+    modules = {kind.placeholder: module for module, kind in inputs.items()}
+    if not modules:
+        return [(text, None)]
+    cut = _any_of(tuple(modules)).split(text)
+    followed: list[str | None] = [modules[placeholder] for placeholder in cut[1::2]]
+    return list(zip(cut[::2], [*followed, None], strict=True))
+
+
+@cache
+def _any_of(placeholders: tuple[str, ...]) -> re.Pattern[str]:
+    """A pattern of every placeholder; writing it takes longer than cutting a text with it."""
+    return re.compile(f"({'|'.join(map(re.escape, placeholders))})")
+
+
+def count_placeholders(texts: Sequence[str], inputs: Inputs) -> Counter[str]:
+    """Module -> number of its placeholders in texts."""
+    return Counter(
+        module for text in texts for _, module in split_text(text, inputs) if module is not None
+    )

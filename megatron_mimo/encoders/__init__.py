@@ -1,1 +1,0 @@
-"""Vision encoders and the projector into the language model's width."""

@@ -1,0 +1,147 @@
+"""What the stages of a rank read of a step's data, computed on the host and ahead of the step.
+
+A microbatch has whole sequences and all that is known of its samples. A stage reads a part of it:
+the positions of its context-parallel rank, tokens on the first stage, targets on the last. All of
+it is cut out, and where rows belong is found, while the step before runs; then it is copied to the
+device as it is (`runtime.staging`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from megatron_mimo.data.inputs import PackedInput
+from megatron_mimo.data.loader.batch import Microbatch, StepData, TextBatch
+from megatron_mimo.kernels.packed import PackedSegments, packed_documents
+from megatron_mimo.model.mimo import MimoModel
+from megatron_mimo.modules.language.merge import positions_in, row_positions
+from megatron_mimo.runtime.staging import CopiedAhead, Staging
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetInputs:
+    """What a stage of the language model reads of a microbatch; S is its cp rank's part.
+
+    Attributes:
+        batch: Number of sequences, B.
+        input_ids: Tokens, int64 [B, S]; None after the first stage.
+        position_ids: Positions in each document, int64 [B, S]; None after the first stage.
+        row_positions: Source -> positions of its rows in this rank's shard, int64 [R]; empty after
+            the first stage.
+        labels: Target of each position, int64 [B, S]; None before the last stage.
+        loss_mask: Weights of the targets, float32 [B, S]; None before the last stage.
+        documents: Boundaries of the documents of a packed sequence; None without packing.
+    """
+
+    batch: int
+    input_ids: Tensor | None = None
+    position_ids: Tensor | None = None
+    row_positions: Mapping[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
+    loss_mask: Tensor | None = None
+    documents: PackedSegments | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepInputs:
+    """What the stages of a rank read in a step, on the host, from `InputReader`.
+
+    Attributes:
+        sources: Source -> its packed items in each microbatch; None where it has none.
+        target: Inputs of the language model in each microbatch; empty on ranks without it.
+        staging: What copies them to the device.
+    """
+
+    sources: Mapping[str, tuple[PackedInput | None, ...]]
+    target: tuple[TargetInputs, ...]
+    staging: Staging
+
+    def copy_sources(self) -> dict[str, CopiedAhead[PackedInput]]:
+        """Begin to copy the inputs of every source: source -> inputs by microbatch."""
+        return {name: self.staging.ahead(packed) for name, packed in self.sources.items()}
+
+    def copy_target(self) -> CopiedAhead[TargetInputs]:
+        """Begin to copy the inputs of the language model."""
+        return self.staging.ahead(self.target)
+
+
+class InputReader:
+    """Prepares the inputs of this rank's stages; any thread may call it.
+
+    Args:
+        model: The modules of this rank.
+        placeholder_ids: Source name -> number of the token that its rows replace.
+    """
+
+    def __init__(self, model: MimoModel, placeholder_ids: Mapping[str, int]) -> None:
+        self._staging = Staging(model.device)
+        self._sources = tuple(name for name in model.modules if name != model.target_name)
+        self._placeholder_ids = placeholder_ids
+        self._groups = None if model.target is None else model.target.groups
+        if self._groups is not None:
+            sharding, place = model.sharding, self._groups.place
+            shard = sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
+            # Positions that this cp rank reads, and those that this rank embeds.
+            self._read = positions_in(sharding.cp_intervals(place.cp))
+            self._embedded = positions_in(sharding.intervals(shard))
+
+    def of(self, data: StepData) -> StepInputs:
+        """The inputs of a step: those that were prepared ahead, or else new ones."""
+        if data.prepared is None:
+            return self.prepare(data.microbatches)
+        assert isinstance(data.prepared, StepInputs), type(data.prepared).__name__
+        return data.prepared
+
+    def prepare(self, microbatches: Sequence[Microbatch]) -> StepInputs:
+        """Inputs of microbatches, in page-locked memory where the device is a GPU."""
+        sources = {
+            name: tuple(microbatch.inputs.get(name) for microbatch in microbatches)
+            for name in self._sources
+        }
+        target: tuple[TargetInputs, ...] = ()
+        if self._groups is not None:
+            target = tuple(self._target_inputs(microbatch.text) for microbatch in microbatches)
+        inputs = StepInputs(sources=sources, target=target, staging=self._staging)
+        return self._staging.pin(inputs)
+
+    def row_positions(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Source -> positions of its rows in the shard that this rank embeds, int64 [R].
+
+        Args:
+            input_ids: Tokens of whole sequences, int64 [B, S], on the host.
+        """
+        return {
+            source: row_positions(input_ids, token_id, self._embedded)
+            for source, token_id in self._placeholder_ids.items()
+        }
+
+    def _target_inputs(self, text: TextBatch | None) -> TargetInputs:
+        assert text is not None and self._groups is not None
+        first, last = self._groups.is_first_stage, self._groups.is_last_stage
+        return TargetInputs(
+            batch=text.input_ids.shape[0],
+            input_ids=self._part(text.input_ids) if first else None,
+            position_ids=self._part(text.position_ids) if first else None,
+            row_positions=self.row_positions(text.input_ids) if first else {},
+            labels=self._part(text.labels) if last else None,
+            loss_mask=self._part(text.loss_mask) if last else None,
+            documents=_documents(text),
+        )
+
+    def _part(self, tokens: Tensor) -> Tensor:
+        """This cp rank's part of [B, S]."""
+        return tokens[:, self._read]
+
+
+def _documents(text: TextBatch) -> PackedSegments | None:
+    """Boundaries of a packed sequence's documents, as thd kernels read them.
+
+    Transformer Engine takes int32 [N+1], 0 to S without gaps, and the longest length as a number
+    on the host: a length read from the device would make every layer wait. The padding is a
+    segment too, so that every position is in a segment.
+    """
+    if text.lengths is None:
+        return None
+    assert text.cu_seqlens is not None and text.input_ids.shape[0] == 1
+    return packed_documents(text.cu_seqlens, text.lengths)

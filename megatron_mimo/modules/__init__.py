@@ -1,0 +1,1 @@
+"""Families of modules: sources, such as encoders, and language models."""

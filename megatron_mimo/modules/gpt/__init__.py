@@ -1,0 +1,1 @@
+"""A dense decoder over megatron-core."""

@@ -1,0 +1,52 @@
+"""The adapter that all families of language models derive from."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_mimo.modules.adapter import (
+    Axis,
+    ModuleAdapter,
+    ModuleConfig,
+)
+from megatron_mimo.modules.flops import TextWork
+
+PART = "language"
+# As in a flat checkpoint of a Nemotron vision-language model.
+STORED_PREFIX = "language_model."
+
+
+class LanguageAdapter[C: ModuleConfig](ModuleAdapter[C, TextWork]):
+    """Adapter of a family of language models, whose config is its only part, "language".
+
+    `build` returns a `language.module.LanguageModule` over megatron-core's model of the family.
+    """
+
+    work_type = TextWork
+
+    def parts(self, config: C) -> Mapping[str, Any]:
+        """The config itself, as the only part."""
+        return {PART: config}
+
+    def with_parts(self, config: C, parts: Mapping[str, Any]) -> C:
+        """The part where it is given, else the config."""
+        changed: C = parts.get(PART, config)
+        return changed
+
+    def part_titles(self, config: C) -> Mapping[str, str]:
+        """Title of the part in tables."""
+        return {PART: "language model"}
+
+    def prefixes(self, config: C, name: str) -> Mapping[str, str]:
+        """Prefixes of a Megatron checkpoint."""
+        return {"model.": STORED_PREFIX}
+
+    def parallel_axes(self, config: C) -> frozenset[Axis]:
+        """The axis cp, and those of experts where there are any."""
+        if self.experts(config) is None:
+            return frozenset({"cp"})
+        return frozenset({"cp", "ep", "expt_tp"})
+
+    @abstractmethod
+    def with_even_load(self, config: C) -> C:
+        """The config with tokens sent to experts at random, evenly; itself without experts."""

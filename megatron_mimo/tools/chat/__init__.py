@@ -1,0 +1,1 @@
+"""A conversation with a trained model on a terminal: `megatron-mimo chat`."""

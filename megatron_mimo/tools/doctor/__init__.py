@@ -1,0 +1,1 @@
+"""`megatron-mimo doctor`: whether this machine can train, before a run finds out that it cannot."""

@@ -1,0 +1,1 @@
+"""Observation of a run: metrics, traces, reports and saved activations."""

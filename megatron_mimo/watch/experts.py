@@ -1,0 +1,90 @@
+"""Balance of the load of each layer's experts, and the load-balancing loss."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mimo.modules.adapter import Experts
+from megatron_mimo.modules.families import adapter_of
+
+if TYPE_CHECKING:
+    from megatron_mimo.model.mimo import MimoModel
+
+_BALANCE_LOSS = "seq_load_balancing_loss"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLoad:
+    """Load of one E layer in one step.
+
+    Attributes:
+        layer: Number of the layer, from 1, among all layers.
+        tokens: Number of tokens of each expert over the global batch.
+        balance_loss: Load-balancing loss before its coefficient, mean over sequences.
+    """
+
+    layer: int
+    tokens: tuple[int, ...]
+    balance_loss: float
+
+    @property
+    def max_over_mean(self) -> float:
+        """Largest load of an expert over the mean load; 1 is even."""
+        total = sum(self.tokens)
+        return max(self.tokens) * len(self.tokens) / total if total else 1.0
+
+
+def gather_load(model: "MimoModel", num_microbatches: int) -> Tensor | None:
+    """Tokens of every expert and balance losses of a step, summed over the language model's grid.
+
+    One small reduction and no wait for the device. Call it after the step's last backward and
+    before its gradients are finalised, which clears the counts; those of a frozen language model,
+    which has no gradients to finalise, are cleared here.
+
+    Args:
+        model: The modules of this rank.
+        num_microbatches: Number of microbatches of a lane.
+
+    Returns:
+        Numbers of tokens, and last the balance loss, float64 [E layers, experts + 1]; None on ranks
+        that do not hold the language model, or for a model without experts.
+    """
+    language = model.target
+    if language is None:
+        return None
+    experts, groups = adapter_of(language.config).experts(language.config), language.groups
+    if experts is None:
+        return None
+    numbers = experts.layers
+    found = torch.zeros(len(numbers), experts.number + 1, dtype=torch.float64, device=model.device)
+    # megatron-core's, which routers record into.
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    tracker = get_moe_metrics_tracker()
+    recorded = tracker.metrics.get(_BALANCE_LOSS)
+    for layer in language.module.model.decoder.layers:
+        if not hasattr(layer, "mlp") or not hasattr(layer.mlp, "router"):
+            continue
+        row = found[numbers.index(layer.layer_number)]
+        counts = layer.mlp.router.local_tokens_per_expert
+        row[:-1] = counts
+        if language.ddp is None:
+            counts.zero_()
+        if recorded is not None:
+            row[-1] = recorded.values[layer.layer_number - 1]
+    tracker.clear()
+    # Tensor- and context-parallel ranks hold parts of a sequence's loss, replicas whole losses.
+    found[:, -1] /= num_microbatches * groups.spec.dp
+    dist.all_reduce(found, group=groups.pg_collection.intra_dist_opt)
+    return found
+
+
+def read_load(found: Tensor, experts: Experts) -> tuple[LayerLoad, ...]:
+    """Result of `gather_load`, float64 [E layers, experts + 1], by layer; waits for the device."""
+    return tuple(
+        LayerLoad(number, tuple(int(count) for count in row[:-1]), row[-1])
+        for number, row in zip(experts.layers, found.tolist(), strict=True)
+    )
