@@ -88,8 +88,8 @@ def _wrap_type(type_: Callable[..., Any], place: torch.device) -> Callable[..., 
     def wrapped(self: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
             name: str = type_(self)
-            # In a dry run tensors of the host are apart from those of the device.
-            if place != _HOST and self.device == _HOST:
+            # Elsewhere than on the device: meta tensors of a host, the host's in a dry run.
+            if self.device.type != place.type:
                 return name
             return f"torch.cuda.{name.rpartition('.')[2]}"
         if isinstance(dtype, str):

@@ -407,7 +407,7 @@ def test_other_lanes_take_the_workers_over(
     [
         (1, 2, "must stay 4: set --num-workers 4"),
         (4, 2, "must stay 4: set --num-workers 1"),
-        (3, 1, "must stay 4: set --llm-dp to one of 1, 2, 4, and --num-workers to the rest"),
+        (3, 1, "must stay 4: set --llm-dp to one of 1, 2, 4, and --num-workers to 4 divided by it"),
     ],
 )
 def test_other_products_say_what_to_keep(path: str, lanes: int, workers: int, remedy: str) -> None:
