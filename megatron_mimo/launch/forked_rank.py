@@ -1,9 +1,11 @@
 """Start of a forked rank: what a new interpreter would do, except for the imports."""
 
+import multiprocessing
 import os
 import runpy
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -42,8 +44,23 @@ def run_rank(target: str, argv: Sequence[str], closing: Path) -> None:
     # does not listen, but waits for their processes.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if closing.exists():
+        _leave()
+    threading.Thread(target=_leave_after_launcher, daemon=True).start()
+
+
+def _leave_after_launcher() -> None:
+    """A launcher that is killed does not hear of any rank again."""
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+    launcher.join()
+    _leave()
+
+
+def _leave() -> None:
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
+    finally:
         os._exit(0)
 
 

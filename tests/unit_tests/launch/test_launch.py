@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -143,12 +144,43 @@ def test_nothing_is_left_of_a_launcher_that_is_killed_while_it_imports(tmp_path:
     finally:
         launcher.kill()
         launcher.wait()
-    deadline = time.monotonic() + 60
-    while (alive := [one for one in started if lives(one)]) and time.monotonic() < deadline:
+    assert not left_of(started)
+
+
+@FORKS
+def test_ranks_that_are_done_leave_without_their_launcher(tmp_path: Path) -> None:
+    target = tmp_path / "target.py"
+    target.write_text(
+        "import os, pathlib, time\n"
+        "folder, rank = pathlib.Path(__file__).parent, os.environ['RANK']\n"
+        "(folder / f'begun-{rank}').touch()\n"
+        "while rank == '1' and not (folder / 'go').exists():\n"
+        "    time.sleep(0.05)\n"
+    )
+    call = f"launch(2, [], {str(target)!r}, fork=True)"
+    start = f"from megatron_mimo.launch.ranks import launch; {call}"
+    launcher = subprocess.Popen([sys.executable, "-c", start])
+    try:
+        deadline = time.monotonic() + 60
+        while not all((tmp_path / f"begun-{rank}").exists() for rank in range(2)):
+            assert time.monotonic() < deadline, "the ranks have not begun within a minute"
+            time.sleep(0.05)
+        started = psutil.Process(launcher.pid).children(recursive=True)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    (tmp_path / "go").touch()
+    assert not left_of(started)
+
+
+def left_of(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Those that still live after half a minute; they are killed."""
+    deadline = time.monotonic() + 30
+    while (alive := [one for one in processes if lives(one)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     for process in alive:
         process.kill()
-    assert not alive
+    return alive
 
 
 def lives(process: psutil.Process) -> bool:
