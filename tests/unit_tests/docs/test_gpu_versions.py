@@ -105,6 +105,6 @@ def test_the_image_installs_in_the_page_s_order() -> None:
 def test_all_that_the_image_copies_is_there() -> None:
     copied = [line.split()[1:-1] for line in commands() if line.startswith("COPY ")]
     assert copied and all((ROOT / name).exists() for names in copied for name in names)
-    ignored = (ROOT / "docker/Dockerfile.gpu.dockerignore").read_text(encoding="utf-8").split()
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     assert {".venv/", "runs/", ".cache/"} <= set(ignored)
     assert not {name.rstrip("/") for name in ignored} & {"tests", "docker", "constraints.txt"}

