@@ -14,7 +14,13 @@ from tyro.conf import arg
 
 from megatron_mimo import __version__
 from megatron_mimo.border import printable, reason_of, show_traceback, take_traceback_flag
-from megatron_mimo.config.arguments import known_flags, nearest, parse_arguments, show_help
+from megatron_mimo.config.arguments import (
+    known_flags,
+    nearest,
+    parse_arguments,
+    show_help,
+    without_flags,
+)
 from megatron_mimo.config.flags import CommandLine, parse, to_yaml
 from megatron_mimo.settings import Within
 
@@ -113,18 +119,9 @@ def _train(argv: Sequence[str]) -> int:
     from megatron_mimo.launch.ranks import launch
 
     fork = can_fork(resolved.runtime.device)
-    return launch(line.nproc, _without_nproc(argv), "megatron_mimo.training", fork=fork)
-
-
-def _without_nproc(argv: Sequence[str]) -> list[str]:
-    kept: list[str] = []
-    tokens = iter(argv)
-    for token in tokens:
-        if token == "--nproc":
-            next(tokens)
-        elif not token.startswith("--nproc="):
-            kept.append(token)
-    return kept
+    return launch(
+        line.nproc, without_flags(argv, ("--nproc",)), "megatron_mimo.training", fork=fork
+    )
 
 
 def _demo(argv: Sequence[str]) -> int:

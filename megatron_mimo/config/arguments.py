@@ -6,7 +6,7 @@ tyro explains errors in boxes; here an error is one line that names the flag as 
 import contextlib
 import difflib
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -157,6 +157,24 @@ def read_argv(argv: Iterable[str], known: Mapping[str, Flag]) -> Iterator[Settin
                 raise ValueError(f"--{name} has no value: expected {known[name].expected}")
             value = tokens.pop(0)
         yield Setting(name, value)
+
+
+def without_flags(argv: Iterable[str], names: Collection[str]) -> list[str]:
+    """A command line that was read before, without some flags, all of which have a value.
+
+    Args:
+        argv: Command line.
+        names: Flags with their dashes.
+    """
+    kept: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        name, equals, _ = token.replace("_", "-").partition("=")
+        if name not in names:
+            kept.append(token)
+        elif not equals:
+            next(tokens)
+    return kept
 
 
 def build[T](into: type[T], settings: Sequence[Setting], known: Mapping[str, Flag]) -> T:

@@ -1,8 +1,9 @@
-"""Self-attention whose rotary embedding of packed sequences never waits for the device.
+"""Self-attention whose rotary embedding of packed sequences does not wait for the device.
 
 megatron-core rotates a packed sequence document by document, and for that reads their lengths back
 from the device in every layer, for queries and for keys. Here every token is rotated by its own
-position, which the loader has counted (`PackedSegments.positions`).
+position in its document (`PackedSegments.positions`). Where context parallelism shares a sequence,
+megatron-core still rotates it.
 """
 
 from typing import Any

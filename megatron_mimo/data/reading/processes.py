@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_mimo.runtime.exit_code import how_it_ended
 from megatron_mimo.runtime.host.memory import keep_freed_memory
 
 _logger = logging.getLogger(__name__)
@@ -202,9 +203,7 @@ class ForkedIterator(Iterator[Any]):
         assert self._process is not None
         self._process.join(timeout=5)
         code = self._process.exitcode
-        how = f"ended with exit code {code}"
-        if code is not None and code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
+        how = "ended" if code is None else how_it_ended(code)
         hint = ": was the machine out of memory?" if code == -signal.SIGKILL else ""
         return RuntimeError(f"{self._describe()} {how}{self._at()}{hint}")
 

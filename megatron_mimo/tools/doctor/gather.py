@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_mimo.runtime.exit_code import how_it_ended
 from megatron_mimo.tools.doctor.facts import Facts, Question
 
 _PROBES = "megatron_mimo.tools.doctor.probes"
@@ -159,10 +160,8 @@ def _environment() -> dict[str, str]:
 
 
 def _why(code: int, errors: str) -> str:
-    if code < 0:
-        return f"was ended by {signal.Signals(-code).name}"
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else f"ended with exit code {code}"
+    return lines[-1][:300] if lines and code >= 0 else how_it_ended(code)
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

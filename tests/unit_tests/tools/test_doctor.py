@@ -360,7 +360,7 @@ def test_probes_that_say_nothing_are_told_of() -> None:
         silenced = {key: value for key, value in answers.items() if key != name}
         found = judged(silenced, {name: "took longer than 20 s"})
         assert any("took longer than 20 s" in str(one) for one in found.values()), name
-    found = judged({}, {name: "was ended by SIGSEGV" for name in answers})
+    found = judged({}, {name: "was killed by SIGSEGV" for name in answers})
     assert found["torch"].state == found["gpus"].state == found["all_reduce"].state == "fault"
     assert "SIGSEGV" in str(found["torch"])
 
@@ -368,8 +368,8 @@ def test_probes_that_say_nothing_are_told_of() -> None:
 def test_a_package_that_crashes_is_named() -> None:
     answers = eight_h100()
     del answers["import mamba-ssm"]
-    found = judged(answers, {"import mamba-ssm": "was ended by SIGSEGV"})
-    assert "cannot be imported (was ended by SIGSEGV)" in str(found["mamba-ssm"])
+    found = judged(answers, {"import mamba-ssm": "was killed by SIGSEGV"})
+    assert "cannot be imported (was killed by SIGSEGV)" in str(found["mamba-ssm"])
 
 
 def test_the_verdict_counts() -> None:
@@ -439,7 +439,7 @@ def test_children_that_hang_or_crash_are_ended(
     started = time.monotonic()
     for modules, why in (
         ([["hangs"]], r"^took longer than 0\.5 s$"),
-        ([["crashes"]], r"^was ended by SIGSEGV$"),
+        ([["crashes"]], r"^was killed by SIGSEGV$"),
         # Whichever fails first has the reason, wherever it stands; the others are ended.
         ([["hangs"], ["fails"]], r"^OSError: no such device$"),
         ([["chats"]], r"^printed something else"),

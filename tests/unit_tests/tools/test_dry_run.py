@@ -123,19 +123,19 @@ def broken():
 
 
 register(BrokenAdapter())
-register_provider("broken", broken)
+register_provider("wrong-width", broken)
 """
 
 
 def test_a_wrong_shape_ends_with_the_name_of_its_role(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "broken.py").write_text(BROKEN)
+    (tmp_path / "wrong_width.py").write_text(BROKEN)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
-    flags = "--dry-run --nproc 2 --custom-import broken --model-provider broken --seq-length 96"
-    grids = "--grid readings.offset=0 --llm-offset 1"
-    assert main(["plan", *flags.split(), *grids.split()]) == 1
+    flags = "--dry-run --nproc 2 --custom-import wrong_width --model-provider wrong-width"
+    sizes = "--seq-length 96 --grid readings.offset=0 --llm-offset 1"
+    assert main(["plan", *flags.split(), *sizes.split()]) == 1
     out, err = capsys.readouterr()
     (line,) = err.splitlines()
     assert line.startswith("error: encoder and readings (rank 0): readings send output 0: ")

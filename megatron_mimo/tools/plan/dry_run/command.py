@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,8 +15,10 @@ from typing import Annotated, Any
 from tyro.conf import FlagCreatePairsOff, arg
 
 from megatron_mimo.border import printable, shows_tracebacks
+from megatron_mimo.config.arguments import without_flags
 from megatron_mimo.config.flags import CommandLine, parse
 from megatron_mimo.config.resolve import resolve
+from megatron_mimo.runtime.exit_code import how_it_ended
 from megatron_mimo.settings import Within, check_bounds
 from megatron_mimo.settings.ranges import MOST_RANKS
 from megatron_mimo.tools.plan.dry_run import FLAG
@@ -28,6 +29,7 @@ from megatron_mimo.tools.plan.dry_run.table import NOTES, show
 _WORKER = "megatron_mimo.tools.plan.dry_run.worker"
 _POLL_S = 0.05
 _FAILED = 1
+_OWN = ("--nproc", "--vocab-size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,9 +155,8 @@ class _Worker:
 
     def _failure(self) -> Outcome:
         code = self._process.returncode
-        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         said = self._errors.read_text(errors="replace").strip()
-        reason = f"{how}: {said.splitlines()[-1] if said else 'it said nothing'}"
+        reason = f"it {how_it_ended(code)}: {said.splitlines()[-1] if said else 'it said nothing'}"
         return Outcome(fault=Fault(where="its process failed", reason=reason, traceback=said))
 
     def end(self) -> None:
@@ -167,13 +168,4 @@ class _Worker:
 
 def _without_own(argv: Sequence[str]) -> list[str]:
     """The flags of training."""
-    kept: list[str] = []
-    tokens = iter(argv)
-    for token in tokens:
-        name, equals, _ = token.replace("_", "-").partition("=")
-        if name in ("--nproc", "--vocab-size"):
-            if not equals:
-                next(tokens)
-        elif name != FLAG:
-            kept.append(token)
-    return kept
+    return without_flags([one for one in argv if one.replace("_", "-") != FLAG], _OWN)

@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_mimo.launch.parent import end_with_parent
 from megatron_mimo.runtime import prepare_megatron_core
+from megatron_mimo.runtime.exit_code import how_it_ended
 from megatron_mimo.runtime.paper.groups import PAPER
 from megatron_mimo.tools.plan.dry_run.rank import run_role
 from megatron_mimo.tools.plan.dry_run.result import Fault, Outcome
@@ -88,8 +89,7 @@ def _await_one(running: dict[int, Path]) -> None:
     result = running.pop(child)
     if not result.exists():
         code = os.waitstatus_to_exitcode(status)
-        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        reason = f"{how}, before it could say why; is there enough memory?"
+        reason = f"it {how_it_ended(code)}, before it could say why; is there enough memory?"
         fault = Fault(where="its process failed", reason=reason, traceback="")
         _write(result, Outcome(fault=fault))
 
