@@ -9,15 +9,23 @@ from pathlib import Path
 import pytest
 from benchlib.report import read
 
+from tests.harness.slices import slow_but
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 BENCHMARKS = sorted((REPOSITORY / "benchmarks").glob("bench_*.py"))
+DEAR = {"bench_checkpoint", "bench_radio", "bench_step", "bench_watching"}
 
 
 def test_benchmarks_are_found() -> None:
     assert BENCHMARKS
 
 
-@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+# The dear ones start many runs or compare with transformers for long.
+@pytest.mark.parametrize(
+    "path",
+    slow_but(BENCHMARKS, *(path for path in BENCHMARKS if path.stem not in DEAR)),
+    ids=lambda path: path.stem,
+)
 def test_its_table_comes_out(path: Path, tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, str(path), "--smoke", "--json", str(tmp_path / "rows.json")],

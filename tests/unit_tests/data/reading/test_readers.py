@@ -309,7 +309,7 @@ def resumed(path: str, states: list[Any], cut: Cut, **fields: Any) -> dict[int, 
 
 
 @pytest.mark.parametrize("packing", MOSTLY_PACKED)
-@pytest.mark.parametrize("number", slow_but([0, 1, 64, 131], 1, 64))
+@pytest.mark.parametrize("number", slow_but([0, 1, 64, 131], 64))
 def test_goes_on_as_if_it_had_not_stopped(path: str, number: int, packing: int | None) -> None:
     data = {"num_workers": 2, "packing_buffer_size": packing}
     wanted = take(train_streams(config(path, **data), role((0, 1), 2), TOKENIZER), number + 90)
