@@ -103,6 +103,7 @@ class _Interval:
         self.steps: list[StepMetrics] = []
         self.skipped = 0
         self.seconds_per_step = 0.0
+        self.checkpoint_seconds = 0.0
         self.observed: dict[str, float] = {}
 
     def add(self, step: StepMetrics) -> None:
@@ -117,6 +118,18 @@ class _Interval:
     def packing_fill(self) -> float | None:
         fills = [step.packing_fill for step in self.steps if step.packing_fill is not None]
         return sum(fills) / len(fills) if fills else None
+
+    def stand_still(self, seconds: float) -> None:
+        """Leave the time of checkpoints out of an iteration's."""
+        self.start += seconds
+        self.checkpoint_seconds += seconds
+
+    def scalars(self) -> dict[str, float]:
+        """What was observed, and the time of checkpoints, per iteration."""
+        stalled = self.checkpoint_seconds * 1000 / len(self.steps)
+        return self.observed | (
+            {"time/checkpoints ms": stalled} if self.observed and stalled else {}
+        )
 
     def stop(self) -> None:
         """Stop the clock; what follows is not part of an iteration's time."""
@@ -202,7 +215,7 @@ def train(
             # Weights that give no finite loss must not replace those that did.
             if finished or (checkpoints.is_due(iteration) and not nonfinite):
                 checkpoints.save(Progress(iteration, consumed), _lane_states(runner, loader))
-            interval.start += time.perf_counter() - begin
+            interval.stand_still(time.perf_counter() - begin)
     if checkpoints is not None:
         checkpoints.finish()
     seconds = time.perf_counter() - start
@@ -258,5 +271,5 @@ def _report(
         nan_iterations=interval.skipped,
         experts=experts,
         packing_fill=interval.packing_fill(),
-        observed=interval.observed,
+        observed=interval.scalars(),
     )

@@ -9,6 +9,7 @@ from rich.text import Text
 from megatron_mimo.schedule.actions import Kind
 from megatron_mimo.schedule.timeline import Event, Timeline
 from megatron_mimo.tools import picture
+from megatron_mimo.tools.words import in_words
 from megatron_mimo.topology import Layout
 
 # (forward, backward) of the target, and of the sources in their order; colours repeat.
@@ -26,9 +27,6 @@ _SOURCE_STYLES = (
     ("black on plum3", "white on purple4"),
     ("black on grey70", "white on grey37"),
 )
-
-
-_IN_WORDS = {"llm": "language model"}
 
 
 def compute_colors(modules: Sequence[str]) -> dict[tuple[str, bool], str]:
@@ -125,7 +123,7 @@ def draw_text(rows: Sequence[Row], makespan: float, modules: Sequence[str]) -> N
         line.append("|")
         console.print(line)
     console.print()
-    named = ", ".join(f"{letters[name]} {_IN_WORDS.get(name, name)}" for name in modules)
+    named = ", ".join(f"{letters[name]} {in_words(name)}" for name in modules)
     key = Text(f"{named}; capitals forward, small letters backward: ")
     for kind, style in styles.items():
         key.append(f" {_name(kind)} ", style=style)

@@ -1,6 +1,7 @@
 """Curves as interactive charts, drawn in the browser by plotly."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,12 @@ _BUCKETS = 500
 _HEIGHT = 300
 # Below, 1e-5 reads better than 10 µ.
 _SMALL = 1e-2
+_FEWEST_TICKS, _MOST_TICKS = 3, 8
+# Of a value, which labels of six digits still tell apart.
+_SMALLEST_STEP = 1e-5
+# Steps that are far longer than nearly all others would flatten these.
+_CLIP_PERCENTILE, _CLIP_ROOM = 95, 1.25
+_LEAST_TO_CLIP = 10
 _BY_ITERATION = "by-iteration"
 # Charts over iterations zoom together, and those that were folded away learn how wide they are.
 _SCRIPT = """
@@ -68,7 +75,13 @@ def head() -> str:
 
 
 def lines_chart(
-    title: str, lines: Sequence[Line], *, unit: str, resumes: Sequence[int] = (), log: bool = False
+    title: str,
+    lines: Sequence[Line],
+    *,
+    unit: str,
+    resumes: Sequence[int] = (),
+    log: bool = False,
+    clipped: bool = False,
 ) -> str:
     """Chart of curves over iterations.
 
@@ -78,6 +91,7 @@ def lines_chart(
         unit: Unit of the values; empty for a ratio or a count.
         resumes: Iterations after which the run was started again.
         log: Whether values are on a logarithmic axis at first; a button switches it.
+        clipped: Whether a few values far above the others are cut off at first.
     """
     figure = go.Figure()
     for line in lines:
@@ -86,17 +100,73 @@ def lines_chart(
         _add(figure, line, thinned, width=1.7, mode=mode)
     if log:
         _switch_scale(figure)
-    return _by_iteration(figure, title, unit, resumes)
+    remark = _clip(figure, _values(figure)) if clipped else ""
+    return _by_iteration(figure, title, unit, resumes, remark)
 
 
 def stack_chart(
     title: str, parts: Sequence[Line], *, unit: str, resumes: Sequence[int] = ()
 ) -> str:
-    """Chart of stacked curves over iterations; many points are drawn as means of buckets."""
+    """Chart of stacked curves over iterations; many points are drawn as means of buckets.
+
+    A few points far above the others are cut off at first.
+    """
     figure = go.Figure()
+    heights: dict[int, float] = {}
     for part in parts:
-        _add(figure, part, average(part.curve), width=0.5, mode="lines", stackgroup="all")
-    return _by_iteration(figure, title, unit, resumes)
+        drawn = average(part.curve)
+        for iteration, value in drawn.items():
+            heights[iteration] = heights.get(iteration, 0.0) + value
+        # Plotly would fill with half of the colour's strength.
+        _add(figure, part, drawn, width=0, mode="lines", stackgroup="all", fillcolor=part.color)
+    remark = _clip(figure, [np.array(list(heights.values()))])
+    return _by_iteration(figure, title, unit, resumes, remark)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis: few, round, and enough to read a value.
+
+    Those of 1, 2 and 5 times powers of ten where these are three to eight, else the powers alone,
+    thinned, or, for less than that, evenly spaced round numbers.
+
+    Args:
+        low: Smallest value, above 0.
+        high: Largest value.
+    """
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    for steps in ((1, 2, 5), (1,)):
+        ticks = [
+            step * 10.0**power
+            for power in range(first, last + 1)
+            for step in steps
+            if low <= step * 10.0**power <= high
+        ]
+        if _FEWEST_TICKS <= len(ticks) <= _MOST_TICKS:
+            return ticks
+        if len(ticks) < _FEWEST_TICKS:
+            break
+    else:
+        return ticks[:: -(-len(ticks) // _MOST_TICKS)]
+    rough = (high - low) / 5
+    if rough < low * _SMALLEST_STEP:
+        return [low]
+    size = 10.0 ** math.floor(math.log10(rough))
+    width = next(size * step for step in (1, 2, 5, 10, 20) if size * step >= rough)
+    numbers = range(math.ceil(low / width), math.floor(high / width) + 1)
+    return [float(f"{number * width:.12g}") for number in numbers]
+
+
+def _clip(figure: go.Figure, heights: Sequence[Any]) -> str:
+    """Limit the axis of values to most of the points, and a remark if that cuts any off."""
+    values = np.concatenate([each[np.isfinite(each)] for each in heights])
+    if len(values) < _LEAST_TO_CLIP:
+        return ""
+    top = float(np.percentile(values, _CLIP_PERCENTILE)) * _CLIP_ROOM
+    above = int((values > top).sum())
+    if not above or top <= 0:
+        return ""
+    figure.update_yaxes(range=[0, top])
+    return f"{above} of {len(values)} values are above the edge; a double click shows all."
 
 
 def thin(curve: Curve, buckets: int = _BUCKETS) -> Curve:
@@ -129,7 +199,9 @@ def average(curve: Curve, buckets: int = _BUCKETS) -> Curve:
     }
 
 
-def show(figure: go.Figure, title: str, *, kind: str = "", height: int = _HEIGHT) -> str:
+def show(
+    figure: go.Figure, title: str, *, kind: str = "", height: int = _HEIGHT, remark: str = ""
+) -> str:
     """A figure as HTML, below its title.
 
     Args:
@@ -137,6 +209,7 @@ def show(figure: go.Figure, title: str, *, kind: str = "", height: int = _HEIGHT
         title: Title as plain text; also the accessible name of the figure.
         kind: CSS class of the element.
         height: Height in pixels.
+        remark: Remark below the figure as plain text; empty for none.
     """
     figure.update_layout(
         template="plotly_white",
@@ -152,7 +225,8 @@ def show(figure: go.Figure, title: str, *, kind: str = "", height: int = _HEIGHT
         config={"displayModeBar": False, "responsive": True},
     )
     name = escape(title)
-    return f'<figure class="{kind}" aria-label="{name}"><h3>{name}</h3>{drawn}</figure>'
+    below = f"<figcaption>{escape(remark)}</figcaption>" if remark else ""
+    return f'<figure class="{kind}" aria-label="{name}"><h3>{name}</h3>{drawn}{below}</figure>'
 
 
 def _add(figure: go.Figure, line: Line, curve: Curve, *, width: float, **how: str) -> None:
@@ -165,36 +239,43 @@ def _add(figure: go.Figure, line: Line, curve: Curve, *, width: float, **how: st
     )
 
 
-def _by_iteration(figure: go.Figure, title: str, unit: str, resumes: Sequence[int]) -> str:
+def _by_iteration(
+    figure: go.Figure, title: str, unit: str, resumes: Sequence[int], remark: str = ""
+) -> str:
     for iteration in resumes:
         figure.add_vline(x=iteration + 0.5, line={"color": "#9aa1a8", "dash": "dot", "width": 1})
     figure.update_layout(hovermode="x unified", showlegend=len(figure.data) > 1)
     figure.update_xaxes(title="iteration", title_standoff=5)
     most = max(np.max(np.abs(y), where=np.isfinite(y), initial=0) for y in _values(figure))
     figure.update_yaxes(title=unit or None, exponentformat="e" if most < _SMALL else "SI")
-    return show(figure, title, kind=_BY_ITERATION)
+    return show(figure, title, kind=_BY_ITERATION, remark=remark)
 
 
 def _switch_scale(figure: go.Figure) -> None:
-    positive = all(np.all(y > 0) for y in _values(figure))
+    values = np.concatenate([np.asarray(y, dtype=np.float64) for y in _values(figure)])
+    values = values[np.isfinite(values)]
+    if not len(values) or values.min() <= 0:
+        return
+    ticks = log_ticks(float(values.min()), float(values.max()))
+    figure.update_yaxes(
+        type="log", tickmode="array", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks]
+    )
     buttons = [
-        {"label": kind, "method": "relayout", "args": [{"yaxis.type": kind}]}
-        for kind in ("log", "linear")
+        {"label": kind, "method": "relayout", "args": [{"yaxis.type": kind, "yaxis.tickmode": how}]}
+        for kind, how in (("log", "array"), ("linear", "auto"))
     ]
-    figure.update_yaxes(type="log" if positive else "linear")
-    if positive:
-        figure.update_layout(
-            updatemenus=[
-                {
-                    "type": "buttons",
-                    "direction": "right",
-                    "buttons": buttons,
-                    **{"x": 1, "xanchor": "right", "y": 1, "yanchor": "top"},
-                    "pad": {"t": 4, "r": 4},
-                    "font": {"size": 10},
-                }
-            ]
-        )
+    figure.update_layout(
+        updatemenus=[
+            {
+                "type": "buttons",
+                "direction": "right",
+                "buttons": buttons,
+                **{"x": 1, "xanchor": "right", "y": 1, "yanchor": "top"},
+                "pad": {"t": 4, "r": 4},
+                "font": {"size": 10},
+            }
+        ]
+    )
 
 
 def _values(figure: go.Figure) -> list[Any]:

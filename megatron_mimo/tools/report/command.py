@@ -10,7 +10,7 @@ from tyro.conf import arg
 
 from megatron_mimo.tools.curves import RunCurves, read_run
 from megatron_mimo.tools.page import write_page
-from megatron_mimo.tools.report import charts
+from megatron_mimo.tools.report import charts, summary
 from megatron_mimo.tools.report.sections import Section, sections
 from megatron_mimo.tools.report.timeline import Timeline, read_timeline
 from megatron_mimo.watch.start_record import StartRecord, read_starts
@@ -86,7 +86,7 @@ def write_run_page(
             title=title,
             lead=lead,
             sections=parts,
-            style=charts.STYLE + style,
+            style=charts.STYLE + summary.STYLE + style,
             head=charts.head(),
             width=_WIDTH,
         )

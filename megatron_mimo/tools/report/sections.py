@@ -2,8 +2,7 @@
 
 import re
 import shlex
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from math import isfinite
@@ -11,7 +10,7 @@ from math import isfinite
 from megatron_mimo.config.flags import flat
 from megatron_mimo.config.sections import TrainConfig
 from megatron_mimo.tools import page
-from megatron_mimo.tools.curves import Curve, RunCurves
+from megatron_mimo.tools.curves import RunCurves
 from megatron_mimo.tools.report.charts import (
     BLUE,
     GREEN,
@@ -21,8 +20,11 @@ from megatron_mimo.tools.report.charts import (
     lines_chart,
     stack_chart,
 )
-from megatron_mimo.tools.report.timeline import PART_COLORS, WAITS, Timeline
+from megatron_mimo.tools.report.measured import timed_modules, typical
+from megatron_mimo.tools.report.summary import device_word, summary
+from megatron_mimo.tools.report.timeline import PART_COLORS, Timeline
 from megatron_mimo.tools.report.timeline import section as timeline_section
+from megatron_mimo.tools.words import in_words
 from megatron_mimo.watch.rank_report import Part
 from megatron_mimo.watch.start_record import StartRecord
 
@@ -43,12 +45,14 @@ class Chart:
         lines: TensorBoard tag, label and colour of each curve; curves that the run does not have
             are left out.
         log: Whether values are drawn on a logarithmic axis.
+        clipped: Whether a few values far above the others are cut off at first.
     """
 
     title: str
     unit: str
     lines: tuple[tuple[str, str, str], ...]
     log: bool = False
+    clipped: bool = False
 
 
 _LOSS = (
@@ -68,21 +72,22 @@ _LOSS = (
 )
 
 
-def _speed_charts(tags: Sequence[str]) -> tuple[Chart, ...]:
+def _speed_charts(tags: Sequence[str], device: str) -> tuple[Chart, ...]:
     return (
         Chart(
             title="Time of an iteration",
             unit="ms",
             lines=(("iteration-time-ms", "", BLUE),),
+            clipped=True,
         ),
         Chart(
             title="Tokens",
-            unit="tokens/s per GPU",
+            unit=f"tokens/s per {device}",
             lines=(("speed/tokens per s per GPU", "", BLUE),),
         ),
         Chart(
             title="FLOPs of the model",
-            unit="TFLOP/s per GPU",
+            unit=f"TFLOP/s per {device}",
             lines=_by_module(tags, r"speed/(.+) TFLOP per s per GPU"),
         ),
         Chart(title="Utilisation (MFU)", unit="", lines=_by_module(tags, r"speed/(.+) MFU")),
@@ -142,8 +147,14 @@ def _by_module(tags: Sequence[str], pattern: str) -> tuple[tuple[str, str, str],
     found = {match[1]: tag for tag in tags if (match := re.fullmatch(pattern, tag)) is not None}
     ordered = [name for name in _COLORS if name in found]
     others = [name for name in found if name not in _COLORS]
-    colors = _COLORS | dict(zip(others, cycle(_MORE_COLORS), strict=False))
+    colors = module_colors(list(found))
     return tuple((found[name], name, colors[name]) for name in (*ordered, *others))
+
+
+def module_colors(modules: Sequence[str]) -> dict[str, str]:
+    """Colour of each module in all charts over iterations."""
+    others = [name for name in modules if name not in _COLORS]
+    return _COLORS | dict(zip(others, cycle(_MORE_COLORS), strict=False))
 
 
 # Drawn as stacks, or shown as text, or of no interest as a curve.
@@ -161,10 +172,10 @@ def sections(
         timeline: Timeline of traced iterations; None where there is none.
     """
     resumes = [start.iteration for start in starts if start.iteration]
-    yield "In short", _summary(run, starts, timeline)
+    yield "In short", summary(run, starts, timeline)
     yield "Curves", _charts(run, _LOSS, resumes)
     tags = list(run.curves)
-    speed = _charts(run, _speed_charts(tags), resumes)
+    speed = _charts(run, _speed_charts(tags, device_word(starts)), resumes)
     if speed:
         yield "Speed", speed
     where = _time(run, resumes)
@@ -185,70 +196,6 @@ def sections(
         yield "Environment", _environment(starts)
 
 
-# -- numbers ---------------------------------------------------------------------------------------
-
-
-def _summary(run: RunCurves, starts: Sequence[StartRecord], timeline: Timeline | None) -> str:
-    rows = list(_progress(run, starts))
-    for label, tag, form in (
-        ("time of an iteration", "iteration-time-ms", "{:,.1f} ms"),
-        ("tokens/s", "speed/tokens per s", "{:,.0f}"),
-        ("tokens/s per GPU", "speed/tokens per s per GPU", "{:,.0f}"),
-        ("TFLOP/s per GPU", "speed/model TFLOP per s per GPU", "{:,.4g}"),
-        ("MFU", "speed/model MFU", "{:.1%}"),
-        *_imbalances(run.curves),
-        ("packing fill", "packing fill", "{:.1%}"),
-    ):
-        typical = _median(run.curves.get(tag, {}))
-        if typical is not None:
-            rows.append((f"{label}, median", form.format(typical)))
-    samples = run.curves.get("data/skipped samples")
-    if samples:
-        rows.append(("skipped samples", f"{samples[max(samples)]:,.0f}"))
-    if timeline is not None:
-        waiting = _waiting(timeline)
-        rows.append(("waiting for other ranks, of the traced time", f"{waiting:.1%}"))
-    return page.facts(rows)
-
-
-def _imbalances(tags: Iterable[str]) -> Iterator[tuple[str, str, str]]:
-    """Label, tag and form of the imbalance of each source's rows."""
-    for tag in tags:
-        found = re.fullmatch(r"balance/(.+) rows max over mean", tag)
-        if found is not None:
-            yield f"{found[1]} imbalance, rows", tag, "{:.2f}"
-
-
-def _progress(run: RunCurves, starts: Sequence[StartRecord]) -> Iterator[tuple[str, str]]:
-    last = max(run.loss)
-    goal = f" of {starts[-1].train_iters:,}" if starts else ""
-    yield "iterations", f"{last:,}{goal}"
-    samples = run.curves.get("consumed_samples", {}).get(last)
-    if samples is not None:
-        yield "samples", f"{samples:,.0f}"
-    yield "last lm loss", f"{run.loss[last]:.6g}"
-    held_out = run.curves.get("lm loss validation")
-    if held_out:
-        yield "last held-out lm loss", f"{held_out[max(held_out)]:.6g}"
-    skipped = sum(run.curves.get("skipped_iterations", {}).values())
-    if skipped:
-        yield "skipped updates", f"{skipped:,.0f}"
-    if len(starts) > 1:
-        after = ", ".join(f"{start.iteration:,}" for start in starts[1:])
-        yield "starts", f"{len(starts)}; again after iteration {after}"
-
-
-def _median(curve: Curve) -> float | None:
-    """Median of finite values without the first one, in which a run warms up."""
-    values = [value for value in list(curve.values())[1:] or curve.values() if isfinite(value)]
-    return statistics.median(values) if values else None
-
-
-def _waiting(timeline: Timeline) -> float:
-    total = sum(bar.duration for bar in timeline.bars)
-    return sum(bar.duration for bar in timeline.bars if bar.part in WAITS) / total if total else 0.0
-
-
 # -- charts ----------------------------------------------------------------------------------------
 
 
@@ -263,42 +210,40 @@ def _charts(run: RunCurves, wanted: Sequence[Chart], resumes: Sequence[int]) -> 
         ]
         if lines and (chart.title != _SKIPPED or any(lines[0].curve.values())):
             drawn.append(
-                lines_chart(chart.title, lines, unit=chart.unit, resumes=resumes, log=chart.log)
+                lines_chart(
+                    chart.title,
+                    lines,
+                    unit=chart.unit,
+                    resumes=resumes,
+                    log=chart.log,
+                    clipped=chart.clipped,
+                )
             )
     return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
 
 
-def _timed_modules(tags: Iterable[str]) -> list[str]:
-    """Names of the modules whose time was measured, in the order of the tags."""
-    suffix = f" {Part.COMPUTE} ms"
-    return [
-        tag.removeprefix("time/").removesuffix(suffix)
-        for tag in tags
-        if tag.startswith("time/") and tag.endswith(suffix)
-    ]
-
-
 def _time(run: RunCurves, resumes: Sequence[int]) -> str:
     drawn, rows = [], []
-    for module in _timed_modules(run.curves):
+    modules = timed_modules(run.curves)
+    for module in modules:
         parts = {part: run.curves.get(f"time/{module} {part} ms") for part in Part}
         there = {part: curve for part, curve in parts.items() if curve and any(curve.values())}
         if not there:
             continue
+        # Computing has the colour that the module has in other charts.
+        colors = PART_COLORS | {Part.COMPUTE: module_colors(modules)[module]}
         lines = [
-            Line(label=str(part), curve=curve, color=PART_COLORS[part])
-            for part, curve in there.items()
+            Line(label=str(part), curve=curve, color=colors[part]) for part, curve in there.items()
         ]
-        drawn.append(stack_chart(f"A step of the {module}", lines, unit="ms", resumes=resumes))
-        typical = {part: _median(curve) or 0.0 for part, curve in there.items()}
-        total = sum(typical.values()) or 1.0
+        title = f"A step of the {in_words(module)}"
+        drawn.append(stack_chart(title, lines, unit="ms", resumes=resumes))
+        usual = {part: typical(curve) or 0.0 for part, curve in there.items()}
+        total = sum(usual.values()) or 1.0
         rows.append(
             (
                 module,
                 *(
-                    f"{typical[part]:,.1f} ms ({typical[part] / total:.0%})"
-                    if part in typical
-                    else ""
+                    f"{usual[part]:,.1f} ms ({usual[part] / total:.0%})" if part in usual else ""
                     for part in Part
                 ),
             )
@@ -312,7 +257,7 @@ def _time(run: RunCurves, resumes: Sequence[int]) -> str:
 
 def _rest(run: RunCurves, resumes: Sequence[int]) -> str:
     tags = list(run.curves)
-    charts_above = (*_LOSS, *_speed_charts(tags), *_balance_charts(tags))
+    charts_above = (*_LOSS, *_speed_charts(tags, ""), *_balance_charts(tags))
     # Where rows have a line for each bridge, their sum is not drawn again.
     shown = {tag for chart in charts_above for tag, _, _ in chart.lines} | {"bridge/rows"}
     rest = [

@@ -20,15 +20,16 @@ from megatron_mimo.watch.traces import timeline_files
 MOST_BARS = 6000
 WAITS = (Part.BRIDGE, Part.PIPELINE, Part.DATA, Part.AGREEMENT)
 """Parts in which a rank waits for others."""
+# Waits are pale, work is strong; each differs from its neighbours in a step.
 PART_COLORS = {
     Part.COMPUTE: charts.ORANGE,
-    Part.BRIDGE: "#c9ced4",
-    Part.PIPELINE: "#aab2ba",
-    Part.DATA: "#b39ddb",
-    Part.AGREEMENT: "#e1e4e8",
-    Part.GRADIENTS: "#74c69d",
+    Part.BRIDGE: "#a9b4bf",
+    Part.PIPELINE: "#e3cf8f",
+    Part.DATA: "#c28bdb",
+    Part.AGREEMENT: "#e6e9ec",
+    Part.GRADIENTS: "#54b8a3",
     Part.OPTIMIZER: charts.GREEN,
-    Part.OTHER: "#8d99a6",
+    Part.OTHER: "#5f6b77",
 }
 _ROW = 26
 _ROOM = 120
@@ -127,7 +128,7 @@ def section(timeline: Timeline) -> str:
     first, last = timeline.iterations[0], timeline.iterations[-1]
     which = f"iteration {first}" if first == last else f"iterations {first} to {last}"
     remarks = (
-        f"Traced: {which}. Grey is waiting for other ranks: the bubbles. Drag to zoom, "
+        f"Traced: {which}. Grey, sand and lilac are waits: the bubbles. Drag to zoom, "
         f"double-click to zoom out. {timeline.source} holds all of it, for Perfetto."
     )
     return (

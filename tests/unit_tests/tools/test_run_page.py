@@ -1,5 +1,6 @@
 """`megatron-mimo report`: what goes into the page, and what is refused."""
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -17,8 +18,9 @@ from megatron_mimo.config.sections import TrainConfig
 from megatron_mimo.tools import page
 from megatron_mimo.tools.curves import read_run
 from megatron_mimo.tools.report import timeline as timelines
-from megatron_mimo.tools.report.charts import average, thin
+from megatron_mimo.tools.report.charts import average, log_ticks, thin
 from megatron_mimo.tools.report.sections import sections
+from megatron_mimo.tools.report.timeline import PART_COLORS as COLORS
 from megatron_mimo.tools.report.timeline import Bar, Timeline, read_timeline
 from megatron_mimo.watch.event_file import EventFile
 from megatron_mimo.watch.rank_report import Part
@@ -38,6 +40,9 @@ START = StartRecord(
     kernels=["device host"],
     variables={"OMP_NUM_THREADS": "1"},
 )
+
+
+GPU_START = replace(START, machine={"device": "NVIDIA H100 80GB HBM3, 8 visible"})
 
 
 def text(body: str) -> str:
@@ -81,6 +86,75 @@ def test_averages_stand_at_the_end_of_what_they_are_of() -> None:
     assert average(curve, 10) == curve
     assert average(curve, 5) == {2: 1.5, 4: 3.5, 6: 5.5, 8: 7.5, 10: 9.5}
     assert average(curve, 4) == {3: 2.0, 6: 5.0, 9: 8.0, 10: 10.0}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.1, 10, [0.1, 0.2, 0.5, 1, 2, 5, 10]),
+        (2.6, 6.3, [3, 4, 5, 6]),
+        (2.61, 2.64, [2.61, 2.62, 2.63, 2.64]),
+        (1e-12, 1e3, [1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2, 1, 100]),
+        (7, 7, [7]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis_are_few_and_round(
+    low: float, high: float, ticks: list[float]
+) -> None:
+    assert log_ticks(low, high) == pytest.approx(ticks)
+
+
+@given(st.floats(1e-30, 1e30), st.floats(1, 1e40))
+def test_a_logarithmic_axis_always_has_some_ticks(low: float, ratio: float) -> None:
+    ticks = log_ticks(low, low * ratio)
+    assert len(ticks) <= 12
+    assert all(low * 0.999999 <= tick <= low * ratio * 1.000001 for tick in ticks)
+    if ratio > 1.5:
+        assert len(ticks) >= 2
+
+
+def test_a_few_long_steps_are_cut_off(tmp_path: Path) -> None:
+    """As the first one, which would flatten all others."""
+    run = write_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    slow = [json.dumps(json.loads(line) | {"iteration_time_ms": 100.0}) for line in lines]
+    slow[0] = json.dumps(json.loads(lines[0]) | {"iteration_time_ms": 9000.0})
+    (run / "metrics.jsonl").write_text("\n".join(slow) + "\n")
+    speed = by_name(run, [])["Speed"]
+    assert "1 of 30 values are above the edge; a double click shows all." in text(speed)
+    assert '"range":[0,125.0]' in speed
+    even = write_run(tmp_path / "even", iteration_time_ms=100.0)
+    assert "above the edge" not in by_name(even, [])["Speed"]
+
+
+def test_the_parts_of_a_step_have_colours_that_differ() -> None:
+    """In one of the three channels, by a sixth of the way from black to white."""
+    colors = {part: [int(c[at : at + 2], 16) for at in (1, 3, 5)] for part, c in COLORS.items()}
+    for one, other in itertools.combinations(colors, 2):
+        apart = max(abs(a - b) for a, b in zip(colors[one], colors[other], strict=True))
+        assert apart >= 40, (one, other)
+
+
+def test_ranks_without_a_gpu_are_called_ranks(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", **{"speed/tokens per s per GPU": 7.0})
+    on_host, on_gpu = by_name(run, [START]), by_name(run, [GPU_START])
+    assert "tokens/s per rank, median 7" in " ".join(text(on_host["In short"]).split())
+    # As the page's JSON writes it.
+    assert "tokens\\u002fs per rank" in on_host["Speed"]
+    assert "GPU" not in "".join(on_host.values())
+    assert "tokens/s per GPU, median 7" in " ".join(text(on_gpu["In short"]).split())
+    assert "tokens\\u002fs per GPU" in on_gpu["Speed"]
+
+
+def test_the_summary_is_first_and_begins_with_conclusions(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", **{"data/skipped samples": 90})
+    found = by_name(run, [])
+    assert next(iter(found)) == "In short"
+    said = " ".join(text(found["In short"]).split())
+    assert said.startswith("90 samples were left out, 27 % of those read. See why with")
+    assert said.index("See why") < said.index("iterations 30")
+    quiet = by_name(write_run(tmp_path / "quiet", iterations=8), [])["In short"]
+    assert "Too short to judge where its time goes: that takes 20 iterations" in quiet
 
 
 @pytest.mark.parametrize("cell", ["1", "1,234.5", "93.1%", "-2e-05", "7 ms", "1.5 GiB"])
