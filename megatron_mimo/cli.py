@@ -247,9 +247,9 @@ def _plan(argv: Sequence[str]) -> int:
         from megatron_mimo.tools.plan.dry_run.command import run_dry_run
 
         return run_dry_run(argv)
-    from megatron_mimo.tools.plan.command import PlanConfig, run_plan
+    from megatron_mimo.tools.plan.command import PlanCommandLine, run_plan
 
-    return run_plan(parse_arguments(argv, PlanConfig, prog="megatron-mimo plan"))
+    return run_plan(parse(argv, PlanCommandLine, prog="megatron-mimo plan"))
 
 
 def _doctor(argv: Sequence[str]) -> int:

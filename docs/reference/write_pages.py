@@ -25,7 +25,7 @@ from megatron_mimo.tools.demo.command import DemoConfig
 from megatron_mimo.tools.doctor.command import DoctorConfig
 from megatron_mimo.tools.generate.config import ChatConfig, GenerateConfig
 from megatron_mimo.tools.parity.command import ParityConfig
-from megatron_mimo.tools.plan.command import PlanConfig
+from megatron_mimo.tools.plan.command import PlanCommandLine
 from megatron_mimo.tools.report.command import ReportConfig
 
 # How each command is called, up to its flags, and the dataclass of these.
@@ -40,7 +40,7 @@ COMMANDS: dict[str, type] = {
     "megatron-mimo parity RUN_A RUN_B": ParityConfig,
     "megatron-mimo doctor": DoctorConfig,
     "megatron-mimo report RUN": ReportConfig,
-    "megatron-mimo plan": PlanConfig,
+    "megatron-mimo plan": PlanCommandLine,
     "megatron-mimo checkpoint inspect PATH": InspectConfig,
     "megatron-mimo checkpoint convert --from PATH": ConvertConfig,
 }

@@ -29,6 +29,13 @@ _SOURCE_STYLES = (
 )
 
 
+# Inches of a picture, of which a browser still shows 110 pixels each.
+_LEAST_INCHES, _MOST_INCHES = 7, 60
+_INCHES_OF_PASS, _INCHES_OF_ROW, _INCHES_AROUND = 0.32, 0.5, 0.9
+_INCHES_OF_NUMBER = 0.09
+_MOST_COLUMNS = 4000
+
+
 def compute_colors(modules: Sequence[str]) -> dict[tuple[str, bool], str]:
     """(module, backward) -> colour in pictures.
 
@@ -73,6 +80,11 @@ class Row:
         return f"{self.stages}, {_ranks(self.ranks)}"
 
     @property
+    def drawn(self) -> tuple[Event, ...]:
+        """The forwards and backwards that take time."""
+        return tuple(event for event in self.events if event.end > event.start)
+
+    @property
     def busy(self) -> float:
         """Time spent computing."""
         return sum(event.end - event.start for event in self.events)
@@ -108,17 +120,17 @@ def draw_text(rows: Sequence[Row], makespan: float, modules: Sequence[str]) -> N
     styles = _by_module(modules, _SOURCE_STYLES, _TARGET_STYLES)
     console = Console(highlight=False, soft_wrap=True)
     label = max(len(row.label) for row in rows)
-    shortest = min(event.end - event.start for row in rows for event in row.events)
-    widest = max(len(_cell(event, letters)) for row in rows for event in row.events)
-    # Room for a name in the shortest cell, and a bar in front of it.
-    scale = (widest + 1) / shortest
+    widest = max(len(_cell(event, letters)) for row in rows for event in row.drawn)
+    # Room for a name in the shortest cell, and a bar in front of it, while lines have an end.
+    scale = min((widest + 1) / _shortest(rows), _MOST_COLUMNS / makespan)
     for row in rows:
         line, at = Text(f"{row.label:<{label}}  "), 0
-        for event in row.events:
+        for event in row.drawn:
             start, end = round(event.start * scale), round(event.end * scale)
             style = styles[_kind(event)]
             line.append(" " * (start - at))
-            line.append(f"|{_cell(event, letters):<{end - start - 1}}", style=style)
+            width = end - start
+            line.append(f"|{_cell(event, letters):<{width}}"[:width], style=style)
             at = end
         line.append("|")
         console.print(line)
@@ -150,24 +162,29 @@ def draw_png(rows: Sequence[Row], makespan: float, path: str, modules: Sequence[
     Raises:
         ValueError: matplotlib is missing, or the file cannot be written.
     """
-    figure = picture.blank(figsize=(max(7, makespan * 0.32), 0.9 + 0.5 * len(rows)))
+    # In shortest passes, so that the unit of the costs does not matter.
+    width = min(_MOST_INCHES, max(_LEAST_INCHES, makespan / _shortest(rows) * _INCHES_OF_PASS))
+    height = min(_MOST_INCHES, _INCHES_AROUND + _INCHES_OF_ROW * len(rows))
+    figure = picture.blank(figsize=(width, height))
     axes = figure.subplots()
     colors = compute_colors(modules)
     seen = set()
     for y, row in enumerate(rows):
-        for event in row.events:
-            kind, width = _kind(event), event.end - event.start
+        for event in row.drawn:
+            kind, length = _kind(event), event.end - event.start
             seen.add(kind)
             axes.barh(
                 y,
-                width,
+                length,
                 left=event.start,
                 height=0.8,
                 color=colors[kind],
                 edgecolor="white",
             )
+            if length / makespan * width < _INCHES_OF_NUMBER * len(str(event.action.microbatch)):
+                continue
             axes.text(
-                event.start + width / 2,
+                event.start + length / 2,
                 y,
                 str(event.action.microbatch),
                 ha="center",
@@ -187,6 +204,10 @@ def draw_png(rows: Sequence[Row], makespan: float, path: str, modules: Sequence[
             axes.barh(0, 0, color=colors[kind], label=_name(kind))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(seen), frameon=False)
     picture.save(figure, path, bbox_inches="tight")
+
+
+def _shortest(rows: Sequence[Row]) -> float:
+    return min(event.end - event.start for row in rows for event in row.drawn)
 
 
 def cell_letters(modules: Sequence[str]) -> dict[str, str]:
