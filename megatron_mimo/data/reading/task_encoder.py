@@ -144,7 +144,7 @@ class MimoTaskEncoder(TaskEncoder):
     @stateless  # type: ignore[untyped-decorator]
     def encode_sample(self, sample: Any) -> Outcome | PackableSample:
         """Parse, check and encode a sample."""
-        parsed = self._parse(sample)
+        parsed = self.parse(sample)
         if self._config.packing_buffer_size is None:
             return self._encode(parsed, self._content)
         # Items are decoded when a sample leaves the packing buffer: with their content it would be
@@ -159,7 +159,8 @@ class MimoTaskEncoder(TaskEncoder):
         )
         return packable
 
-    def _parse(self, sample: Any) -> RawSample | SkippedSample | RejectedSample:
+    def parse(self, sample: Any) -> RawSample | SkippedSample | RejectedSample:
+        """Parse a stored sample, without checking or encoding it."""
         source = _source(sample)
         if not isinstance(sample, _Stored):
             return RejectedSample(

@@ -37,6 +37,7 @@ from megatron_mimo.tools.data.statistics import (
     Statistics,
     draw_bars,
 )
+from megatron_mimo.tools.even_choice import EvenChoice
 
 _MOST_SHARDS = 10
 
@@ -161,7 +162,7 @@ def survey(
     reader = DatasetReader(
         config, line.split, tokenizer, observe, limit=line.limit, decode=line.decode
     )
-    chosen = _EvenChoice[tuple[Sequence, tuple[Observation, ...]]](
+    chosen = EvenChoice[tuple[Sequence, tuple[Observation, ...]]](
         line.samples if line.out is not None else 0
     )
     for sequence in reader.sequences():
@@ -172,36 +173,6 @@ def survey(
         Shown(documents=reader.with_content(sequence), places=from_where)
         for sequence, from_where in chosen.taken()
     ]
-
-
-class _EvenChoice[T]:
-    """Choice of some of many items, spread evenly, for an unknown number of items.
-
-    Args:
-        number: Number of items to choose.
-    """
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-        self._kept: list[T] = []
-        self._offered = 0
-        self._every = 1
-
-    def offer(self, item: T) -> None:
-        """Add the next item."""
-        if self._number and self._offered % self._every == 0:
-            self._kept.append(item)
-            if len(self._kept) == 2 * self._number:
-                del self._kept[1::2]
-                self._every *= 2
-        self._offered += 1
-
-    def taken(self) -> list[T]:
-        """Chosen items, in order."""
-        kept, number = self._kept, self._number
-        if len(kept) <= number:
-            return kept
-        return [kept[i * len(kept) // number] for i in range(number)]
 
 
 # -- text ------------------------------------------------------------------------------------------

@@ -33,6 +33,55 @@ Split = Literal["train", "val"]
 _ENDLESS = MOST_POSITIONS
 
 
+def in_stored_order(config: DataConfig, split: Split, encoder: MimoTaskEncoder) -> Iterator[Any]:
+    """What a task encoder makes of each sample of a split, once and in stored order.
+
+    The dataset is opened at once, and read as the iterator goes on.
+
+    Args:
+        config: Settings with the path of a dataset or blend.
+        split: Name of the split.
+        encoder: The task encoder.
+
+    Raises:
+        ValueError: The dataset cannot be opened, or, later, a shard cannot be read.
+    """
+    assert config.path is not None
+    path = checked_path(config.path)
+    check_roots(config.media_root)
+    with (
+        only_energons(path, trust=config.trust_dataset_code),
+        border(lambda why: unreadable_split(path, split, why)),
+    ):
+        dataset: Any = get_val_dataset(
+            config.path,
+            split_part=split,
+            worker_config=WorkerConfig(
+                rank=0, world_size=1, num_workers=0, global_error_handler=reraise_exception
+            ),
+            # Single samples, although energon's type hint requires a size.
+            batch_size=None,
+            packing_buffer_size=config.packing_buffer_size,
+            task_encoder=encoder,
+        )
+    loader: Any = SavableDataLoader(dataset, gc_collect_every_n_steps=0)
+    loader.pin_memory = False
+    return _outcomes(loader, path)
+
+
+def _outcomes(loader: Any, path: str) -> Iterator[Any]:
+    outcomes = iter(loader)
+    while True:
+        try:
+            outcome = next(outcomes, None)
+        # Outcomes are values: whatever is raised comes from energon over the dataset's files.
+        except Exception as error:
+            raise ValueError(unreadable_shard(path, error)) from error
+        if outcome is None:
+            return
+        yield outcome
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sequence:
     """A sequence as training would read it.
@@ -73,27 +122,8 @@ class DatasetReader:
         limit: int | None = None,
         decode: bool = False,
     ) -> None:
-        assert config.path is not None
-        self._path = checked_path(config.path)
-        check_roots(config.media_root)
         self._encoder = _WatchedEncoder(config, tokenizer, observe, limit=limit, decode=decode)
-        with (
-            only_energons(self._path, trust=config.trust_dataset_code),
-            border(lambda why: unreadable_split(self._path, split, why)),
-        ):
-            dataset: Any = get_val_dataset(
-                config.path,
-                split_part=split,
-                worker_config=WorkerConfig(
-                    rank=0, world_size=1, num_workers=0, global_error_handler=reraise_exception
-                ),
-                # Single samples, although energon's type hint requires a size.
-                batch_size=None,
-                packing_buffer_size=config.packing_buffer_size,
-                task_encoder=self._encoder,
-            )
-        self._loader: Any = SavableDataLoader(dataset, gc_collect_every_n_steps=0)
-        self._loader.pin_memory = False
+        self._outcomes = in_stored_order(config, split, self._encoder)
 
     def sequences(self) -> Iterator[Sequence]:
         """Sequences in the order of reading.
@@ -101,15 +131,7 @@ class DatasetReader:
         Raises:
             ValueError: A shard cannot be read.
         """
-        outcomes = iter(self._loader)
-        while True:
-            try:
-                outcome = next(outcomes, None)
-            # Outcomes are values: whatever is raised comes from energon over the dataset's files.
-            except Exception as error:
-                raise ValueError(unreadable_shard(self._path, error)) from error
-            if outcome is None:
-                return
+        for outcome in self._outcomes:
             # torch's loader makes lists of tuples.
             documents = tuple(outcome) if isinstance(outcome, list | tuple) else (outcome,)
             if isinstance(documents[0], EncodedSample):

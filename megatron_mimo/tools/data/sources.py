@@ -233,7 +233,7 @@ def read_array(path: Path, media: MediaFolder, inputs: Inputs) -> Iterator[Found
     number = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, text in enumerate(_array_items(file), 1):
+            for number, text in enumerate(array_items(file), 1):
                 where = f"{path.name} item {number}"
                 yield _item(text.encode(), where, number, path, media, inputs)
     except (ValueError, RecursionError) as error:
@@ -242,8 +242,11 @@ def read_array(path: Path, media: MediaFolder, inputs: Inputs) -> Iterator[Found
         yield Problem(where=f"{path.name} item {number + 1}", reason=reason)
 
 
-def _array_items(file: TextIO) -> Iterator[str]:
-    """The source text of each item.
+def array_items(file: TextIO) -> Iterator[str]:
+    """The source text of each item of a JSON array, which is not read as a whole.
+
+    Args:
+        file: Opened file, at its beginning.
 
     Raises:
         json.JSONDecodeError: The file is not an array, or is truncated.

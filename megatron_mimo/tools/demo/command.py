@@ -24,7 +24,8 @@ from megatron_mimo.launch.preload import can_fork
 from megatron_mimo.launch.ranks import launch
 from megatron_mimo.settings import Number, Within
 from megatron_mimo.settings.ranges import MOST_ITERATIONS, MOST_RANKS
-from megatron_mimo.tools.demo.page import STYLE, Example, examples_section, results_section
+from megatron_mimo.tools.cards import STYLE, Card, Picture
+from megatron_mimo.tools.demo.page import examples_section, results_section
 from megatron_mimo.tools.report.command import run_sections, write_run_page
 
 _EXAMPLES = 48
@@ -242,16 +243,16 @@ def most_frequent_answer(train: Sequence[RawSample], val: Sequence[RawSample]) -
     return right / len(val)
 
 
-def _examples(samples: Sequence[RawSample], answers: Mapping[str, str]) -> list[Example]:
+def _examples(samples: Sequence[RawSample], answers: Mapping[str, str]) -> list[Card]:
     """Examples, spread evenly over the split."""
     step = max(1, len(samples) // _EXAMPLES)
     return [
-        Example(
-            image=_png(sample),
-            media_type="image/png",
+        Card(
+            pictures=(Picture(content=_png(sample), media_type="image/png"),),
             question=sample.question.replace("<image>", "").strip(),
             expected=sample.answer,
             answer=answers[sample.key],
+            is_right=answers[sample.key] == sample.answer,
         )
         for sample in samples[::step][:_EXAMPLES]
     ]

@@ -28,13 +28,13 @@ from megatron_mimo.data.text.tokenizer import ByteTokenizer
 from megatron_mimo.media.images import EncodedImage, ImageConfig, ImageInput
 from megatron_mimo.tools.data.inspect import (
     InspectCommandLine,
-    _EvenChoice,
     describe,
     settings,
     survey,
 )
 from megatron_mimo.tools.data.page import spans, unpatchify
 from megatron_mimo.tools.data.statistics import Distribution, Observation, Statistics, draw_bars
+from megatron_mimo.tools.even_choice import EvenChoice
 from tests.unit_tests.data.toy import ToneInput, tone
 
 PATCH = 8
@@ -438,7 +438,7 @@ def test_bars_hold_every_value_once(values: list[int]) -> None:
 
 @given(st.integers(0, 300), st.integers(0, 12))
 def test_choices_are_spread_evenly(offered: int, number: int) -> None:
-    choice = _EvenChoice[int](number)
+    choice = EvenChoice[int](number)
     for item in range(offered):
         choice.offer(item)
     taken = choice.taken()

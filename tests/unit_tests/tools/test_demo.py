@@ -6,6 +6,7 @@ import pytest
 from megatron_mimo.config.flags import CommandLine, parse
 from megatron_mimo.config.resolve import resolve
 from megatron_mimo.data import RawSample
+from megatron_mimo.tools.cards import Card, Picture
 from megatron_mimo.tools.demo.command import (
     DemoConfig,
     asking_line,
@@ -13,7 +14,7 @@ from megatron_mimo.tools.demo.command import (
     most_frequent_answer,
     training_flags,
 )
-from megatron_mimo.tools.demo.page import Example, examples_section, results_section
+from megatron_mimo.tools.demo.page import examples_section, results_section
 from megatron_mimo.tools.demo.worker import shuffle_images
 
 
@@ -42,12 +43,13 @@ def test_shuffling_moves_every_image_and_nothing_else() -> None:
 
 
 def test_the_report_shows_results_and_answers() -> None:
-    example = {"image": b"PNG", "media_type": "image/png", "question": "Which <digit>?"}
+    picture = Picture(content=b"PNG", media_type="image/png")
+    example = {"pictures": (picture,), "question": "Which <digit>?"}
     _, results = results_section([("held-out single digits", "93.1%")])
     _, answers = examples_section(
         [
-            Example(**example, expected="7", answer="7"),
-            Example(**example, expected="3", answer="<b>"),
+            Card(**example, expected="7", answer="7", is_right=True),
+            Card(**example, expected="3", answer="<b>", is_right=False),
         ]
     )
     assert "<td class=number>93.1%</td>" in results
