@@ -29,6 +29,11 @@ KERNELS := $(patsubst %,$(KERNELS_FOLDER)/%/.fetched,mamba-ssm/2.3.0 mamba-ssm/2
 WITHOUT_CUDA := MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
   CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE
 
+# lmms-eval, whose command tests run over our model class, and whose metrics they compare ours with. Of
+# its dependencies those that the command imports.
+LMMS_FOLDER := .cache/lmms-eval
+LMMS := $(LMMS_FOLDER)/.fetched
+
 # Beside the environment, each in a folder of its own.
 define FETCH
 if [ -n "$(UV)" ]; then pip="$(UV) pip install --python $(BIN)/python"; \
@@ -42,7 +47,7 @@ PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal
 TEST_BUDGET_S := 1500
 TEST_CI_BUDGET_S := 2000
 
-.PHONY: install transformer-engine triton-kernels demo demo-short test test-ci test-all test-faults lint \
+.PHONY: install transformer-engine triton-kernels lmms-eval demo demo-short test test-ci test-all test-faults lint \
   docs bench bench-results clean help
 .DEFAULT_GOAL := help
 
@@ -76,22 +81,29 @@ $(KERNELS_FOLDER)/%/.fetched: | $(INSTALLED)
 	@$(FETCH); if fetch --no-build-isolation --no-binary :all: $(subst /,==,$*); then touch $@; else \
 	  echo "warning: $(subst /, ,$*) was not fetched: tests of Triton kernels will fail" >&2; fi
 
+lmms-eval: $(LMMS)  ## Fetch the evaluation harness that tests run (260 MB, most of it pyarrow)
+
+$(LMMS): tests/lmms/packages.txt | $(INSTALLED)
+	@mkdir -p $(@D)
+	@$(FETCH); if fetch --upgrade --only-binary :all: -r $<; then touch $@; else \
+	  echo "warning: lmms-eval was not fetched: tests over it will fail" >&2; fi
+
 demo: $(INSTALLED)  ## Train a small vision-language model on two grids, 4 ranks (about 3 minutes)
 	@$(BIN)/megatron-mimo demo $(DEMO_FLAGS)
 
 demo-short: $(INSTALLED)  ## The demo for a few iterations: that it runs, not what it learns
 	@$(BIN)/megatron-mimo demo --train-iters 20 --out runs/demo-short $(DEMO_FLAGS)
 
-test: $(INSTALLED) $(TE) $(KERNELS)  ## Run the tests that find nearly everything (at most 10 minutes on two cores)
+test: $(INSTALLED) $(TE) $(KERNELS) $(LMMS)  ## Run the tests that find nearly everything (at most 10 minutes on two cores)
 	@$(PYTEST) -m "not slow" --processor-budget $(TEST_BUDGET_S) $(PYTEST_FLAGS)
 
-test-ci: $(INSTALLED) $(TE) $(KERNELS)  ## The same, and a slice of the slow ones: SLICE=3 asks for one
+test-ci: $(INSTALLED) $(TE) $(KERNELS) $(LMMS)  ## The same, and a slice of the slow ones: SLICE=3 asks for one
 	@$(PYTEST) --slow-slice $(SLICE) --processor-budget $(TEST_CI_BUDGET_S) $(PYTEST_FLAGS)
 
-test-all: $(INSTALLED) $(TE) $(KERNELS)  ## Run every test, and properties on all their examples (for a release)
+test-all: $(INSTALLED) $(TE) $(KERNELS) $(LMMS)  ## Run every test, and properties on all their examples (for a release)
 	@$(PYTEST) --hypothesis-profile full $(PYTEST_FLAGS)
 
-test-faults: $(INSTALLED) $(TE) $(KERNELS)  ## Plant faults one by one and see that the tests find them: FAULTS="NAME ..."
+test-faults: $(INSTALLED) $(TE) $(KERNELS) $(LMMS)  ## Plant faults one by one and see that the tests find them: FAULTS="NAME ..."
 	@$(BIN)/python -m tests.faults $(FAULTS)
 
 lint: $(INSTALLED)  ## Check style, types and which package imports which

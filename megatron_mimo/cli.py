@@ -240,6 +240,15 @@ def _chat(argv: Sequence[str]) -> int:
     return run_chat(run, parse_arguments(rest, ChatConfig, prog=prog))
 
 
+def _evaluate(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.evaluate.command import run_evaluate
+    from megatron_mimo.tools.evaluate.config import EvaluateConfig
+
+    prog = "megatron-mimo evaluate RUN --data DATASET"
+    run, rest = _positional("RUN", argv, EvaluateConfig, prog)
+    return run_evaluate(run, parse_arguments(rest, EvaluateConfig, prog=prog))
+
+
 def _plan(argv: Sequence[str]) -> int:
     from megatron_mimo.tools.plan.dry_run import asks_for_dry_run
 
@@ -314,6 +323,7 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     "demo": ("train a small model on digits, on two grids, and report", _demo),
     "generate": ("let a trained model answer a question", _generate),
     "chat": ("talk with a trained model on a terminal", _chat),
+    "evaluate": ("score a trained model on a dataset", _evaluate),
     "data": ("write datasets, and look at them", _data),
     "plan": ("show what each rank of a layout does in a step", _plan),
     "checkpoint": ("look into checkpoints, and convert them", _checkpoint),

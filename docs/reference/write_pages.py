@@ -23,6 +23,7 @@ from megatron_mimo.tools.data.inspect import InspectCommandLine
 from megatron_mimo.tools.data.prepare import PrepareConfig
 from megatron_mimo.tools.demo.command import DemoConfig
 from megatron_mimo.tools.doctor.command import DoctorConfig
+from megatron_mimo.tools.evaluate.config import EvaluateConfig
 from megatron_mimo.tools.generate.config import ChatConfig, GenerateConfig
 from megatron_mimo.tools.parity.command import ParityConfig
 from megatron_mimo.tools.plan.command import PlanCommandLine
@@ -34,6 +35,7 @@ COMMANDS: dict[str, type] = {
     "megatron-mimo demo": DemoConfig,
     "megatron-mimo generate RUN QUESTION": GenerateConfig,
     "megatron-mimo chat RUN": ChatConfig,
+    "megatron-mimo evaluate RUN --data DATASET": EvaluateConfig,
     "megatron-mimo data prepare SOURCE --out DIR": PrepareConfig,
     "megatron-mimo data inspect PATH": InspectCommandLine,
     "megatron-mimo data digits": DigitsCommandLine,

@@ -22,6 +22,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         "demo",
         "generate",
         "chat",
+        "evaluate",
         "data",
         "plan",
         "checkpoint",

@@ -27,6 +27,7 @@ _FOREIGN = {
     *("standalone", "master-port", "nproc-per-node"),  # torchrun
     *("container-image", "exclude", "kill-on-bad-exit", "nodes", "requeue", "signal"),  # Slurm
     *("label", "ntasks-per-node"),  # srun
+    "model",  # lmms-eval
     *("apply-layernorm-1p", "no-build-isolation", "pid"),  # Megatron-LM, pip, py-spy
 }
 _ONE_RANK = "examples/mimo/train_hetero.py"
