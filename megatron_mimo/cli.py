@@ -157,6 +157,14 @@ def _inspect_data(argv: Sequence[str]) -> int:
     return run_inspect(path, parse(rest, InspectCommandLine, prog=prog))
 
 
+def _bench_data(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.data.bench import BenchCommandLine, run_bench
+
+    prog = "megatron-mimo data bench DATASET"
+    path, rest = _positional("DATASET", argv, BenchCommandLine, prog)
+    return run_bench(path, parse(rest, BenchCommandLine, prog=prog))
+
+
 def _positional(name: str, argv: Sequence[str], into: type, prog: str) -> tuple[str, list[str]]:
     """The one argument that is neither flag nor value, and the others; prints help if asked."""
     (found,), rest = _positionals((name,), argv, into, prog)
@@ -312,6 +320,7 @@ def _take(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
 _DATA_COMMANDS: dict[str, tuple[str, Command]] = {
     "prepare": ("make a dataset of a folder, a JSONL or JSON file, or tar shards", _prepare),
     "inspect": ("show a dataset as the model will see it", _inspect_data),
+    "bench": ("measure how fast a dataset can be read here, and what limits it", _bench_data),
     "digits": ("write a dataset of handwritten digits to try things on", _digits),
 }
 _CHECKPOINT_COMMANDS: dict[str, tuple[str, Command]] = {

@@ -18,6 +18,7 @@ from megatron_mimo.config.presets import PROVIDERS
 from megatron_mimo.settings import declared
 from megatron_mimo.tools.checkpoint.convert import ConvertConfig
 from megatron_mimo.tools.checkpoint.inspect import InspectConfig
+from megatron_mimo.tools.data.bench import BenchCommandLine
 from megatron_mimo.tools.data.digits import DigitsCommandLine
 from megatron_mimo.tools.data.inspect import InspectCommandLine
 from megatron_mimo.tools.data.prepare import PrepareConfig
@@ -38,6 +39,7 @@ COMMANDS: dict[str, type] = {
     "megatron-mimo evaluate RUN --data DATASET": EvaluateConfig,
     "megatron-mimo data prepare SOURCE --out DIR": PrepareConfig,
     "megatron-mimo data inspect PATH": InspectCommandLine,
+    "megatron-mimo data bench DATASET": BenchCommandLine,
     "megatron-mimo data digits": DigitsCommandLine,
     "megatron-mimo parity RUN_A RUN_B": ParityConfig,
     "megatron-mimo doctor": DoctorConfig,

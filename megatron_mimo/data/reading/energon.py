@@ -115,7 +115,12 @@ class OpenedSplit:
 
 
 def open_split(
-    config: DataConfig, split: SplitName, tokenizer: Tokenizer, *, content: Collection[str]
+    config: DataConfig,
+    split: SplitName,
+    tokenizer: Tokenizer,
+    *,
+    content: Collection[str],
+    encoder: MimoTaskEncoder | None = None,
 ) -> OpenedSplit:
     """Read a split's metadata.
 
@@ -124,6 +129,7 @@ def open_split(
         split: Name of the split: train, shuffled and endless, or val, in stored order.
         tokenizer: Tokenizer of the texts.
         content: Names of the modules whose items are decoded.
+        encoder: Task encoder of these settings; None for that of training.
 
     Raises:
         ValueError: The dataset is missing, not prepared, or lacks the split.
@@ -131,7 +137,7 @@ def open_split(
     assert config.path is not None
     path = checked_path(config.path)
     check_roots(config.media_root)
-    encoder = MimoTaskEncoder(config, tokenizer, content=content)
+    encoder = encoder or MimoTaskEncoder(config, tokenizer, content=content)
     training = split == "train"
     # Settings that energon would otherwise assume.
     sequence = {"max_samples_per_sequence": config.max_samples_per_sequence} if training else {}

@@ -159,10 +159,10 @@ def _slow_loader(run: Measured, threshold: float) -> Iterator[Conclusion]:
     workers = run.flags.get("num-workers") or 0
     processes = run.flags.get("loader-processes")
     flags: dict[str, object] = {}
-    advice = "read with more processes"
+    advice = f"measure it with `megatron-mimo data bench {run.flags.get('data-path')}`"
     if workers == 0:
         flags = {"num-workers": 2}
-        advice = "the dataset is read in the training process"
+        advice = f"{advice}, as it is read in the training process"
     elif processes is not None and processes < workers:
         flags = {"loader-processes": min(workers, max(1, 2 * processes))}
     yield Conclusion(
@@ -504,7 +504,7 @@ RULES = (
         name="loader too slow",
         threshold=0.15,
         fires="ranks of a module wait for samples of a dataset more than {} of a step",
-        tries="`--num-workers`, or more `--loader-processes`",
+        tries="`megatron-mimo data bench`; `--num-workers`, or more `--loader-processes`",
         find=_slow_loader,
         of_times=True,
     ),

@@ -176,7 +176,8 @@ CASES: dict[str, list[Case]] = {
             times("llm", data=16),
             times("llm", data=14),
             "The language model's ranks wait for samples 16 % of a step: the loader is too slow; "
-            "the dataset is read in the training process; try --num-workers 2.",
+            "measure it with `megatron-mimo data bench data/x`, as it is read in the training "
+            "process; try --num-workers 2.",
         ),
         (
             f"{TWO_GRIDS} {ENERGON} --num-workers 8 --loader-processes 2",
