@@ -34,6 +34,10 @@ WITHOUT_CUDA := MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
 LMMS_FOLDER := .cache/lmms-eval
 LMMS := $(LMMS_FOLDER)/.fetched
 
+# What the extra `web` adds, with the pillow that gradio takes: in front of the environment where a test
+# shows the page of `chat --web`.
+WEB := .cache/web/packages/.fetched
+
 # Beside the environment, each in a folder of its own.
 define FETCH
 if [ -n "$(UV)" ]; then pip="$(UV) pip install --python $(BIN)/python"; \
@@ -47,8 +51,8 @@ PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal
 TEST_BUDGET_S := 1500
 TEST_CI_BUDGET_S := 2000
 
-.PHONY: install transformer-engine triton-kernels lmms-eval demo demo-short test test-ci test-all test-faults lint \
-  docs bench bench-results clean help
+.PHONY: install transformer-engine triton-kernels lmms-eval web-packages demo demo-short test test-ci \
+  test-all test-faults lint docs bench bench-results clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -88,6 +92,12 @@ $(LMMS): tests/lmms/packages.txt | $(INSTALLED)
 	@$(FETCH); if fetch --upgrade --only-binary :all: -r $<; then touch $@; else \
 	  echo "warning: lmms-eval was not fetched: tests over it will fail" >&2; fi
 
+web-packages: $(WEB)  ## Fetch what a test of the chat page runs (160 MB)
+
+$(WEB): constraints-web.txt | $(INSTALLED)
+	@rm -rf $(@D); $(FETCH); if fetch --only-binary :all: -r $<; then touch $@; else \
+	  echo "warning: gradio was not fetched: the test of the chat page will fail" >&2; fi
+
 demo: $(INSTALLED)  ## Train a small vision-language model on two grids, 4 ranks (about 3 minutes)
 	@$(BIN)/megatron-mimo demo $(DEMO_FLAGS)
 
@@ -97,13 +107,13 @@ demo-short: $(INSTALLED)  ## The demo for a few iterations: that it runs, not wh
 test: $(INSTALLED) $(TE) $(KERNELS) $(LMMS)  ## Run the tests that find nearly everything (at most 10 minutes on two cores)
 	@$(PYTEST) -m "not slow" --processor-budget $(TEST_BUDGET_S) $(PYTEST_FLAGS)
 
-test-ci: $(INSTALLED) $(TE) $(KERNELS) $(LMMS)  ## The same, and a slice of the slow ones: SLICE=3 asks for one
+test-ci: $(INSTALLED) $(TE) $(KERNELS) $(LMMS) $(WEB)  ## The same, and a slice of the slow ones: SLICE=3 asks for one
 	@$(PYTEST) --slow-slice $(SLICE) --processor-budget $(TEST_CI_BUDGET_S) $(PYTEST_FLAGS)
 
-test-all: $(INSTALLED) $(TE) $(KERNELS) $(LMMS)  ## Run every test, and properties on all their examples (for a release)
+test-all: $(INSTALLED) $(TE) $(KERNELS) $(LMMS) $(WEB)  ## Run every test, and properties on all their examples (for a release)
 	@$(PYTEST) --hypothesis-profile full $(PYTEST_FLAGS)
 
-test-faults: $(INSTALLED) $(TE) $(KERNELS) $(LMMS)  ## Plant faults one by one and see that the tests find them: FAULTS="NAME ..."
+test-faults: $(INSTALLED) $(TE) $(KERNELS) $(LMMS) $(WEB)  ## Plant faults one by one and see that the tests find them: FAULTS="NAME ..."
 	@$(BIN)/python -m tests.faults $(FAULTS)
 
 lint: $(INSTALLED)  ## Check style, types and which package imports which

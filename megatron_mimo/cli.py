@@ -331,7 +331,7 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     "train": ("train a model", _train),
     "demo": ("train a small model on digits, on two grids, and report", _demo),
     "generate": ("let a trained model answer a question", _generate),
-    "chat": ("talk with a trained model on a terminal", _chat),
+    "chat": ("talk with a trained model on a terminal or in a browser", _chat),
     "evaluate": ("score a trained model on a dataset", _evaluate),
     "data": ("write datasets, and look at them", _data),
     "plan": ("show what each rank of a layout does in a step", _plan),

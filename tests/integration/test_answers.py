@@ -218,9 +218,14 @@ def talked(run: str, folder: str) -> tuple[list[str], list[Any]]:
             "<image> without one", "",
         )
     ]  # fmt: skip
-    history = list(talk._turns)
+    history = list(talk.history.turns)
     goes_on += [talk.take("/reset"), talk.take("Hello"), talk.take("/exit")]
-    return "".join(said).splitlines(), [history, len(talk._turns), len(talk._images), goes_on]
+    return "".join(said).splitlines(), [
+        history,
+        len(talk.history.turns),
+        len(talk.history.images),
+        goes_on,
+    ]
 
 
 def test_a_chat_keeps_its_history(

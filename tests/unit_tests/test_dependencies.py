@@ -100,7 +100,7 @@ def test_every_runtime_dependency_is_imported() -> None:
 
 
 def test_every_import_of_the_package_is_declared() -> None:
-    assert undeclared(PACKAGE, RUNTIME | EXTRAS["demo"] | EXTRAS["lmms"]) == set()
+    assert undeclared(PACKAGE, RUNTIME | EXTRAS["demo"] | EXTRAS["lmms"] | EXTRAS["web"]) == set()
 
 
 def test_every_import_of_tests_and_tools_is_declared() -> None:
@@ -109,7 +109,7 @@ def test_every_import_of_tests_and_tools_is_declared() -> None:
 
 @pytest.mark.parametrize("extra", sorted(EXTRAS))
 def test_an_extra_that_is_not_imported_is_a_tool_with_a_reason(extra: str) -> None:
-    imports = PACKAGE if extra in ("demo", "lmms") else REPOSITORY
+    imports = PACKAGE if extra in ("demo", "lmms", "web") else REPOSITORY
     assert unused(EXTRAS[extra], imports) == EXTRAS[extra] & TOOLS.keys()
 
 

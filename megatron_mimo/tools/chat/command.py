@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mimo.border import printable
+from megatron_mimo.tools.chat.history import History
 from megatron_mimo.tools.generate.command import fields_of, open_model
 from megatron_mimo.tools.generate.config import ChatConfig
 
 if TYPE_CHECKING:
-    from megatron_mimo.data import Turn
     from megatron_mimo.inference import LoadedModel
 
 _PROMPT = "> "
@@ -22,7 +22,10 @@ Ctrl-C       while the model answers: stop it there"""
 
 
 class Conversation:
-    """A conversation with a model: its turns, and the images of all of them.
+    """A conversation with a model on a terminal, line by line.
+
+    Attributes:
+        history: What has been said.
 
     Args:
         model: The model that answers.
@@ -36,9 +39,8 @@ class Conversation:
         self._model = model
         self._config = config
         self._write = write
-        self._turns: list[Turn] = []
-        self._images: list[str] = []
-        # Of the next question.
+        self.history = History()
+        # Images of the next question.
         self._waiting: list[str] = []
         self._commands: Mapping[str, Callable[[str], bool]] = {
             "/image": self._add_image,
@@ -67,13 +69,9 @@ class Conversation:
         return self._commands[name](rest.strip())
 
     def _ask(self, question: str) -> bool:
-        from megatron_mimo.data import Turn
-
-        images = [*self._images, *self._waiting]
         try:
-            asked = self._model.with_placeholders(question, self._waiting)
-            turns = [*self._turns, Turn("user", asked)]
-            stream = self._model.stream(turns, images, **fields_of(self._config.sampling))
+            asked = self.history.asked(self._model, question, self._waiting)
+            stream = asked.stream(self._model, fields_of(self._config.sampling))
         except ValueError as error:
             # The question can be asked in another way.
             self._say(f"error: {error}")
@@ -84,8 +82,7 @@ class Conversation:
         except KeyboardInterrupt:
             pass
         self._write("\n")
-        self._turns = [*turns, Turn("assistant", stream.answer.text)]
-        self._images, self._waiting = images, []
+        self.history, self._waiting = asked.answered(stream.answer.text), []
         return True
 
     def _add_image(self, path: str) -> bool:
@@ -99,7 +96,7 @@ class Conversation:
         return True
 
     def _reset(self, _: str) -> bool:
-        self._turns, self._images, self._waiting = [], [], []
+        self.history, self._waiting = History(), []
         self._say("the conversation is forgotten")
         return True
 
@@ -112,7 +109,7 @@ class Conversation:
 
 
 def run_chat(run: str, config: ChatConfig) -> int:
-    """Load the model and talk until the end of the input.
+    """Load the model and talk until the end of the input, or serve a page with --web.
 
     Args:
         run: Folder of the run, or of a model.
@@ -124,6 +121,10 @@ def run_chat(run: str, config: ChatConfig) -> int:
     Raises:
         ValueError: There is no model, or it is damaged; the message names it.
     """
+    if config.web:
+        from megatron_mimo.tools.chat.serve import serve_chat
+
+        return serve_chat(run, config)
     model = open_model(run, config.model)
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:

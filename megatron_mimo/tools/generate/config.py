@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from tyro.conf import UseAppendAction, arg
 
 from megatron_mimo.inference.sampling import Sampling
-from megatron_mimo.settings import File, Folder, Part, Switch
+from megatron_mimo.settings import File, Folder, OnlyWith, Part, Switch, Within, check_settings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ class GenerateConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatConfig:
-    """Talk with a trained model on a terminal.
+    """Talk with a trained model on a terminal, or in a browser.
 
     RUN is the folder that --save named, of which the newest checkpoint is taken, or the folder of
     one checkpoint; or a folder of transformers' NemotronH_Omni_Reasoning_V3. /help lists what can
@@ -62,10 +62,20 @@ class ChatConfig:
 
     Attributes:
         image: Image file that the first question is about; give it once for each image.
+        web: Whether to serve a page for browsers in place of the terminal.
+        host: Address that the page listens at; 127.0.0.1 is for this machine alone, 0.0.0.0 for
+            everybody who reaches it.
+        port: Port that the page listens at; 0 takes a free one.
         sampling: How tokens are chosen.
         model: How the model is loaded.
     """
 
     image: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE")] = ()
+    web: Switch = False
+    host: Annotated[str, OnlyWith("--web")] = "127.0.0.1"
+    port: Annotated[int, Within(0, 65_535), OnlyWith("--web")] = 7860
     sampling: Part[Sampling] = field(default_factory=Sampling)
     model: Part[ModelFlags] = field(default_factory=ModelFlags)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
