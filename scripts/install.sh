@@ -49,7 +49,8 @@ make_environment() {
 with_pip() { run "$BIN/python" -m pip install --quiet --disable-pip-version-check "$@"; }
 with_uv() { run "$UV" pip install --quiet --compile-bytecode --python "$BIN/python" "$@"; }
 
-# Bring a build of torch that uv has a name for; another status than 0 where it cannot be reached.
+# Bring a build of torch that uv has a name for, and of torchvision, which has to fit it; another status
+# than 0 where it cannot be reached.
 install_torch() {
   local backend=$1 uv=$UV python=$BIN/python said
   if [ -z "$uv" ]; then
@@ -63,7 +64,7 @@ install_torch() {
     [ -x "$uv" ] || { say "uv would look for the build of torch that it names '$backend'"; return; }
     [ -x "$python" ] || python=$PYTHON
   fi
-  local -a torch=(--python "$python" --torch-backend "$backend" -c constraints.txt torch)
+  local -a torch=(--python "$python" --torch-backend "$backend" -c constraints.txt torch torchvision)
   if ! said=$(UV_HTTP_RETRIES=1 "$uv" pip install --dry-run "${torch[@]}" 2>&1); then
     # The last of uv's causes is the most exact one.
     said=${said##*$'\n'}

@@ -32,6 +32,7 @@ flags=(
 
   # images
   --dynamic-resolution
+  --dynamic-resolution-rule nemotron-omni
   --dynamic-resolution-min-patches 4
   --dynamic-resolution-max-patches 256
   --max-num-tiles 1

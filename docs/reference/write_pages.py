@@ -1,4 +1,4 @@
-"""Write flags.md and model-fields.md, of what the code's dataclasses are and say.
+"""Write flags.md, model-fields.md and export-fields.md, of what the code's dataclasses are and say.
 
 Usage: python docs/reference/write_pages.py
 """
@@ -15,6 +15,7 @@ from docstring_parser import Docstring, DocstringStyle, parse
 from megatron_mimo.cli import TrainCommandLine
 from megatron_mimo.config.arguments import Flag, known_flags
 from megatron_mimo.config.presets import PROVIDERS
+from megatron_mimo.model.omni.fields import FATES, Carried, Fate, Fixed, NoEffect
 from megatron_mimo.settings import declared
 from megatron_mimo.tools.checkpoint.convert import ConvertConfig
 from megatron_mimo.tools.checkpoint.inspect import InspectConfig
@@ -60,6 +61,15 @@ off again, as in `--no-dynamic-resolution`. `--config FILE` reads any flag of `t
 a key without the dashes; the command line wins. An unknown flag is an error that names the nearest
 one.
 """
+_EXPORT = """\
+# Fields of an exported model
+
+<!-- Written by `make docs` from the table that `checkpoint convert` goes by. -->
+
+What becomes of every field of a model's parts in a `nemotron_h_omni` folder of transformers
+([exporting](../how-to/export.md)). A field in bold stands in the way where it has another value
+than the one that the class computes with: `checkpoint convert` refuses the run with one line.
+"""
 _FIELDS = """\
 # Fields of a model
 
@@ -76,7 +86,11 @@ _KINDS = {int: "INT", float: "FLOAT", str: "STR"}
 def pages() -> dict[Path, str]:
     """Each page, and what it should hold."""
     folder = Path(__file__).parent
-    return {folder / "flags.md": flags_page(), folder / "model-fields.md": fields_page()}
+    return {
+        folder / "flags.md": flags_page(),
+        folder / "model-fields.md": fields_page(),
+        folder / "export-fields.md": export_page(),
+    }
 
 
 def flags_page() -> str:
@@ -103,6 +117,28 @@ def fields_page() -> str:
             having = {name: part for name, part in parts.items() if type(part) is kind}
             lines += [f"## {title}", "", _prose(kind), "", *_fields(kind, having)]
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def export_page() -> str:
+    """What becomes of every field of a model in an exported folder."""
+    lines = [_EXPORT]
+    for kind, fates in FATES.items():
+        lines += [f"## {kind.__name__}", "", "| field | in the folder |", "|---|---|"]
+        for field, fate in fates.items():
+            lines.append(f"| `{field}` | {_fate(fate)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _fate(fate: Fate) -> str:
+    match fate:
+        case Carried(at):
+            return at
+        case NoEffect(why):
+            return f"nothing: {why}"
+        case Fixed(value, needs, flag):
+            where = f" (`{flag}`)" if flag else ""
+            return f"**`{value}` only**{where}: others would need {needs}"
 
 
 def _fields(kind: type, presets: dict[str, Any]) -> Iterator[str]:

@@ -34,6 +34,7 @@ def _check_images(model: ModelSection) -> None:
     bounds = {
         "--dynamic-resolution-min-patches": model.dynamic_resolution_min_patches,
         "--dynamic-resolution-max-patches": model.dynamic_resolution_max_patches,
+        "--dynamic-resolution-rule": model.dynamic_resolution_rule,
     }
     if model.dynamic_resolution:
         given = [flag for flag, value in sides.items() if value is not None]

@@ -44,8 +44,9 @@ from megatron_mimo.data.inputs import Inputs, check_inputs
 from megatron_mimo.data.samples.mock import check_mock_items
 from megatron_mimo.data.source import SourceConfig
 from megatron_mimo.media.images import ImageConfig
+from megatron_mimo.media.images.config import GridRule
 from megatron_mimo.model.config import Frozen, ModelConfig, ReduceConfig
-from megatron_mimo.model.omni.config import OmniConfig
+from megatron_mimo.model.omni.config import OmniConfig, is_hybrid
 from megatron_mimo.modules.families import source_adapter
 from megatron_mimo.modules.language import ExecutionConfig
 from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
@@ -223,7 +224,7 @@ def _fill_defaults(
             sequence_parallel=_or(grid.sequence_parallel, default=layout.target.tp > 1),
         ),
         model=replace(
-            _fill_resolution(model, folder),
+            _fill_resolution(model, folder, architecture),
             patch_dim=getattr(vision, "patch_dim", None),
             class_token_len=getattr(vision, "class_token_len", None),
             pixel_shuffle=getattr(vision, "pixel_shuffle", None),
@@ -259,7 +260,7 @@ def _inputs(config: TrainConfig, architecture: ModelConfig, frozen: Frozen) -> I
     model = config.model
     settings = {
         "dynamic_resolution": model.dynamic_resolution,
-        "grid_rule": "nemotron-omni" if model.model_provider == "hf" else _IMAGES.grid_rule,
+        "grid_rule": _or(model.dynamic_resolution_rule, default=_IMAGES.grid_rule),
         "min_patches": _or(model.dynamic_resolution_min_patches, default=_IMAGES.min_patches),
         "max_patches": _or(model.dynamic_resolution_max_patches, default=_IMAGES.max_patches),
         "img_h": _or(model.img_h, default=_IMAGES.img_h),
@@ -283,9 +284,13 @@ def _inputs(config: TrainConfig, architecture: ModelConfig, frozen: Frozen) -> I
     return inputs
 
 
-def _fill_resolution(model: ModelSection, folder: OmniConfig | None) -> ModelSection:
+def _fill_resolution(
+    model: ModelSection, folder: OmniConfig | None, architecture: ModelConfig
+) -> ModelSection:
     if not model.dynamic_resolution:
         return model
+    # Images of a model that transformers has are seen as its processor there sees them.
+    rule: GridRule = "nemotron-omni" if is_hybrid(architecture) else _IMAGES.grid_rule
     least, most = _IMAGES.min_patches, _IMAGES.max_patches
     if folder is not None:
         least, most = folder.min_patches, folder.max_patches
@@ -293,6 +298,7 @@ def _fill_resolution(model: ModelSection, folder: OmniConfig | None) -> ModelSec
         model,
         dynamic_resolution_min_patches=_or(model.dynamic_resolution_min_patches, default=least),
         dynamic_resolution_max_patches=_or(model.dynamic_resolution_max_patches, default=most),
+        dynamic_resolution_rule=_or(model.dynamic_resolution_rule, default=rule),
     )
 
 

@@ -139,6 +139,10 @@ class ModelSection:
             left out: 4, or the value in the folder of --load-hf.
         dynamic_resolution_max_patches: Largest number of patches; an image with more is shrunk; 0
             is uncapped; left out: 256, or the value in the folder of --load-hf.
+        dynamic_resolution_rule: Size and pixels of an image near its native size: "nearest" rounds
+            the size to the nearest one, "nemotron-omni" resizes as transformers' processor for
+            Nemotron H Omni models; left out: nemotron-omni where the language model is a hybrid,
+            else nearest.
         img_h: Height of an image, or a tile, without dynamic resolution; pixels.
         img_w: Width of an image, or a tile, without dynamic resolution; pixels.
         use_tiling: Whether to cut an image into tiles of --img-h x --img-w, in the layout nearest
@@ -186,6 +190,9 @@ class ModelSection:
     dynamic_resolution: bool = True
     dynamic_resolution_min_patches: Annotated[Number, Within(1, MOST_POSITIONS)] = None
     dynamic_resolution_max_patches: Annotated[Number, Within(0, MOST_POSITIONS)] = None
+    dynamic_resolution_rule: Annotated[
+        DisallowNone[Literal["nearest", "nemotron-omni"] | None], arg(help_behavior_hint="")
+    ] = None
     img_h: Annotated[Number, Within(1, MOST_PIXELS)] = None
     img_w: Annotated[Number, Within(1, MOST_PIXELS)] = None
     use_tiling: Switch = False

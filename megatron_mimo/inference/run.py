@@ -17,7 +17,8 @@ from megatron_mimo.config.resolve import Resolved, resolve
 from megatron_mimo.config.sections import TrainConfig
 from megatron_mimo.data import Tokenizer, build_tokenizer, check_prompt_format, placeholders
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.text.tokenizer import read_token
+from megatron_mimo.data.text.tokenizer import read_image_tokens
+from megatron_mimo.media.images.input import tag_type
 from megatron_mimo.model.omni.config import read_omni
 from megatron_mimo.settings import declared
 from megatron_mimo.weights.folder import WeightFolder
@@ -68,6 +69,7 @@ def read_run(
     path: str | Path,
     *,
     tokenizer_model: str | None = None,
+    load_hf: str | None = None,
     custom_import: Sequence[str] = (),
     trust: bool = False,
 ) -> Run:
@@ -77,6 +79,7 @@ def read_run(
         path: Folder that `--save` named, of which the newest checkpoint is taken, or the folder of
             one checkpoint; or a `nemotron_h_omni` folder of transformers.
         tokenizer_model: Folder of the tokenizer in place of the run's.
+        load_hf: Folder that the run began from, in place of where it was.
         custom_import: Modules that a run's `--custom-import` may name: a checkpoint does not choose
             code by itself.
         trust: Whether files of the checkpoint may run code.
@@ -97,6 +100,8 @@ def read_run(
         _refuse_imports(flags, custom_import, path)
     else:
         flags, where = _of_folder(path), str(path / _CONFIG)
+    if load_hf is not None:
+        flags["load_hf"] = load_hf
     if tokenizer_model is not None:
         flags["tokenizer_model"] = tokenizer_model
     resolved = resolve(from_values(flags, where), 1)
@@ -165,7 +170,7 @@ def _of_folder(path: Path) -> dict[str, Any]:
     """The flags with which a run from a `nemotron_h_omni` folder sees what transformers sees."""
     with WeightFolder(path) as folder:
         omni = read_omni(folder)
-    image = read_token(str(path), omni.image_token_id)
+    image, tags = read_image_tokens(str(path), omni.image_token_id)
     if image is None:
         raise ValueError(
             f"{path}: its tokenizer has no token {omni.image_token_id}, the image_token_id of "
@@ -176,8 +181,7 @@ def _of_folder(path: Path) -> dict[str, Any]:
         "load_hf": str(path),
         "tokenizer_model": str(path),
         "image_token": image,
-        # transformers' processor writes them around every image.
-        "image_tag_type": "internvl",
+        "image_tag_type": tag_type(tags, str(path)),
     }
 
 

@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import torch
@@ -39,6 +39,7 @@ class WeightFolder:
         self.config: dict[str, Any] = _read_json(self.path / _CONFIG)
         self.config_name = str(self.path / _CONFIG)
         self._prefix = ""
+        self._beside: Mapping[str, str] = {}
         self._files: dict[str, Any] = {}
         self._where = dict(self._locate())
 
@@ -54,7 +55,13 @@ class WeightFolder:
         self._files.clear()
 
     def part(
-        self, prefix: str, *, section: str, config: dict[str, Any], without: Iterable[str] = ()
+        self,
+        prefix: str,
+        *,
+        section: str,
+        config: dict[str, Any],
+        without: Iterable[str] = (),
+        beside: Mapping[str, str] = MappingProxyType({}),
     ) -> Self:
         """One of several models in the folder, as if it were in a folder of its own.
 
@@ -64,17 +71,20 @@ class WeightFolder:
             config: Contents of that section.
             without: Names in the folder of tensors with that prefix that do not belong to the
                 model.
+            beside: Name -> name in the folder, of tensors of the model without that prefix.
         """
         part = copy.copy(self)
         part.config = config
         part.config_name = f"{self.config_name}: {section}"
         part._prefix = self._prefix + prefix
+        part._beside = beside
         left_out = set(without)
         part._where = {
             name.removeprefix(prefix): file
             for name, file in self._where.items()
             if name.startswith(prefix) and name not in left_out
         }
+        part._where |= {ours: self._where[at] for ours, at in beside.items() if at in self._where}
         return part
 
     @property
@@ -84,7 +94,7 @@ class WeightFolder:
 
     def full_name(self, name: str) -> str:
         """Name in the folder of a tensor of this part."""
-        return self._prefix + name
+        return self._beside.get(name, self._prefix + name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor.

@@ -27,6 +27,7 @@ TOOLS = {
     "flash-linear-attention": "megatron-core imports it for gated linear attention",
     "pytest-timeout": "plugin of pytest: the setting `timeout` in pyproject.toml",
     "pytest-xdist": "plugin of pytest: tests run side by side",
+    "torchvision": "transformers' image processor imports it, which tests compare pixels with",
     "ruff": "command of `make lint`",
     "mypy": "command of `make lint`",
     "types-PyYAML": "types that mypy reads",

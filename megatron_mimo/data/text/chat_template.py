@@ -26,10 +26,12 @@ class ChatTemplate(Protocol):
 
     Attributes:
         name: Which template it is, for messages: "the chat template of FOLDER".
+        source: Its text, in the language of jinja.
         problem: Why it cannot be used for any conversation, and what to do; None if it can.
     """
 
     name: str
+    source: str
     problem: str | None
 
     def render(self, messages: Sequence[Message], *, opens_answer: bool = False) -> str:
@@ -69,6 +71,7 @@ class HuggingFaceChatTemplate:
     def __init__(self, tokenizer: Any, path: str) -> None:
         self.name = f"the chat template of {path}"
         self.problem: str | None = None
+        self.source = ""
         self._tokenizer = tokenizer
         named = tokenizer.chat_template
         if isinstance(named, dict) and "default" not in named:
@@ -78,8 +81,8 @@ class HuggingFaceChatTemplate:
                 f"(chat_template.jinja in its folder)"
             )
             return
-        self._template: str = tokenizer.get_chat_template()
-        self._marks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self._template) is not None
+        self.source = tokenizer.get_chat_template()
+        self._marks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source) is not None
         self.problem = self._wrong_syntax()
 
     def render(self, messages: Sequence[Message], *, opens_answer: bool = False) -> str:
@@ -113,7 +116,7 @@ class HuggingFaceChatTemplate:
 
         (text,), marked = render_jinja_template(
             conversations=[list(messages)],
-            chat_template=self._template,
+            chat_template=self.source,
             return_assistant_tokens_mask=self._marks,
             add_generation_prompt=opens_answer,
             # Thoughts of earlier turns are learnt too; templates that do not know the name pass it

@@ -183,6 +183,17 @@ class HuggingFaceTokenizer:
             else None
         )
 
+    @property
+    def pretrained(self) -> Any:
+        """The tokenizer of `transformers`, which reads each placeholder as one token."""
+        return self._tokenizer
+
+    @property
+    def eos_token(self) -> str:
+        """Text of the token that ends an answer."""
+        token: str = self._tokenizer.eos_token
+        return token
+
     def _read_placeholders(self, placeholders: Iterable[str]) -> None:
         """Make the tokenizer read each placeholder as one token wherever it stands.
 
@@ -243,8 +254,12 @@ def _resembling(wanted: str, vocabulary: Iterable[str]) -> str:
     return f"; it has {', '.join(marked[token] for token in close)}" if close else ""
 
 
-def read_token(path: str, token_id: int) -> str | None:
-    """The text of a token in the vocabulary of a folder's tokenizer; None where it has no such id.
+def read_image_tokens(path: str, token_id: int) -> tuple[str | None, tuple[str, str]]:
+    """How the tokenizer of a folder writes an image.
+
+    Returns:
+        The text of the token with this id, None where the vocabulary has none; and what
+        transformers' processor writes before and after an image.
 
     Raises:
         ValueError: The folder has no tokenizer.
@@ -252,8 +267,10 @@ def read_token(path: str, token_id: int) -> str | None:
     from transformers import AutoTokenizer
 
     with border(lambda why: f"{path} holds no tokenizer: {why}"):
-        vocabulary = AutoTokenizer.from_pretrained(path, local_files_only=True).get_vocab()
-    return next((token for token, number in vocabulary.items() if number == token_id), None)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    found = (token for token, number in tokenizer.get_vocab().items() if number == token_id)
+    before = getattr(tokenizer, "image_start_token", "<img>")
+    return next(found, None), (before, getattr(tokenizer, "image_end_token", "</img>"))
 
 
 def build_tokenizer(path: str | None, placeholders: Mapping[str, str]) -> Tokenizer:

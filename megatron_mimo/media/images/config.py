@@ -38,7 +38,8 @@ class ImageConfig:
             images of any shape.
         dynamic_resolution: Whether to keep an image near its native size and aspect ratio.
         grid_rule: Choice of the size near the native one: "nearest" rounds, "nemotron-omni" uses
-            the grids of transformers' processor for Nemotron H Omni models.
+            the grids of transformers' processor for Nemotron H Omni models, and resizes without
+            rounding pixels to 8 bits, as it does.
         min_patches: Smallest number of patches; an image with fewer is enlarged (native
             resolution).
         max_patches: Largest number of patches; an image with more is shrunk; 0 is uncapped (native

@@ -3,12 +3,17 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 
 from megatron_mimo.media.images.config import ImageConfig
 from megatron_mimo.media.images.grid import Grid, image_grids, rows_of, tile_layout
+
+# Of a channel, 0 to 255; float32 beyond these bounds where an image was resized without rounding.
+Pixels = NDArray[np.uint8] | NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +24,13 @@ class EncodedImage:
         grids: Numbers of patch rows and columns of each piece: tiles in raster order, then the
             thumbnail; one piece without tiling.
         rows: Number of rows that the encoder produces from it.
-        patches: Patches, uint8 [T, 3*P*P], piece after piece, in raster order, each (channel, y,
-            x); None where the pixels are not needed.
+        patches: Patches, uint8 or float32 [T, 3*P*P] of 0 to 255, piece after piece, in raster
+            order, each (channel, y, x); None where the pixels are not needed.
     """
 
     grids: tuple[Grid, ...]
     rows: int
-    patches: NDArray[np.uint8] | None
+    patches: Pixels | None
 
 
 def encode_image(image: Image.Image, config: ImageConfig, *, with_patches: bool) -> EncodedImage:
@@ -40,29 +45,36 @@ def encode_image(image: Image.Image, config: ImageConfig, *, with_patches: bool)
     patches = None
     if with_patches:
         pieces = _pieces(image, grids, config)
-        patches = np.concatenate(
-            [patchify(np.asarray(piece), config.patch_dim) for piece in pieces]
-        )
+        patches = np.concatenate([patchify(piece, config.patch_dim) for piece in pieces])
     return EncodedImage(grids, rows_of(grids, config), patches)
 
 
-def patchify(pixels: NDArray[np.uint8], patch_dim: int) -> NDArray[np.uint8]:
+def patchify(pixels: Pixels, patch_dim: int) -> Pixels:
     """Cut an image into square patches.
 
     Args:
-        pixels: Pixels, uint8 [H, W, 3], with sides divisible by the patch size.
+        pixels: Pixels, uint8 or float32 [H, W, 3], with sides divisible by the patch size.
         patch_dim: Side of a patch in pixels, P.
 
     Returns:
-        Patches in raster order, uint8 [T, 3*P*P], each (channel, y, x).
+        Patches in raster order, [T, 3*P*P] of the same dtype, each (channel, y, x).
     """
-    patches: NDArray[np.uint8] = rearrange(
+    patches: Pixels = rearrange(
         pixels, "(row y) (column x) c -> (row column) (c y x)", y=patch_dim, x=patch_dim
     )
     return patches
 
 
-def _pieces(image: Image.Image, grids: tuple[Grid, ...], config: ImageConfig) -> list[Image.Image]:
+def _pieces(image: Image.Image, grids: tuple[Grid, ...], config: ImageConfig) -> list[Pixels]:
+    height, width = (side * config.patch_dim for side in grids[0])
+    if config.dynamic_resolution and config.grid_rule == "nemotron-omni":
+        return [_resized_unrounded(image, width, height)]
+    return [np.asarray(piece) for piece in _rounded_pieces(image, grids, config)]
+
+
+def _rounded_pieces(
+    image: Image.Image, grids: tuple[Grid, ...], config: ImageConfig
+) -> list[Image.Image]:
     height, width = (side * config.patch_dim for side in grids[0])
     if len(grids) == 1:
         return [_resized(image, width, height)]
@@ -80,3 +92,19 @@ def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
     if image.size == (width, height):
         return image
     return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _resized_unrounded(image: Image.Image, width: int, height: int) -> Pixels:
+    """Pixels [H, W, 3] of a resized image, as transformers' processor for Nemotron H Omni models.
+
+    They are float32 where the size changes: neither rounded, nor clipped to 0 and 255 beside edges.
+    """
+    pixels: NDArray[np.uint8] = np.asarray(image)
+    if image.size == (width, height):
+        return pixels
+    planes = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float()
+    planes = F.interpolate(
+        planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False
+    )
+    resized: NDArray[np.float32] = planes[0].permute(1, 2, 0).numpy()
+    return resized

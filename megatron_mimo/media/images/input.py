@@ -26,7 +26,11 @@ Size = tuple[int, int]
 
 IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "ppm")
 """Endings of the files that stored samples hold images in."""
-_TAGS: dict[str | None, tuple[str, str]] = {None: ("", ""), "internvl": ("<img>", "</img>")}
+_TAGS: dict[ImageTagType | None, tuple[str, str]] = {
+    None: ("", ""),
+    "internvl": ("<img>", "</img>"),
+}
+_KNOWN = "expected <img> and </img>, or nothing"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +156,22 @@ class ImageInput:
     @property
     def _tag_bytes(self) -> int:
         return len("".join(self.tags))
+
+
+def tag_type(tags: tuple[str, str], where: str) -> ImageTagType | None:
+    """The kind of tags that are these texts; None for no tags.
+
+    Args:
+        tags: Texts before and after an image.
+        where: Where they were found, for the message.
+
+    Raises:
+        ValueError: No kind has these texts.
+    """
+    for kind, known in _TAGS.items():
+        if tags == known:
+            return kind
+    raise ValueError(f"{where} writes {tags[0]!r} and {tags[1]!r} around an image: {_KNOWN}")
 
 
 def _pixels(source: ImageSource, size: Size) -> tuple[Image, str | None]:

@@ -95,8 +95,11 @@ def _size(
     grid_h = int(rng.integers(1, min(_LARGEST_SIDE, most) + 1))
     grid_w = int(rng.integers(1, min(_LARGEST_SIDE, most // grid_h) + 1))
     slack = unit // 4
+    # The other rule rounds sides up to whole units, and odd numbers of whole patches by one.
+    shift = -slack - 1 if config.grid_rule == "nemotron-omni" else 0
     height, width = (
-        max(1, side * unit + int(rng.integers(-slack, slack + 1))) for side in (grid_h, grid_w)
+        max(1, side * unit + shift + int(rng.integers(-slack, slack + 1)))
+        for side in (grid_h, grid_w)
     )
     return height, width
 

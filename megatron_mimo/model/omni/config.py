@@ -1,6 +1,5 @@
 """Architecture and image processing of a folder, to and from its JSON files."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,23 +7,29 @@ from typing import Any
 
 from megatron_mimo.media.images import ImageConfig
 from megatron_mimo.model.config import ModelConfig, vision_language
-from megatron_mimo.model.omni.parts import cut, field
+from megatron_mimo.model.omni.fields import FAMILIES, OMNI, require_carried
+from megatron_mimo.model.omni.parts import cut, field, holds_norm_of_layers
+from megatron_mimo.model.omni.processor import (
+    MAX_PATCHES,
+    MERGE,
+    MIN_PATCHES,
+    read_max_patches,
+    read_processing,
+    write_processor,
+)
 from megatron_mimo.modules.hybrid import weights as language_weights
 from megatron_mimo.modules.hybrid.adapter import HybridAdapter
 from megatron_mimo.modules.hybrid.config import HybridConfig
 from megatron_mimo.modules.projector.config import ProjectorConfig
 from megatron_mimo.modules.radio import weights as radio_weights
+from megatron_mimo.modules.radio.adapter import RadioAdapter
 from megatron_mimo.modules.radio.config import RadioConfig
 from megatron_mimo.weights.folder import WeightFolder
 
 # The second is what folders published before transformers had the model say.
 _MODEL_TYPES = ("nemotron_h_omni", "NemotronH_Nano_Omni_Reasoning_V3")
-PREPROCESSOR = "preprocessor_config.json"
 # Number of frames that transformers' embedding of video takes at once.
 FRAMES = 2
-_MERGE = 0.5
-# Defaults of transformers' image processor.
-_MIN_PATCHES, _MAX_PATCHES = 1024, 13312
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +49,8 @@ class OmniConfig:
     vocab_size: int
     seq_length: int
     image_token_id: int
-    min_patches: int = _MIN_PATCHES
-    max_patches: int = _MAX_PATCHES
+    min_patches: int = MIN_PATCHES
+    max_patches: int = MAX_PATCHES
 
     def image_config(self) -> ImageConfig:
         """How images of any size become patches."""
@@ -81,17 +86,17 @@ def read_omni(folder: WeightFolder) -> OmniConfig:
     vision = radio_weights.read_config(parts.vision)
     # transformers trains them.
     vision = replace(vision, layer_scale=radio_weights.has_layer_scales(parts.vision))
-    if vision.final_layernorm:
+    if holds_norm_of_layers(folder):
         raise ValueError(
             f"the weights in {folder.path} have a norm after the vision encoder, which "
             f"transformers' NemotronH_Omni_Reasoning_V3 has not"
         )
     language, vocab_size = language_weights.read_config(parts.language)
-    _require(where, "downsample_ratio", found.get("downsample_ratio", _MERGE), _MERGE)
+    _require(where, "downsample_ratio", found.get("downsample_ratio", MERGE), MERGE)
     _require(
         where, "vision_hidden_size", field(found, "vision_hidden_size", 1280), vision.hidden_size
     )
-    processing = _processing(folder.path)
+    processing = read_processing(folder.path)
     _require(
         f"{folder.path}: image processor",
         "patch_size",
@@ -114,18 +119,9 @@ def read_omni(folder: WeightFolder) -> OmniConfig:
         vocab_size=vocab_size,
         seq_length=parts.language.config.get("max_position_embeddings", 4096),
         image_token_id=image_token_id,
-        min_patches=processing.get("min_num_patches", _MIN_PATCHES),
-        max_patches=_max_patches(processing),
+        min_patches=processing.get("min_num_patches", MIN_PATCHES),
+        max_patches=read_max_patches(processing),
     )
-
-
-def _max_patches(processing: Mapping[str, Any]) -> int:
-    """Largest number of patches of an image; the language model's context is a bound too."""
-    context: int = processing.get("max_model_len", 16384)
-    least: int = processing.get("min_num_patches", _MIN_PATCHES)
-    of_context = max(round(1 / _MERGE) ** 2 * (context - 4), least)
-    most: int = processing.get("max_num_patches", _MAX_PATCHES)
-    return max(min(most or of_context, of_context), least)
 
 
 def write_omni(config: OmniConfig) -> dict[str, Any]:
@@ -140,9 +136,15 @@ def write_omni(config: OmniConfig) -> dict[str, Any]:
         "model_type": _MODEL_TYPES[0],
         "vision_config": radio_weights.write_config(vision) | {"video_temporal_patch_size": FRAMES},
         "text_config": language_weights.write_config(language, config.vocab_size)
-        | {"max_position_embeddings": config.seq_length},
+        | {
+            "max_position_embeddings": config.seq_length,
+            # megatron-core ends every block with a norm where the language model predicts several
+            # tokens, so transformers has one after the vision encoder then. It has no layers for
+            # such predictions.
+            "num_nextn_predict_layers": int(vision.final_layernorm),
+        },
         "audio_config": None,
-        "downsample_ratio": _MERGE,
+        "downsample_ratio": MERGE,
         "projector_hidden_size": config.model.part("projector").ffn_hidden_size,
         "vision_hidden_size": vision.hidden_size,
         "video_temporal_patch_size": FRAMES,
@@ -150,18 +152,27 @@ def write_omni(config: OmniConfig) -> dict[str, Any]:
     }
 
 
-def write_processing(config: OmniConfig) -> dict[str, Any]:
-    """Contents of preprocessor_config.json: how transformers makes patches of images."""
-    vision = config.model.part("vision")
-    return {
-        "image_processor_type": "NemotronH_Omni_Reasoning_V3ImageProcessor",
-        "image_mean": list(vision.pixel_mean),
-        "image_std": list(vision.pixel_std),
-        "patch_size": vision.patch_dim,
-        "downsample_ratio": _MERGE,
-        "min_num_patches": config.min_patches,
-        "max_num_patches": config.max_patches,
-    }
+def save_processor(folder: Path, config: OmniConfig) -> None:
+    """Write how transformers makes patches of images, into a folder.
+
+    Raises:
+        ValueError: A file of the folder is not JSON.
+    """
+    vision: RadioConfig = config.model.part("vision")
+    write_processor(
+        folder,
+        patch_dim=vision.patch_dim,
+        pixel_mean=vision.pixel_mean,
+        pixel_std=vision.pixel_std,
+        min_patches=config.min_patches,
+        max_patches=config.max_patches,
+        frames=FRAMES,
+    )
+
+
+def is_hybrid(model: ModelConfig) -> bool:
+    """Whether a model's language model is of the kind that transformers' class has."""
+    return HybridAdapter().own(model.target) is not None
 
 
 def require_exportable(model: ModelConfig) -> HybridConfig:
@@ -170,52 +181,38 @@ def require_exportable(model: ModelConfig) -> HybridConfig:
     Raises:
         ValueError: transformers' model has no such field or value; the message names the field.
     """
+    language = require_hybrid(model)
+    sources = model.sources
+    if len(sources) != 1 or RadioAdapter().own(next(iter(sources.values()))) is None:
+        raise ValueError(
+            f"the model has the modules {', '.join(model.modules)}: {OMNI} has one vision encoder, "
+            f"RADIO, and a language model"
+        )
+    require_carried("vision", model.part("vision"))
+    require_carried("projector", model.part("projector"))
+    return language
+
+
+def require_hybrid(model: ModelConfig) -> HybridConfig:
+    """Refuse a language model that transformers does not have; returns its architecture.
+
+    Raises:
+        ValueError: It is of another family, or has a field of another value; the message names it.
+    """
     language = HybridAdapter().own(model.target)
     if language is None:
+        needs = FAMILIES.get(type(model.target)) or "such a language model"
         raise ValueError(
-            "the language model is a dense decoder: transformers' NemotronH_Omni_Reasoning_V3 has "
-            "a hybrid one"
+            f"{model.target_name} of the model is a {type(model.target).__name__}: {OMNI} would "
+            f"need {needs}"
         )
-    vision, projector = model.part("vision"), model.part("projector")
-    expected: Mapping[str, tuple[Any, Any]] = {
-        "vision.final_layernorm": (vision.final_layernorm, False),
-        "vision.patch_bias": (vision.patch_bias, False),
-        "vision.pixel_shuffle": (vision.pixel_shuffle, True),
-        "vision.row_order": (vision.row_order, "nemotron"),
-        "projector.kind": (projector.kind, "mlp"),
-        "projector.normalization": (projector.normalization, "RMSNorm"),
-        "projector.activation": (projector.activation, "squared_relu"),
-        "projector.bias": (projector.bias, False),
-        "projector.layernorm_epsilon": (projector.layernorm_epsilon, 1e-5),
-    }
-    for name, (value, supported) in expected.items():
-        if value != supported:
-            raise ValueError(
-                f"{name} of the model is {value!r}: transformers' NemotronH_Omni_Reasoning_V3 has "
-                f"{supported!r} only"
-            )
+    require_carried("language", language)
     return language
 
 
 def _require(where: str, name: str, value: Any, supported: Any, *, asked: bool = True) -> None:
     if asked and value != supported:
         raise ValueError(f"{where}: {name} is {value!r}, only {supported!r} is supported")
-
-
-def _processing(folder: Path) -> dict[str, Any]:
-    """The image processor's settings, where transformers looks for them; empty without a file."""
-    for name, section in (("processor_config.json", "image_processor"), (PREPROCESSOR, None)):
-        path = folder / name
-        if not path.exists():
-            continue
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-        held: dict[str, Any] | None = found if section is None else found.get(section)
-        if held is not None:
-            return held
-    return {}
 
 
 def _normalised_by(processing: Mapping[str, Any], vision: RadioConfig) -> RadioConfig:

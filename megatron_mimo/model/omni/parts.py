@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from megatron_mimo.modules.radio.weights import MODULES, PUBLISHED
 from megatron_mimo.weights.folder import WeightFolder
 from megatron_mimo.weights.table import Entry
 
 VISION, PROJECTOR, LANGUAGE = "vision_model.", "mlp1.", "language_model."
 VIDEO_EMBEDDER = "vision_model.radio_model.model.patch_generator.video_embedder.weight"
+NORM = "vision_final_layernorm"
+"""The norm after the vision encoder, which is not one of its own weights in transformers."""
 # Weights of parts that are not trained here, by the start of their names.
 _CARRIED: Mapping[str, tuple[str, ...]] = {
     "audio": ("sound_encoder.", "sound_projection."),
@@ -58,13 +61,30 @@ def cut(folder: WeightFolder) -> OmniParts:
     without = tuple(chain.from_iterable(found.values()))
     # Vision weights say what kind they are where the section does not.
     vision = {"model_type": "radio"} | _section(folder, "vision_config")
+    language = _section(folder, "text_config")
+    beside: dict[str, str] = {}
+    if f"{NORM}.weight" in folder.names:
+        beside = {
+            f"{names.final_norm}.{kind}": f"{NORM}.{kind}"
+            for names in (PUBLISHED, MODULES)
+            for kind in ("weight", "bias")
+        }
+        # It says that there is the norm; layers that it would stand for are refused by their names.
+        language = language | {"num_nextn_predict_layers": 0}
     return OmniParts(
-        vision=folder.part(VISION, section="vision_config", config=vision, without=without),
-        projector=folder.part(PROJECTOR, section="projector", config=folder.config),
-        language=folder.part(
-            LANGUAGE, section="text_config", config=_section(folder, "text_config")
+        vision=folder.part(
+            VISION, section="vision_config", config=vision, without=without, beside=beside
         ),
+        projector=folder.part(PROJECTOR, section="projector", config=folder.config),
+        language=folder.part(LANGUAGE, section="text_config", config=language),
         carried=carried,
+    )
+
+
+def holds_norm_of_layers(folder: WeightFolder) -> bool:
+    """Whether the vision encoder itself has a norm after its layers, unlike transformers'."""
+    return any(
+        f"{VISION}{names.final_norm}.weight" in folder.names for names in (PUBLISHED, MODULES)
     )
 
 
@@ -74,6 +94,27 @@ def field(config: Mapping[str, Any], name: str, default: Any = None) -> Any:
         if config.get(known, default) not in (None, default):
             return config[known]
     return default
+
+
+def described_by(
+    source: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The config.json of a folder, with the fields of an architecture that has changed since.
+
+    Args:
+        source: Contents of config.json.
+        before: Fields of the architecture that it describes, and sections of such fields.
+        after: The same fields of the changed architecture.
+    """
+    described = dict(source)
+    for name, value in after.items():
+        known = name if name in source else _OLDER.get(name, name)
+        if isinstance(value, dict):
+            described[known] = described_by(source.get(known, {}), before[name], value)
+        elif value != before[name]:
+            described.pop(known, None)
+            described[name] = value
+    return described
 
 
 def projector_table() -> tuple[Entry, ...]:

@@ -1,12 +1,12 @@
 """Weights of whole models: each rank reads its shard, one process writes whole tensors."""
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,21 @@ from torch import Tensor, nn
 from megatron_mimo.model.config import ModelConfig
 from megatron_mimo.model.omni.config import (
     FRAMES,
-    PREPROCESSOR,
     OmniConfig,
     read_omni,
     require_exportable,
+    save_processor,
     write_omni,
-    write_processing,
 )
 from megatron_mimo.model.omni.parts import (
     LANGUAGE,
+    NORM,
     PROJECTOR,
     VIDEO_EMBEDDER,
     VISION,
     OmniParts,
     cut,
+    described_by,
     projector_table,
 )
 from megatron_mimo.modules.adapter import ModuleConfig
@@ -188,6 +189,7 @@ def save_omni(
     projector: nn.Module,
     language: nn.Module,
     source: WeightFolder | None,
+    tokens: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write a folder that transformers loads, from modules that one process holds whole.
 
@@ -197,24 +199,25 @@ def save_omni(
         vision: Vision encoder, a `RadioVit`.
         projector: Projector, a `Projector`.
         language: Language model, a `HybridModel`.
-        source: Folder that training began from. Its config.json, the files beside its weights, and
-            its audio and video parts are carried over; weights have its dtypes, and those that did
-            not change are the same bit by bit. None: there is no audio, and the embedding of video
-            is that of a still image.
+        source: Folder that training began from. Its config.json, with the fields that `config`
+            changes, the files beside its weights, and its audio and video parts are carried over;
+            weights have its dtypes, and those that did not change are the same bit by bit. None:
+            there is no audio, and the embedding of video is that of a still image.
+        tokens: Fields of text_config beside the architecture, such as pad_token_id; only without a
+            source.
 
     Raises:
-        ValueError: transformers' model has no such part, or the source has another architecture.
+        ValueError: transformers' model has no such part; the message names it.
     """
     hybrid = require_exportable(config.model)
     if source is None:
         tensors = dict(_fresh(config, vision, projector, language))
-        described = write_omni(config) | {"dtype": _dtype_name(tensors[_EMBEDDING])}
+        described = write_omni(config) | {"dtype": dtype_name(tensors[_EMBEDDING])}
+        described["text_config"] |= tokens
         write_folder(path, described, tensors)
-        (Path(path) / PREPROCESSOR).write_text(
-            json.dumps(write_processing(config), indent=2) + "\n"
-        )
+        save_processor(Path(path), config)
         return
-    _require_same(config, source)
+    described = described_by(source.config, write_omni(read_omni(source)), write_omni(config))
     parts = cut(source)
     of_modules = (
         (
@@ -229,7 +232,7 @@ def save_omni(
     )
     carried = ((name, source.tensor(name)) for name in parts.carried_names)
     _copy_beside(source.path, Path(path))
-    write_folder(path, source.config, chain(named, carried))
+    write_folder(path, described, chain(named, carried))
 
 
 def _fresh(
@@ -239,7 +242,9 @@ def _fresh(
     names = radio_weights.PUBLISHED
     for name, tensor in radio_weights.export_weights(vision, config.model.part("vision")).items():
         # transformers normalises images in front of this model.
-        if name not in (names.mean, names.std):
+        if name.startswith(names.final_norm):
+            yield NORM + name.removeprefix(names.final_norm), tensor
+        elif name not in (names.mean, names.std):
             yield VISION + name, tensor
         if name == f"{names.patches}.weight":
             yield VIDEO_EMBEDDER, torch.cat([tensor / FRAMES] * FRAMES, dim=1)
@@ -273,22 +278,6 @@ def _require_all(folder: WeightFolder, parts: OmniParts, model: ModelConfig) -> 
     require_names(folder.path, wanted, folder.names, optional)
 
 
-def _require_same(config: OmniConfig, source: WeightFolder) -> None:
-    """Refuse a source whose config.json would not describe the modules."""
-    ours, theirs = write_omni(config), write_omni(read_omni(source))
-    differing = [
-        f"{section}.{field}" if section else field
-        for section in ("", "vision_config", "text_config")
-        for field, value in (ours[section] if section else ours).items()
-        if not isinstance(value, dict) and value != (theirs[section] if section else theirs)[field]
-    ]
-    if differing:
-        raise ValueError(
-            f"the model differs from {source.path} in {', '.join(differing)}: expected the folder "
-            f"that its training began from"
-        )
-
-
 def _copy_beside(source: Path, target: Path) -> None:
     """Copy the files of a folder that are not weights and do not describe weights."""
     target.mkdir(parents=True, exist_ok=True)
@@ -299,5 +288,6 @@ def _copy_beside(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def _dtype_name(tensor: Tensor) -> str:
+def dtype_name(tensor: Tensor) -> str:
+    """Name in config.json of the dtype of a tensor [...]."""
     return str(tensor.dtype).removeprefix("torch.")

@@ -25,7 +25,6 @@ _ABSENT: Mapping[str, Any] = {
     "mamba_hidden_act": "silu",
     "n_group": 1,
     "topk_group": 1,
-    "norm_topk_prob": True,
     "moe_latent_size": None,
     "n_shared_experts": 1,
     "num_nextn_predict_layers": 0,
@@ -83,10 +82,13 @@ def read_config(folder: WeightFolder) -> tuple[HybridConfig, int]:
     missing += [] if "vocab_size" in found else ["vocab_size"]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}: transformers writes all of them")
-    if "E" in pattern and found["num_experts_per_tok"] == 1:
+    # megatron-core normalises the weights of several experts, and not that of one.
+    several, normalised = found["num_experts_per_tok"] > 1, found.get("norm_topk_prob", True)
+    if "E" in pattern and normalised != several:
         raise ValueError(
-            f"{where}: num_experts_per_tok is 1, at least 2 are supported: megatron-core does not "
-            f"normalise the weight of one expert"
+            f"{where}: norm_topk_prob is {normalised!r} with num_experts_per_tok "
+            f"{found['num_experts_per_tok']}, only {several!r} is supported: megatron-core "
+            f"normalises the weights of several experts, and not that of one"
         )
     fields = {ours: found[theirs] for ours, theirs in _FIELDS.items()}
     fields[_TIED] = found["tie_word_embeddings"] and _holds_one_table(folder)
@@ -102,6 +104,7 @@ def write_config(config: HybridConfig, vocab_size: int) -> dict[str, Any]:
         "vocab_size": vocab_size,
         "layers_block_type": [names[letter] for letter in config.layers],
         **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
+        "norm_topk_prob": config.moe_router_topk > 1,
         # transformers takes its logarithm.
         "time_step_min": config.mamba_step_floor or _NO_FLOOR,
     }

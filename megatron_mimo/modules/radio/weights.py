@@ -1,5 +1,6 @@
 """RADIO weights as transformers' `RadioModel` stores them: tables of names, import and export."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -152,17 +153,29 @@ def write_config(config: RadioConfig) -> dict[str, Any]:
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads,
-        "mlp_ratio": config.ffn_hidden_size / config.hidden_size,
+        "mlp_ratio": _ratio(config.ffn_hidden_size, config.hidden_size),
         "hidden_act": names[config.activation],
         "layer_norm_eps": config.layernorm_epsilon,
         "patch_size": config.patch_dim,
         "max_img_size": config.position_grid * config.patch_dim,
         "num_cls_tokens": config.class_token_len - config.num_registers,
         "num_registers": config.num_registers,
-        "summary_idxs": list(config.summary_tokens),
+        "summary_idxs": _summarised(config),
         "norm_mean": list(config.pixel_mean),
         "norm_std": list(config.pixel_std),
     }
+
+
+def _ratio(wide: int, width: int) -> float:
+    """Factor with which `int(width * factor)` is the wide one."""
+    ratio = wide / width
+    return ratio if int(width * ratio) == wide else math.nextafter(ratio, math.inf)
+
+
+def _summarised(config: RadioConfig) -> list[int]:
+    """Class tokens of the summary, of those that there are."""
+    classes = config.class_token_len - config.num_registers
+    return [token for token in config.summary_tokens if token < classes]
 
 
 def name_table(config: RadioConfig, names: "Names") -> tuple[Entry, ...]:
@@ -249,7 +262,7 @@ def export_weights(module: nn.Module, config: RadioConfig) -> dict[str, Tensor]:
         tensors[scale] = torch.ones(config.hidden_size, dtype=dtype)
     tensors[names.mean] = torch.tensor(config.pixel_mean).view(-1, 1, 1)
     tensors[names.std] = torch.tensor(config.pixel_std).view(-1, 1, 1)
-    tensors[names.summary] = torch.tensor(config.summary_tokens)
+    tensors[names.summary] = torch.tensor(_summarised(config), dtype=torch.int64)
     return tensors
 
 

@@ -1,7 +1,6 @@
 """`megatron-mimo checkpoint convert`: weights between checkpoints and nemotron_h_omni folders.
 
-In both directions one process holds the whole model: the model of the folder is built and filled,
-and then written as a checkpoint, or filled again from one.
+In both directions one process holds the whole model: it is built and filled, and then written.
 """
 
 import shutil
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
+from megatron_mimo.config.sections import CustomImport
 from megatron_mimo.settings import Folder
 from megatron_mimo.tools.checkpoint.inspect import (
     Damaged,
@@ -38,19 +38,23 @@ _EMBEDDING = "language_model.embedding.word_embeddings.weight"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
-    """Convert weights: a checkpoint into a nemotron_h_omni folder, or such a folder into one.
+    """Convert a checkpoint into a folder that transformers loads, or such a folder into one.
 
     --from is a folder of checkpoints, of which the newest is taken, or the folder of one; or a
     folder of transformers' NemotronH_Omni_Reasoning_V3.
 
     Attributes:
         to: Folder to make.
-        hf: Folder of nemotron_h_omni that the run of a checkpoint began from, to convert the
-            checkpoint; its architecture, audio, video and tokenizer are carried over.
+        hf: Where the folder of --load-hf is now, for a checkpoint of a run that began from one; its
+            audio and video are carried over.
+        tokenizer_model: Folder of the tokenizer in place of the run's, such as where it is now.
+        custom_import: Module that the run was started with; its code runs here too.
     """
 
     to: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")] = None
     hf: Folder = None
+    tokenizer_model: Folder = None
+    custom_import: CustomImport = ()
 
 
 def run_convert(source: str | None, config: ConvertConfig) -> int:
@@ -82,13 +86,7 @@ def run_convert(source: str | None, config: ConvertConfig) -> int:
                 )
             what = to_checkpoint(origin, target)
         else:
-            checkpoint = locate(origin)
-            if config.hf is None:
-                raise ValueError(
-                    f"--from {origin} is a checkpoint: add --hf, the nemotron_h_omni folder that "
-                    f"its run began from{_known(checkpoint)}"
-                )
-            what = to_folder(checkpoint, Path(config.hf), target)
+            what = _from_checkpoint(locate(origin), origin, config, target)
     except Damaged as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -99,11 +97,51 @@ def run_convert(source: str | None, config: ConvertConfig) -> int:
     return 0
 
 
-def _known(checkpoint: Path) -> str:
-    """Folder that the run began from, in parentheses; "" where the checkpoint does not have it."""
+def _from_checkpoint(checkpoint: Path, origin: Path, config: ConvertConfig, target: Path) -> str:
+    """Export a run; or the weights of a checkpoint that knows of a folder alone."""
+    flags = _flags(checkpoint)
+    if "model_provider" not in flags:
+        if config.hf is None:
+            folder = flags.get("load_hf")
+            raise ValueError(
+                f"--from {origin} is a checkpoint: add --hf, the nemotron_h_omni folder that "
+                f"its run began from{'' if folder is None else f' ({folder})'}"
+            )
+        return to_folder(checkpoint, Path(config.hf), target)
+    if config.hf is not None and flags.get("load_hf") is None:
+        raise ValueError(
+            f"--hf {config.hf}: the run of {checkpoint} did not begin from a folder, but with "
+            f"--model-provider {flags['model_provider']}: leave --hf out"
+        )
+    _check(checkpoint)
+    from megatron_mimo.tools.checkpoint.export import export_run
+
+    return export_run(
+        checkpoint,
+        target,
+        load_hf=config.hf,
+        tokenizer_model=config.tokenizer_model,
+        custom_import=config.custom_import,
+    )
+
+
+def _flags(checkpoint: Path) -> dict[str, Any]:
+    """Flags of the run that wrote a checkpoint; empty where it does not have them."""
     common = read_common(checkpoint, read_metadata(checkpoint)) or {}
-    folder = getattr(common.get("args"), "load_hf", None)
-    return "" if folder is None else f" ({folder})"
+    return dict(getattr(common.get("args"), "__dict__", {}))
+
+
+def _check(checkpoint: Path) -> None:
+    """Find damage, with one line that names the file.
+
+    Raises:
+        Damaged: Files are missing or damaged.
+    """
+    check_sizes(checkpoint, read_metadata(checkpoint))
+    from megatron_mimo.checkpoint import folder as folders
+
+    if (checkpoint / folders.CHECKSUMS).exists():
+        verify(checkpoint)
 
 
 def to_checkpoint(source: Path, root: Path) -> str:
@@ -171,12 +209,8 @@ def to_folder(checkpoint: Path, source: Path, target: Path) -> str:
             lists what is missing, unexpected or of another shape.
         Damaged: Files are missing or damaged; the message names them.
     """
+    _check(checkpoint)
     metadata = read_metadata(checkpoint)
-    check_sizes(checkpoint, metadata)
-    from megatron_mimo.checkpoint import folder as folders
-
-    if (checkpoint / folders.CHECKSUMS).exists():
-        verify(checkpoint)
     stored = {entry.key: entry for entry in entries_of(metadata) if entry.kind is None}
     if _EMBEDDING not in stored:
         raise ValueError(

@@ -290,7 +290,7 @@ def unpatchify(image: EncodedImage) -> Iterator[NDArray[np.uint8]]:
             y=patch_dim,
             x=patch_dim,
         )
-        yield np.ascontiguousarray(pixels)
+        yield np.rint(pixels.clip(0, 255)).astype(np.uint8)
 
 
 def _span(span: Span) -> str:

@@ -129,7 +129,7 @@ def training_flags(config: DemoConfig, dataset: Path, out: Path) -> list[str]:
         "model-provider": config.model_provider,
         "dataset-provider": "energon",
         "data-path": dataset,
-        "seq-length": 48,
+        "seq-length": 64,
         "micro-batch-size": 16,
         "global-batch-size": 16 * config.llm_dp,
         "train-iters": config.train_iters,

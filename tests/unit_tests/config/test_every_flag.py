@@ -96,6 +96,7 @@ ROWS = (
     Row("--no-dynamic-resolution", f"{IMAGE}.dynamic_resolution", "--img-h 16 --img-w 16"),
     Row("--dynamic-resolution-min-patches 8", f"{IMAGE}.min_patches"),
     Row("--dynamic-resolution-max-patches 0", f"{IMAGE}.max_patches"),
+    Row("--dynamic-resolution-rule nearest", f"{IMAGE}.grid_rule", HYBRID),
     Row("--img-h 48", f"{IMAGE}.img_h", FIXED),
     Row("--img-w 48", f"{IMAGE}.img_w", FIXED),
     Row("--use-tiling", f"{IMAGE}.use_tiling", FIXED),

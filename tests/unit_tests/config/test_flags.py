@@ -21,7 +21,8 @@ FLAGS = """
     freeze-projection freeze tokenizer-model tokenizer-prompt-format image-token image-tag-type
     seq-length
     dynamic-resolution dynamic-resolution-min-patches
-    dynamic-resolution-max-patches img-h img-w use-tiling max-num-tiles use-thumbnail patch-dim
+    dynamic-resolution-max-patches dynamic-resolution-rule
+    img-h img-w use-tiling max-num-tiles use-thumbnail patch-dim
     class-token-len pixel-shuffle moe-router-force-load-balancing moe-grouped-gemm
     recompute-granularity recompute-modules bf16 fp16 fp32 loss-scale
     initial-loss-scale min-loss-scale loss-scale-window hysteresis init

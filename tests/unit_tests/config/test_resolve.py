@@ -174,6 +174,18 @@ def test_settings_reach_their_parts() -> None:
     ) == (8, 0)
 
 
+def test_hybrid_models_see_images_as_transformers_does() -> None:
+    for flags, rule in (
+        ("", "nearest"),
+        ("--dynamic-resolution-rule nemotron-omni", "nemotron-omni"),
+        ("--model-provider nemotron-moe-vlm-tiny", "nemotron-omni"),
+        ("--model-provider nemotron-moe-vlm-tiny --dynamic-resolution-rule nearest", "nearest"),
+    ):
+        resolved = run(1, flags)
+        assert resolved.data.inputs["encoder"].config.grid_rule == rule
+        assert resolved.model.dynamic_resolution_rule == rule
+
+
 def test_positions_of_the_data_follow_the_interval() -> None:
     flags = "--dataloader-save a --save-interval 3 --keep-last 2"
     for more in ("", " --save b"):

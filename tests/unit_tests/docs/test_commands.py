@@ -206,8 +206,13 @@ def script(page: Path, until: str) -> str:
         ("README.md", "", "megatron-mimo demo --train-iters 20"),
         ("docs/how-to/data.md", "", ":"),
         ("docs/how-to/resume.md", "## With other data", ":"),
+        (
+            "docs/how-to/export.md",
+            "## What is in the folder",
+            "megatron-mimo demo --train-iters 20",
+        ),
     ],
-    ids=["README", "data", "resume"],
+    ids=["README", "data", "resume", "export"],
 )
 def test_pages_run_from_top_to_bottom(name: str, until: str, before: str, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")

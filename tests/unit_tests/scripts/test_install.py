@@ -63,7 +63,7 @@ def test_a_host_gets_the_build_for_cpus(checkout: Path) -> None:
     assert done.returncode == 0, done.stderr
     _, torch, package = steps(done.stdout)
     assert torch.startswith(f"{uv} pip install ") and torch.endswith(
-        "--torch-backend cpu -c constraints.txt torch"
+        "--torch-backend cpu -c constraints.txt torch torchvision"
     )
     assert package.endswith("-e .[demo,dev] -c constraints.txt")
 

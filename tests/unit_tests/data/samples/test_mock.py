@@ -11,6 +11,7 @@ from megatron_mimo.data.samples.mock import Split, check_mock_items, mock_sample
 from megatron_mimo.data.samples.sample import RawSample, encode_sample
 from megatron_mimo.data.text.tokenizer import ByteTokenizer
 from megatron_mimo.media.images import ImageConfig, ImageInput
+from megatron_mimo.media.images.config import GridRule
 
 indices = st.integers(0, 10**6)
 
@@ -92,10 +93,13 @@ def test_colour_of_the_picture_decides_the_answer() -> None:
 def test_samples_fit_their_sequence(
     index: int, length: int, shuffle: bool, patch: int, tags: bool
 ) -> None:
-    image = ImageConfig(pixel_shuffle=shuffle, patch_dim=patch, min_patches=1)
-    images = ImageInput(config=image, tag_type="internvl" if tags else None)
-    config = DataConfig(seq_length=length, inputs={"encoder": images})
-    encode_sample(mock_sample(index, Split.TRAIN, config), config, ByteTokenizer(), content=())
+    rules: tuple[GridRule, ...] = ("nearest", "nemotron-omni")
+    for rule in rules:
+        image = ImageConfig(pixel_shuffle=shuffle, patch_dim=patch, min_patches=1, grid_rule=rule)
+        images = ImageInput(config=image, tag_type="internvl" if tags else None)
+        config = DataConfig(seq_length=length, inputs={"encoder": images})
+        raw = mock_sample(index, Split.TRAIN, config)
+        encode_sample(raw, config, ByteTokenizer(), content=())
 
 
 @given(indices, st.integers(1, 40), st.integers(40, 200))

@@ -127,6 +127,27 @@ def test_grids_of_nemotron_omni_are_those_of_transformers(
     assert len(found) > 1500
 
 
+def test_images_of_nemotron_omni_are_resized_without_rounding() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8)
+    rounding = encode_image(Image.fromarray(noise), ImageConfig(), with_patches=True)
+    assert rounding.patches is not None and rounding.patches.dtype == np.uint8
+    config = ImageConfig(grid_rule="nemotron-omni")
+    found = encode_image(Image.fromarray(noise), config, with_patches=True)
+    assert found.grids == ((4, 6),) and found.patches is not None
+    assert found.patches.dtype == np.float32
+    assert found.patches.min() < -1 and found.patches.max() > 256
+    # Pillow has the same filter, in float32 for images of one channel.
+    for channel in range(3):
+        plane = Image.fromarray(noise[..., channel].astype(np.float32), mode="F")
+        resized = np.asarray(plane.resize((48, 32), Image.Resampling.BICUBIC))
+        patches = found.patches.reshape(4, 6, 3, 8, 8)[:, :, channel]
+        assert np.abs(patches.transpose(0, 2, 1, 3).reshape(32, 48) - resized).max() < 0.01
+    whole = encode_image(Image.fromarray(noise[:16, :32]), config, with_patches=True)
+    assert whole.patches is not None and whole.patches.dtype == np.uint8
+    packed = pack_images([found, whole], config)
+    assert packed is not None and packed.patches.dtype == torch.float32
+
+
 def test_a_thread_of_an_image_keeps_both_sides() -> None:
     config = ImageConfig(patch_dim=16, max_patches=256, grid_rule="nemotron-omni")
     for size in ((16 * 5000, 16), (1, 10**6)):

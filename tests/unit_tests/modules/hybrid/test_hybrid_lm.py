@@ -20,6 +20,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "MEM*EM-E*": {"tie_word_embeddings": True},
     "M*M-": {"n_groups": 1, "num_key_value_heads": 4, "layer_norm_epsilon": 1e-3},
     "MM": {"time_step_min": 0.05},
+    "EE": {"num_experts_per_tok": 1, "norm_topk_prob": False},
 }
 
 

@@ -97,7 +97,11 @@ def test_missing_and_unexpected_weights_are_listed(
         ("mlp_bias", True, "mlp_bias is True, only False is supported"),
         ("moe_latent_size", 16, "moe_latent_size is 16, only None is supported"),
         ("num_nextn_predict_layers", 1, "num_nextn_predict_layers is 1, only 0 is supported"),
-        ("num_experts_per_tok", 1, "num_experts_per_tok is 1, at least 2 are supported"),
+        (
+            "num_experts_per_tok",
+            1,
+            "norm_topk_prob is True with num_experts_per_tok 1, only False is supported",
+        ),
         ("layers_block_type", ["moe", "rnn"], "layers_block_type has rnn: expected linear_att"),
     ],
 )

@@ -1,0 +1,170 @@
+"""The checkpoint of a run as a folder that transformers loads, and answers from as the run does."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    # megatron-core has to be adapted to a host before anything imports it.
+    from megatron_mimo.inference.run import Run
+    from megatron_mimo.model.omni import OmniConfig
+    from megatron_mimo.modules.stage import ModuleStage
+
+_GENERATION = "generation_config.json"
+
+
+def export_run(
+    checkpoint: Path,
+    target: Path,
+    *,
+    load_hf: str | None = None,
+    tokenizer_model: str | None = None,
+    custom_import: Sequence[str] = (),
+) -> str:
+    """Write a run as a folder of `nemotron_h_omni`, or of `nemotron_h` where it has text alone.
+
+    What transformers needs to answer as the run does is the run's own: the architecture, the sizes
+    and the normalisation of images, the tokens, the format of a conversation, and what ends an
+    answer. A run that began from such a folder has its audio and video carried over.
+
+    Args:
+        checkpoint: Folder of the checkpoint of one iteration, undamaged.
+        target: Folder to create.
+        load_hf: Folder that the run began from, in place of where it was.
+        tokenizer_model: Folder of the tokenizer in place of the run's.
+        custom_import: Modules that the run's `--custom-import` may name.
+
+    Returns:
+        Description of what was written.
+
+    Raises:
+        ValueError: transformers has no such model; the message names the field, its value, and what
+            would be needed. Or the run needs something that is not there.
+    """
+    from megatron_mimo.inference.run import read_run
+    from megatron_mimo.model.omni.config import require_hybrid
+    from megatron_mimo.runtime import prepare_megatron_core, resolve_device
+
+    run = read_run(
+        checkpoint, tokenizer_model=tokenizer_model, load_hf=load_hf, custom_import=custom_import
+    )
+    require_hybrid(run.resolved.architecture)
+    config = None if len(run.resolved.layout.modules) == 1 else omni_config(run)
+    prepare_megatron_core(resolve_device("cpu"))
+    from megatron_mimo.inference.modules import load_modules
+
+    modules = load_modules(run)
+    staged = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        if config is None:
+            _write_text(staged, run, modules)
+        else:
+            _write_omni(staged, run, config, modules)
+        _write_beside(staged, run)
+        if target.is_dir():
+            target.rmdir()  # An empty one.
+        staged.rename(target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    model = "nemotron_h" if config is None else "nemotron_h_omni"
+    return f"{checkpoint} as a folder of {model}"
+
+
+def omni_config(run: "Run") -> "OmniConfig":
+    """Architecture and image processing of a run, as transformers' class has them.
+
+    Raises:
+        ValueError: The class does not have them; the message names the field.
+    """
+    from megatron_mimo.media.images import ImageInput
+    from megatron_mimo.model.omni.config import OmniConfig, require_exportable
+    from megatron_mimo.model.omni.fields import require_carried
+
+    resolved, folder = run.resolved, run.resolved.folder
+    require_exportable(resolved.architecture)
+    ((module, kind),) = run.data.inputs.items()
+    assert isinstance(kind, ImageInput)
+    require_carried("items", kind)
+    require_carried("images", kind.config)
+    return OmniConfig(
+        model=resolved.architecture,
+        vocab_size=run.vocab_size,
+        seq_length=resolved.model.seq_length if folder is None else folder.seq_length,
+        image_token_id=run.tokenizer.placeholder_ids[module],
+        min_patches=kind.config.min_patches,
+        max_patches=kind.config.max_patches,
+    )
+
+
+def _write_omni(
+    folder: Path, run: "Run", config: "OmniConfig", modules: "Mapping[str, ModuleStage]"
+) -> None:
+    from megatron_mimo.model.omni.config import save_processor
+    from megatron_mimo.model.omni.weights import save_omni
+    from megatron_mimo.modules.language.module import LanguageModule
+    from megatron_mimo.modules.radio.module import RadioModule
+    from megatron_mimo.weights.folder import WeightFolder
+
+    encoder, language = modules.values()
+    assert isinstance(encoder, RadioModule) and isinstance(language, LanguageModule)
+    assert encoder.projector is not None
+    source = run.resolved.config.checkpoints.first_weights.load_hf
+    save_omni(
+        folder,
+        config,
+        vision=encoder.vision,
+        projector=encoder.projector,
+        language=language.model,
+        source=None if source is None else WeightFolder(source),
+        tokens=_token_ids(run),
+    )
+    save_processor(folder, config)
+
+
+def _write_text(folder: Path, run: "Run", modules: "Mapping[str, ModuleStage]") -> None:
+    from megatron_mimo.model.omni.config import require_hybrid
+    from megatron_mimo.model.omni.weights import dtype_name
+    from megatron_mimo.modules.hybrid.weights import export_weights, write_config
+    from megatron_mimo.modules.language.module import LanguageModule
+    from megatron_mimo.weights.folder import write_folder
+
+    (language,) = modules.values()
+    assert isinstance(language, LanguageModule)
+    hybrid = require_hybrid(run.resolved.architecture)
+    tensors = export_weights(language.model, hybrid)
+    described = write_config(hybrid, run.vocab_size) | _token_ids(run)
+    described["max_position_embeddings"] = run.resolved.model.seq_length
+    described["dtype"] = dtype_name(tensors["backbone.embeddings.weight"])
+    write_folder(folder, described, tensors)
+
+
+def _write_beside(folder: Path, run: "Run") -> None:
+    """Tokenizer, chat template, and how an answer is generated."""
+    from megatron_mimo.data.text.pretrained import save_tokenizer
+    from megatron_mimo.inference.sampling import Sampling
+
+    save_tokenizer(folder, run.tokenizer, run.data)
+    path = folder / _GENERATION
+    # As `megatron-mimo generate` answers, unless a folder says otherwise.
+    generation: dict[str, Any] = {"do_sample": False, "max_new_tokens": Sampling().max_new_tokens}
+    if path.exists():
+        generation = json.loads(path.read_text())
+    generation |= _token_ids(run)
+    if padding := list(range(run.tokenizer.num_tokens, run.vocab_size)):
+        # Rows of the table that are no tokens.
+        generation["suppress_tokens"] = padding
+    path.write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _token_ids(run: "Run") -> dict[str, Any]:
+    from megatron_mimo.data.text.question import answer_ends
+
+    return {
+        "bos_token_id": None,
+        "eos_token_id": sorted(answer_ends(run.data, run.tokenizer)),
+        "pad_token_id": run.tokenizer.pad_id,
+    }
