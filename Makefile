@@ -98,13 +98,13 @@ $(WEB): constraints-web.txt | $(INSTALLED)
 	@rm -rf $(@D); $(FETCH); if fetch --only-binary :all: -r $<; then touch $@; else \
 	  echo "warning: gradio was not fetched: the test of the chat page will fail" >&2; fi
 
-demo: $(INSTALLED)  ## Train a small vision-language model on two grids, 4 ranks (about 3 minutes)
+demo: $(INSTALLED)  ## Train a small vision-language model on two grids, 4 ranks (about 5 minutes)
 	@$(BIN)/megatron-mimo demo $(DEMO_FLAGS)
 
 demo-short: $(INSTALLED)  ## The demo for a few iterations: that it runs, not what it learns
 	@$(BIN)/megatron-mimo demo --train-iters 20 --out runs/demo-short $(DEMO_FLAGS)
 
-test: $(INSTALLED) $(TE) $(KERNELS) $(LMMS)  ## Run the tests that find nearly everything (at most 10 minutes on two cores)
+test: $(INSTALLED) $(TE) $(KERNELS) $(LMMS)  ## Run the tests that find nearly everything (about 15 minutes on two cores)
 	@$(PYTEST) -m "not slow" --processor-budget $(TEST_BUDGET_S) $(PYTEST_FLAGS)
 
 test-ci: $(INSTALLED) $(TE) $(KERNELS) $(LMMS) $(WEB)  ## The same, and a slice of the slow ones: SLICE=3 asks for one

@@ -85,7 +85,7 @@ def run_demo(config: DemoConfig) -> int:
     Console().print(
         f"The demo writes a dataset of handwritten digits, trains {config.model_provider} on it "
         f"for {config.train_iters} iterations on {config.encoder_dp} + {config.llm_dp} ranks of "
-        f"this machine, and asks about images that it has never seen: about three minutes on two "
+        f"this machine, and asks about images that it has never seen: about five minutes on two "
         f"cores with its defaults. Everything goes to {out}.",
         highlight=False,
         markup=False,
