@@ -104,14 +104,14 @@ class MegatronMimo(lmms):
             self._ignored |= ignored
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not supported: a task of several rounds."""
+        """Not supported: the base class declares it, for tasks that go on from an answer."""
         raise NotImplementedError(
             "tasks of several rounds (generate_until_multi_round) are not supported by the model "
             "megatron_mimo: choose tasks with output_type generate_until"
         )
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not supported: lmms-eval asks models with messages for texts only."""
+        """Not supported: the base class declares it, and asks chat models for texts only."""
         raise NotImplementedError(
             "tasks by likelihood are not supported by the model megatron_mimo: choose tasks with "
             "output_type generate_until"
