@@ -16,8 +16,9 @@ class TransportConfig:
     """Properties of all transfers between stages, equal on every rank.
 
     Attributes:
-        row_width: Width of a row and of the target's hidden states, H of the target.
-        hidden_widths: Source name -> width of the hidden states between its stages.
+        row_width: Width of a row.
+        hidden_widths: Module name -> width of the hidden states between its stages; that of a row
+            where it is absent.
         dtype: Dtype of rows, hidden states and gradients.
         device: Device of the tensors.
         check: Whether both ends compare sample keys and checksums of every transfer over a bridge.

@@ -4,10 +4,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from megatron_mimo.config.model_file import read_architecture
+from megatron_mimo.config.model_file import Folder, read_architecture
 from megatron_mimo.config.sections import ModelSection, TrainConfig
 from megatron_mimo.model.config import Frozen, ModelConfig, unknown
-from megatron_mimo.model.omni.config import OmniConfig
 from megatron_mimo.modules.families import adapter_of, language_adapter, source_adapter
 from megatron_mimo.modules.language import ExecutionConfig
 from megatron_mimo.topology import Layout, SequenceSharding
@@ -15,7 +14,7 @@ from megatron_mimo.topology import Layout, SequenceSharding
 _VISION = "vision"
 
 
-def model_architecture(model: ModelSection, folder: OmniConfig | None) -> ModelConfig:
+def model_architecture(model: ModelSection, folder: Folder | None) -> ModelConfig:
     """The architecture that the flags ask for.
 
     Args:
@@ -206,7 +205,12 @@ def check_sequence(layout: Layout, architecture: ModelConfig, filled: TrainConfi
             f"{filled.data.packing_buffer_size}: context parallelism cuts the sequence as a whole, "
             f"and packing asks for each of its samples to be cut evenly; leave one out"
         )
-    if _has_experts(architecture) and llm.tp > 1 and not filled.grids.sequence_parallel:
+    divides = language_adapter(architecture.target).sequence_parallel
+    if filled.grids.sequence_parallel and not divides:
+        raise ValueError(
+            "--sequence-parallel: this language model's forward takes whole sequences; leave it out"
+        )
+    if divides and _has_experts(architecture) and llm.tp > 1 and not filled.grids.sequence_parallel:
         raise ValueError(
             f"--no-sequence-parallel with {llm.flag('tp')} {llm.tp}: experts need sequence "
             f"parallelism; leave it out, or set {llm.flag('tp')} 1"

@@ -6,15 +6,19 @@ from megatron_mimo.config.presets import changed, model_config
 from megatron_mimo.config.yaml_file import load_mapping
 from megatron_mimo.data import Tokenizer
 from megatron_mimo.model.config import ModelConfig
-from megatron_mimo.model.omni.config import OmniConfig, read_omni
+from megatron_mimo.model.hf import HfFolder, read_hf
+from megatron_mimo.model.omni.config import OmniConfig, is_omni, read_omni
 from megatron_mimo.weights.folder import WeightFolder
+
+Folder = OmniConfig | HfFolder
+"""A model as a folder of transformers describes it."""
 
 HUGGING_FACE = "hf"
 """The provider that reads the architecture from `--load-hf`."""
 
 
 def read_architecture(
-    provider: str, file: str | None, overrides: Iterable[str], base: OmniConfig | None = None
+    provider: str, file: str | None, overrides: Iterable[str], base: Folder | None = None
 ) -> ModelConfig:
     """The architecture of every module.
 
@@ -35,12 +39,12 @@ def read_architecture(
     return model_config(provider, overrides, fields=fields, where=where)
 
 
-def read_folder(provider: str, folder: str | None) -> OmniConfig | None:
+def read_folder(provider: str, folder: str | None) -> Folder | None:
     """The model of the folder of `--load-hf`; None without one.
 
     Raises:
         ValueError: The folder is given without the provider or the other way round, or has no
-            `nemotron_h_omni` model.
+            model of a supported family.
     """
     if (provider == HUGGING_FACE) != (folder is not None):
         raise ValueError(
@@ -52,10 +56,10 @@ def read_folder(provider: str, folder: str | None) -> OmniConfig | None:
     if folder is None:
         return None
     with WeightFolder(folder) as weights:
-        return read_omni(weights)
+        return read_omni(weights) if is_omni(weights) else read_hf(weights)
 
 
-def table_size(tokenizer: Tokenizer, folder: OmniConfig | None) -> int:
+def table_size(tokenizer: Tokenizer, folder: Folder | None) -> int:
     """Number of rows of the embedding table, V: the folder's, if the model comes from one.
 
     Raises:

@@ -31,7 +31,7 @@ from megatron_mimo.config.learning_rate import (
     in_samples,
 )
 from megatron_mimo.config.loop_config import EvaluationConfig, LengthConfig, StopConfig
-from megatron_mimo.config.model_file import read_folder
+from megatron_mimo.config.model_file import Folder, read_folder
 from megatron_mimo.config.sections import (
     GridSection,
     ModelSection,
@@ -47,7 +47,7 @@ from megatron_mimo.media.images import ImageConfig
 from megatron_mimo.media.images.config import GridRule
 from megatron_mimo.model.config import Frozen, ModelConfig, ReduceConfig
 from megatron_mimo.model.omni.config import OmniConfig, is_hybrid
-from megatron_mimo.modules.families import source_adapter
+from megatron_mimo.modules.families import language_adapter, source_adapter
 from megatron_mimo.modules.language import ExecutionConfig
 from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
 from megatron_mimo.topology import Layout
@@ -84,7 +84,7 @@ class Resolved:
     architecture: ModelConfig
     execution: ExecutionConfig
     freeze: Frozen
-    folder: OmniConfig | None
+    folder: Folder | None
     data: DataConfig
     adam: AdamConfig
     schedule: ScheduleConfig
@@ -211,7 +211,7 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
 
 
 def _fill_defaults(
-    config: TrainConfig, layout: Layout, folder: OmniConfig | None, architecture: ModelConfig
+    config: TrainConfig, layout: Layout, folder: Folder | None, architecture: ModelConfig
 ) -> TrainConfig:
     """The config with every default that follows from other flags."""
     grid, model, training = config.grids, config.model, config.training
@@ -221,7 +221,11 @@ def _fill_defaults(
         config,
         grids=replace(
             with_layout(grid, layout),
-            sequence_parallel=_or(grid.sequence_parallel, default=layout.target.tp > 1),
+            sequence_parallel=_or(
+                grid.sequence_parallel,
+                default=layout.target.tp > 1
+                and language_adapter(architecture.target).sequence_parallel,
+            ),
         ),
         model=replace(
             _fill_resolution(model, folder, architecture),
@@ -285,14 +289,14 @@ def _inputs(config: TrainConfig, architecture: ModelConfig, frozen: Frozen) -> I
 
 
 def _fill_resolution(
-    model: ModelSection, folder: OmniConfig | None, architecture: ModelConfig
+    model: ModelSection, folder: Folder | None, architecture: ModelConfig
 ) -> ModelSection:
     if not model.dynamic_resolution:
         return model
     # Images of a model that transformers has are seen as its processor there sees them.
     rule: GridRule = "nemotron-omni" if is_hybrid(architecture) else _IMAGES.grid_rule
     least, most = _IMAGES.min_patches, _IMAGES.max_patches
-    if folder is not None:
+    if isinstance(folder, OmniConfig):
         least, most = folder.min_patches, folder.max_patches
     return replace(
         model,

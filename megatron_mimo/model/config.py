@@ -67,8 +67,8 @@ class ModelConfig:
 
     @property
     def row_width(self) -> int:
-        """H, width of the language model and of every row that it is fed."""
-        return language_adapter(self.target).hidden_width(self.target)
+        """Width of every row that the language model is fed; in most families its own, H."""
+        return language_adapter(self.target).row_width(self.target)
 
     @property
     def hidden_widths(self) -> Mapping[str, int]:

@@ -15,6 +15,7 @@ from megatron_mimo.data.inputs import PackedInput
 from megatron_mimo.data.loader.batch import Microbatch, StepData, TextBatch
 from megatron_mimo.kernels.packed import PackedSegments, packed_documents
 from megatron_mimo.model.mimo import MimoModel
+from megatron_mimo.modules.families import language_adapter
 from megatron_mimo.modules.language.merge import positions_in, row_positions
 from megatron_mimo.runtime.staging import CopiedAhead, Staging
 
@@ -25,13 +26,16 @@ class TargetInputs:
 
     Attributes:
         batch: Number of sequences, B.
-        input_ids: Tokens, int64 [B, S]; None after the first stage.
-        position_ids: Positions in each document, int64 [B, S]; None after the first stage.
+        input_ids: Tokens, int64 [B, S]; None after the first stage, unless every stage reads them
+            (`LanguageAdapter.tokens_on_every_stage`).
+        position_ids: Positions in each document, int64 [B, S], where there are tokens.
         row_positions: Source -> positions of its rows in this rank's shard, int64 [R]; empty after
             the first stage.
         labels: Target of each position, int64 [B, S]; None before the last stage.
         loss_mask: Weights of the targets, float32 [B, S]; None before the last stage.
         documents: Boundaries of the documents of a packed sequence; None without packing.
+        facts: Name -> integers of every item, int64 [N, ...]; None where no stage but the first
+            reads tokens.
     """
 
     batch: int
@@ -41,6 +45,7 @@ class TargetInputs:
     labels: Tensor | None = None
     loss_mask: Tensor | None = None
     documents: PackedSegments | None = None
+    facts: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +85,8 @@ class InputReader:
         self._placeholder_ids = placeholder_ids
         self._groups = None if model.target is None else model.target.groups
         if self._groups is not None:
+            assert model.target is not None
+            self._on_every_stage = language_adapter(model.target.config).tokens_on_every_stage
             sharding, place = model.sharding, self._groups.place
             shard = sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
             # Positions that this cp rank reads, and those that this rank embeds.
@@ -119,14 +126,16 @@ class InputReader:
     def _target_inputs(self, text: TextBatch | None) -> TargetInputs:
         assert text is not None and self._groups is not None
         first, last = self._groups.is_first_stage, self._groups.is_last_stage
+        reads = first or self._on_every_stage
         return TargetInputs(
             batch=text.input_ids.shape[0],
-            input_ids=self._part(text.input_ids) if first else None,
-            position_ids=self._part(text.position_ids) if first else None,
+            input_ids=self._part(text.input_ids) if reads else None,
+            position_ids=self._part(text.position_ids) if reads else None,
             row_positions=self.row_positions(text.input_ids) if first else {},
             labels=self._part(text.labels) if last else None,
             loss_mask=self._part(text.loss_mask) if last else None,
             documents=_documents(text),
+            facts=text.facts if self._on_every_stage else None,
         )
 
     def _part(self, tokens: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class MimoModel:
         target_name: Name of the language model, whether or not this rank holds it.
         flow: Boundaries that gradients cross.
         trains: Whether any part of the language model trains.
-        row_width: Width of the language model and of a row on a bridge, H.
+        row_width: Width of a row on a bridge.
         row_dtype: Dtype of rows.
         device: Device of the tensors.
         sharding: Positions of a sequence that each rank of the language model holds.

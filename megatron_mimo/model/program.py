@@ -56,6 +56,7 @@ class MimoStep:
             positions,
             text.labels,
             text.documents,
+            *(() if text.facts is None else (text.facts,)),
         )
         if text.loss_mask is None:
             return output.flatten(0, 1)

@@ -71,7 +71,7 @@ class BuildContext:
         pg_collection: Groups of the module's grid.
         params_dtype: Dtype of parameters, activations and rows.
         frozen: Names of the module's parts that do not train.
-        row_width: Width of the language model and of every row, H.
+        row_width: Width of every row; in most families that of the language model, H.
         vocab_size: Number of tokens of a language model's vocabulary, V.
         seq_length: Number of positions of a language model's sequence, S.
         sequence_parallel: Whether a language model's tp ranks divide the sequence among them.
@@ -97,7 +97,7 @@ class FlopsContext:
 
     Attributes:
         frozen: Names of the module's parts that do not train.
-        row_width: Width of the language model and of every row, H.
+        row_width: Width of every row; in most families that of the language model, H.
         vocab_size: Number of tokens of the vocabulary, V.
         seq_length: Number of positions of a sequence, S.
         rows_train: Whether a source trains, so that a language model computes gradients of rows.

@@ -5,12 +5,20 @@ from typing import Any
 
 from megatron_mimo.modules.adapter import ModuleAdapter, ModuleConfig, SourceAdapter
 from megatron_mimo.modules.gpt.adapter import GptAdapter
+from megatron_mimo.modules.hf.adapter import HfEncoderAdapter, HfLanguageAdapter
 from megatron_mimo.modules.hybrid.adapter import HybridAdapter
 from megatron_mimo.modules.language.adapter import LanguageAdapter
 from megatron_mimo.modules.radio.adapter import RadioAdapter
 
 _FAMILIES: dict[type, ModuleAdapter[Any, Any]] = {
-    adapter.config_type: adapter for adapter in (RadioAdapter(), GptAdapter(), HybridAdapter())
+    adapter.config_type: adapter
+    for adapter in (
+        RadioAdapter(),
+        GptAdapter(),
+        HybridAdapter(),
+        HfEncoderAdapter(),
+        HfLanguageAdapter(),
+    )
 }
 
 

@@ -3,8 +3,12 @@
 import logging
 import time
 
+from torch import nn
+
 from megatron_mimo.model.mimo import ModuleReplica
+from megatron_mimo.model.omni.config import is_omni
 from megatron_mimo.model.omni.weights import Places, describe_carried, load_omni
+from megatron_mimo.modules.hf.config import describe
 from megatron_mimo.modules.language.module import LanguageModule
 from megatron_mimo.modules.radio.module import RadioModule
 from megatron_mimo.optim.train_state import TrainState
@@ -14,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_folder(state: TrainState, path: str) -> None:
-    """Load the weights of a `nemotron_h_omni` folder; each rank reads its own shards.
+    """Load the weights of a folder of transformers; each rank reads its own shards.
 
     Args:
         state: State of this rank, freshly built.
@@ -24,6 +28,36 @@ def load_folder(state: TrainState, path: str) -> None:
         ValueError: Weights are missing, unexpected or of another shape; the message lists them.
     """
     start = time.perf_counter()
+    with WeightFolder(path) as folder:
+        carried = _load_omni(state, folder) if is_omni(folder) else _load_hf(state, folder)
+    # The optimizer has copies of the initial weights.
+    state.optimizer.refresh_main_params()
+    if carried:
+        logger.info("%s", carried)
+    logger.info("loaded the weights of %s [ %.1f s ]", path, time.perf_counter() - start)
+
+
+def _load_hf(state: TrainState, folder: WeightFolder) -> str:
+    """Fill the modules of a model of transformers' own forward."""
+    from megatron_mimo.modules.hf.weights import fill
+
+    description = describe(folder.config)
+    for replica in state.model.replicas:
+        place, spec = replica.groups.place, replica.groups.spec
+        module = replica.module
+        assert isinstance(module.model, nn.Module)
+        fill(
+            module.model,
+            folder,
+            description,
+            tp=(place.tp, spec.tp),
+            ep=(place.ep, spec.ep),
+        )
+    return ""
+
+
+def _load_omni(state: TrainState, folder: WeightFolder) -> str:
+    """Fill the modules of a `nemotron_h_omni` model; a sentence on what is carried over."""
     model = state.model
     # A folder's architecture has one source.
     encoder = next((one for one in model.replicas if one is not model.target), None)
@@ -32,19 +66,14 @@ def load_folder(state: TrainState, path: str) -> None:
     language_module = None if language is None else language.module
     assert encoder_module is None or isinstance(encoder_module, RadioModule)
     assert language_module is None or isinstance(language_module, LanguageModule)
-    with WeightFolder(path) as folder:
-        carried = load_omni(
-            folder,
-            encoder=encoder_module,
-            language=language_module,
-            encoder_place=_place(encoder),
-            language_place=_place(language),
-        )
-    # The optimizer has copies of the initial weights.
-    state.optimizer.refresh_main_params()
-    if described := describe_carried(carried):
-        logger.info("%s", described)
-    logger.info("loaded the weights of %s [ %.1f s ]", path, time.perf_counter() - start)
+    carried = load_omni(
+        folder,
+        encoder=encoder_module,
+        language=language_module,
+        encoder_place=_place(encoder),
+        language_place=_place(language),
+    )
+    return describe_carried(carried)
 
 
 def _place(replica: ModuleReplica | None) -> Places:

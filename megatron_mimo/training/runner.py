@@ -8,7 +8,6 @@ from megatron_mimo.bridge.channels import TransportConfig
 from megatron_mimo.model.config import Frozen, ModelConfig
 from megatron_mimo.model.inputs import InputReader
 from megatron_mimo.model.mimo import BuildConfig, build_model
-from megatron_mimo.modules.families import adapter_of
 from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
 from megatron_mimo.optim.mimo_optimizer import MimoOptimizer, build_scheduler
 from megatron_mimo.optim.train_state import TrainState
@@ -88,12 +87,7 @@ def build_runner(
     step = ExecutorConfig(
         transport=TransportConfig(
             row_width=model.row_width,
-            hidden_widths={
-                source.name: adapter_of(architecture.modules[source.name]).hidden_width(
-                    architecture.modules[source.name]
-                )
-                for source in layout.sources
-            },
+            hidden_widths=architecture.hidden_widths,
             dtype=model.row_dtype,
             device=model.device,
             check=config.check_bridge,

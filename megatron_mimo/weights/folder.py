@@ -132,6 +132,16 @@ class WeightFolder:
         tensor: Tensor = self._slice(name)[(*whole, slice(start, stop))]
         return tensor
 
+    def box(self, name: str, slices: Iterable[slice]) -> Tensor:
+        """Read a box [...] of a tensor, in its stored dtype, onto the host; nothing else is read.
+
+        Args:
+            name: Name of the tensor.
+            slices: Slices of its first axes; the others are whole.
+        """
+        tensor: Tensor = self._slice(name)[tuple(slices)]
+        return tensor
+
     def _slice(self, name: str) -> Any:
         return self._file(self._where[name]).get_slice(self.full_name(name))
 

@@ -26,6 +26,8 @@ class TextBatch:
         lengths: Number of tokens of each document of the packed sequence, and of the padding after
             them, if any; they sum to S, and B is 1. None without packing.
         cu_seqlens: Cumulative sums of the lengths, from 0, int32 [N+1]; None without packing.
+        facts: Name -> integers of every item, int64 [N, ...], in the order of their tokens, that
+            the language model reads; empty where it reads none.
     """
 
     sample_keys: tuple[str, ...]
@@ -35,6 +37,7 @@ class TextBatch:
     position_ids: Tensor
     lengths: tuple[int, ...] | None = None
     cu_seqlens: Tensor | None = None
+    facts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -60,6 +60,11 @@ class OmniConfig:
         )
 
 
+def is_omni(folder: WeightFolder) -> bool:
+    """Whether a folder says that it holds such a model."""
+    return folder.config.get("model_type") in _MODEL_TYPES
+
+
 def read_omni(folder: WeightFolder) -> OmniConfig:
     """Read the architecture that a folder holds, and its image processing.
 
@@ -71,7 +76,7 @@ def read_omni(folder: WeightFolder) -> OmniConfig:
             message names the field.
     """
     found, where = folder.config, folder.config_name
-    if found.get("model_type") not in _MODEL_TYPES:
+    if not is_omni(folder):
         raise ValueError(
             f"{where} describes a model of type {found.get('model_type')!r}: expected "
             f"'{_MODEL_TYPES[0]}', transformers' NemotronH_Omni_Reasoning_V3"

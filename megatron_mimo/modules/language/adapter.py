@@ -19,10 +19,18 @@ STORED_PREFIX = "language_model."
 class LanguageAdapter[C: ModuleConfig](ModuleAdapter[C, TextWork]):
     """Adapter of a family of language models, whose config is its only part, "language".
 
-    `build` returns a `language.module.LanguageModule` over megatron-core's model of the family.
+    `build` returns a `language.module.LanguageModule` over megatron-core's model of the family, or
+    another `ModuleStage` with its `forward`.
+
+    Attributes:
+        tokens_on_every_stage: Whether every pipeline stage reads tokens and what is known of items,
+            not only the first.
+        sequence_parallel: Whether tensor-parallel ranks can divide the sequence among them.
     """
 
     work_type = TextWork
+    tokens_on_every_stage = False
+    sequence_parallel = True
 
     def parts(self, config: C) -> Mapping[str, Any]:
         """The config itself, as the only part."""
@@ -46,6 +54,10 @@ class LanguageAdapter[C: ModuleConfig](ModuleAdapter[C, TextWork]):
         if self.experts(config) is None:
             return frozenset({"cp"})
         return frozenset({"cp", "ep", "expt_tp"})
+
+    def row_width(self, config: C) -> int:
+        """Width of a row that the model is fed; by default that of a token's embedding."""
+        return self.hidden_width(config)
 
     @abstractmethod
     def with_even_load(self, config: C) -> C:

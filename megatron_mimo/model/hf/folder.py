@@ -1,0 +1,83 @@
+"""The architecture that a folder of transformers holds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mimo.model.config import ModelConfig
+from megatron_mimo.modules.hf.config import (
+    HfEncoderConfig,
+    HfLanguageConfig,
+    HfTowerConfig,
+    describe,
+    whole_config,
+)
+from megatron_mimo.modules.hf.family import family_of
+from megatron_mimo.weights.folder import WeightFolder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HfFolder:
+    """Description of a model, as its folder stores it.
+
+    Attributes:
+        path: Path to the folder, which also has the processor of images and the tokenizer.
+        model: Architecture of the modules "encoder" and "llm".
+        vocab_size: Number of tokens of the vocabulary, V.
+        seq_length: Longest sequence that the language model was made for, in tokens.
+        image_token_id: Number of the token that a row of the encoder replaces.
+        dtype: Name of the dtype that the folder says it is in, such as "bfloat16"; None if it does
+            not say.
+    """
+
+    path: Path
+    model: ModelConfig
+    vocab_size: int
+    seq_length: int
+    image_token_id: int
+    dtype: str | None
+
+
+def read_hf(folder: WeightFolder) -> HfFolder:
+    """Read the architecture that a folder holds.
+
+    Raises:
+        ValueError: The folder holds another kind of model, or one with unsupported parts; the
+            message names the field.
+    """
+    from megatron_mimo.modules.hf.cut import meta_model
+    from megatron_mimo.modules.hf.weights import wide_weights
+
+    found, where = folder.config, folder.config_name
+    family = family_of(found.get("model_type"), where)
+    if found.get("quantization_config") is not None:
+        raise ValueError(
+            f"{where}: quantization_config is there, only weights that are not quantized are "
+            f"supported"
+        )
+    text = describe(found)
+    whole = whole_config(text)
+    language = whole.get_text_config()
+    for name in ("attention_dropout", "hidden_dropout", "layerdrop"):
+        if getattr(language, name, 0) or getattr(whole.vision_config, name, 0):
+            raise ValueError(f"{where}: {name} is above 0, which is not supported: set it to 0")
+    image_token_id = getattr(whole, family.image_token, None)
+    if not isinstance(image_token_id, int) or not 0 <= image_token_id < language.vocab_size:
+        raise ValueError(
+            f"{where}: {family.image_token} is {image_token_id!r}, expected a token from 0 to "
+            f"{language.vocab_size - 1}"
+        )
+    wide = wide_weights(folder, found, meta_model(text))
+    tower = HfTowerConfig(description=text, wide=wide)
+    return HfFolder(
+        path=folder.path,
+        model=ModelConfig(
+            modules={
+                "encoder": HfEncoderConfig(vision=tower, projector=tower),
+                "llm": HfLanguageConfig(description=text, wide=wide),
+            }
+        ),
+        vocab_size=language.vocab_size,
+        seq_length=int(getattr(language, "max_position_embeddings", 4096)),
+        image_token_id=image_token_id,
+        dtype=found.get("dtype") or found.get("torch_dtype"),
+    )

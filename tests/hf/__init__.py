@@ -1,0 +1,1 @@
+"""Tiny models of transformers' families, and training from them against transformers itself."""

@@ -1,0 +1,363 @@
+"""Steps of training from a folder on ranks, and the same steps by transformers and torch."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from megatron_mimo.media.items import ItemWords
+from megatron_mimo.topology import Layout
+from tests.hf.models import IMAGE, VOCAB, build, image, joined
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LENGTH = 48
+LR, DECAY, BETAS, EPS, CLIP = 1e-3, 0.1, (0.9, 0.95), 1e-5, 1.0
+# Numbers of the images of each sample.
+CHOSEN = ((0,), (1,), (), (0, 2), (3,), (2,), (1,))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A sample: tokens int64 [n + 1], which of them are targets, and numbers of its images."""
+
+    key: str
+    tokens: Any
+    targets: Any
+    images: tuple[int, ...]
+
+
+def samples(name: str, count: int = len(CHOSEN)) -> list[Text]:
+    """Samples of several lengths with no, one or two images."""
+    import numpy as np
+
+    found = []
+    for index in range(count):
+        random = np.random.default_rng(40 + index)
+        images = CHOSEN[index % len(CHOSEN)]
+        rows = [image(name, number)[1] for number in images]
+        if sum(rows) + 10 > LENGTH:
+            images, rows = images[:1], rows[:1]
+        pieces, targets = [random.integers(3, 240, 3)], [np.zeros(3, dtype=bool)]
+        for number in rows:
+            pieces += [np.full(number, IMAGE), random.integers(3, 240, 2)]
+            targets += [np.zeros(number, dtype=bool), np.ones(2, dtype=bool)]
+        tail = 4 + index
+        pieces.append(random.integers(3, 240, tail))
+        targets.append(np.ones(tail, dtype=bool))
+        found.append(
+            Text(f"sample-{index}", np.concatenate(pieces), np.concatenate(targets), images)
+        )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """Images of a rank in the form of `ProcessedImages`."""
+
+    names: tuple[str, ...]
+    tensors: tuple[Any, ...]
+    lengths: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of the encoder."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class One:
+    """An image of a sample."""
+
+    number: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of a family, as the loader takes them."""
+
+    name: str
+    words: Any = ItemWords(noun="image", article="an")
+    placeholder: str = "<image>"
+    tags: tuple[str, str] = ("", "")
+    endings: tuple[str, ...] = ()
+    item_type: Any = One
+    packed_type: Any = Packed
+
+    def pack(self, items: Any, seeds: Any) -> Packed | None:
+        """All images in one call."""
+        if not items:
+            return None
+        found = [image(self.name, item.number) for item in items]
+        arguments = joined([one[0] for one in found])
+        return Packed(
+            names=tuple(arguments),
+            tensors=tuple(arguments.values()),
+            lengths=tuple(4 * one[1] for one in found),
+            rows=tuple(one[1] for one in found),
+        )
+
+    def without_augmentation(self) -> "Images":
+        """Itself."""
+        return self
+
+
+@dataclass(frozen=True)
+class Words:
+    """As much of a tokenizer as the loader asks."""
+
+    pad_id: int = 0
+    placeholder_ids: Mapping[str, int] = field(default_factory=lambda: {"encoder": IMAGE})
+
+
+class Steps:
+    """A loader of samples in their order, over and over; other arguments are the loader's."""
+
+    def __init__(self, name: str, chosen: Layout, rank: int, *, batch: int, micro: int = 1) -> None:
+        from megatron_mimo.data import DataConfig, data_role
+        from megatron_mimo.data.loader.stream_loader import StreamLoader
+        from megatron_mimo.data.reading.stream import IndexedStream
+        from megatron_mimo.data.samples.sample import EncodedSample
+
+        self._name, self._texts = name, {text.key: text for text in samples(name)}
+        config = DataConfig(
+            seed=1,
+            seq_length=LENGTH,
+            micro_batch_size=micro,
+            global_batch_size=batch,
+            inputs={"encoder": Images(name)},
+        )
+        texts = list(self._texts.values())
+
+        def make(index: int) -> EncodedSample:
+            text = texts[index % len(texts)]
+            items = tuple(One(number, image(name, number)[1]) for number in text.images)
+            return EncodedSample(
+                key=text.key,
+                tokens=text.tokens,
+                targets=text.targets,
+                items={"encoder": items} if items else {},
+            )
+
+        role = data_role(chosen, rank)
+        streams = {lane: IndexedStream(make, lane, role.num_lanes, config) for lane in role.lanes}
+        self._role, self._loader = role, StreamLoader(streams, config, role, Words())
+
+    def next_step(self) -> Any:
+        """The next step, with what the language model reads of images."""
+        data = self._loader.next_step()
+        if self._role.text_lane is None:
+            return data
+        return replace(data, microbatches=tuple(map(self._with_facts, data.microbatches)))
+
+    def _with_facts(self, microbatch: Any) -> Any:
+        keys = microbatch.keys[self._role.text_lane]
+        facts = facts_of(self._name, [self._texts[key] for key in keys])
+        return replace(microbatch, text=replace(microbatch.text, facts=facts))
+
+
+def facts_of(name: str, texts: list[Text]) -> "dict[str, Tensor]":
+    """Facts of the images of several samples."""
+    import torch
+
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        for number in text.images:
+            for fact, value in image(name, number)[2].items():
+                found.setdefault(fact, []).append(value)
+    return {fact: torch.tensor(values) for fact, values in found.items()}
+
+
+def arguments_of(name: str, text: Text, model: Any) -> dict[str, Any]:
+    """Arguments of transformers' forward for one sample, labels included."""
+    import torch
+
+    ids = torch.from_numpy(text.tokens)[None]
+    labels = ids.clone()
+    labels[:, ~torch.from_numpy(text.targets)] = -100
+    arguments: dict[str, Any] = {"input_ids": ids, "labels": labels, "use_cache": False}
+    if not name.startswith(("mistral3", "llava")):
+        arguments["mm_token_type_ids"] = (ids == IMAGE).long()
+    if text.images:
+        arguments |= joined([image(name, number)[0] for number in text.images])
+    return arguments
+
+
+def oracle(
+    name: str, steps: int, batch: int, *, frozen: str = "", **changes: Any
+) -> "tuple[list[list[float]], dict[str, Tensor], Any]":
+    """Loss and norm of each step by transformers and torch's AdamW.
+
+    Returns:
+        The curve, every gradient of the first step before clipping, and the trained model.
+    """
+    import torch
+
+    model = build(name, **changes)
+    trains = {}
+    for path, parameter in model.named_parameters():
+        if frozen and path.startswith(frozen):
+            parameter.requires_grad_(False)
+        else:
+            trains[path] = parameter
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in trains.values() if p.dim() > 1], "weight_decay": DECAY},
+            {"params": [p for p in trains.values() if p.dim() <= 1], "weight_decay": 0.0},
+        ],
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+    )
+    texts, points, first = samples(name), [], {}
+    for step in range(steps):
+        chosen = [texts[(step * batch + i) % len(texts)] for i in range(batch)]
+        whole = sum(int(text.targets[1:].sum()) for text in chosen)
+        total = 0.0
+        for text in chosen:
+            loss = model(**arguments_of(name, text, model)).loss
+            share = loss * int(text.targets[1:].sum()) / whole
+            share.backward()
+            total += share.item()
+        if step == 0:
+            first = {p: w.grad.clone() for p, w in trains.items() if w.grad is not None}
+        norm = torch.nn.utils.clip_grad_norm_(list(trains.values()), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        points.append([total, norm.item()])
+    return points, first, model
+
+
+def runner_of(folder: str, chosen: Layout, *, frozen: Any = (), **build_settings: Any) -> Any:
+    """This rank's runner with the weights of a folder."""
+    import torch
+
+    from megatron_mimo.config.model_file import read_folder
+    from megatron_mimo.model.config import Frozen
+    from megatron_mimo.model.mimo import BuildConfig
+    from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
+    from megatron_mimo.runtime import Device
+    from megatron_mimo.training.foreign import load_folder
+    from megatron_mimo.training.runner import StepConfig, build_runner
+
+    found = read_folder("hf", folder)
+    assert found is not None
+    runner = build_runner(
+        chosen,
+        found.model,
+        Frozen(frozen),
+        BuildConfig(
+            params_dtype=build_settings.pop("dtype", torch.float32),
+            seed=1,
+            init="megatron",
+            vocab_size=found.vocab_size,
+            seq_length=LENGTH,
+            sequence_parallel=False,
+        ),
+        AdamConfig(
+            lr=LR,
+            min_lr=0.0,
+            weight_decay=DECAY,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            eps=EPS,
+            clip_grad=CLIP,
+        ),
+        ScheduleConfig(style="constant", warmup_samples=0, decay_samples=1000),
+        StepConfig(placeholder_ids={"encoder": IMAGE}),
+        device=Device("cpu"),
+    )
+    load_folder(runner, folder)
+    return runner
+
+
+def curve(
+    folder: str, name: str, chosen: Layout, steps: int, batch: int, *, frozen: Any = ()
+) -> list[list[float]]:
+    """(loss, gradient norm) of each step, on every rank."""
+    import torch.distributed as dist
+
+    from megatron_mimo.training.step import train_step
+
+    runner = runner_of(folder, chosen, frozen=frozen)
+    loader = Steps(name, chosen, dist.get_rank(), batch=batch)
+    points = []
+    for step in range(steps):
+        metrics = train_step(runner, loader, step + 1, batch)
+        points.append([metrics.agreed_loss, metrics.update.grad_norm])
+    return points
+
+
+def first_gradients(
+    folder: str, name: str, chosen: Layout, batch: int, *, frozen: Any = ()
+) -> "dict[str, Tensor]":
+    """Whole gradients of the first step of this rank's weights, by their names in transformers."""
+    import torch.distributed as dist
+
+    from megatron_mimo.model.program import MimoStep
+    from megatron_mimo.optim.mimo_optimizer import finalize_gradients
+    from megatron_mimo.training.step import agree
+
+    runner = runner_of(folder, chosen, frozen=frozen)
+    data = Steps(name, chosen, dist.get_rank(), batch=batch).next_step()
+    agreement = agree(runner, data, "the first step")
+    for replica in runner.model.replicas:
+        replica.zero_grad()
+    program = MimoStep(runner.model, runner.inputs.of(data))
+    plans = [runner.executor.plan(manifest) for manifest in agreement.manifests]
+    runner.executor.run(program, plans, gradients=True)
+    finalize_gradients(runner.model, agreement.target_tokens)
+    return dict(_gradients(runner))
+
+
+def _gradients(runner: Any) -> "Iterator[tuple[str, Tensor]]":
+    """Gradients after the sum over replicas, put together over tensor and expert ranks.
+
+    Each data-parallel rank holds a part of the summed gradients; the buffers are summed again from
+    those parts.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from megatron_mimo.weights.shards import is_expert, sharded_axis
+
+    for replica in runner.model.replicas:
+        if replica.ddp is None:
+            continue
+        pg = replica.groups.pg_collection
+        for group, buffers in (
+            (pg.dp_cp, replica.ddp.buffers),
+            (pg.expt_dp, replica.ddp.expert_parallel_buffers),
+        ):
+            for buffer in buffers:
+                size, rank = group.size(), group.rank()
+                for bucket in buffer.buckets:
+                    whole = bucket.grad_data
+                    part = whole.view(size, -1)[rank].clone()
+                    dist.all_gather_into_tensor(whole, part, group=group)
+        for name, parameter in replica.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            gradient = parameter.main_grad.clone()
+            axis = sharded_axis(parameter)
+            if axis is not None and pg.tp.size() > 1:
+                gradient = _together(gradient, axis, pg.tp, parameter.partition_stride)
+            if is_expert(parameter) and pg.ep.size() > 1:
+                gradient = _together(gradient, 0, pg.ep, 1)
+            yield name.removeprefix("model."), gradient
+    assert torch.is_grad_enabled()
+
+
+def _together(part: "Tensor", axis: int, group: Any, stride: int) -> "Tensor":
+    import torch
+    import torch.distributed as dist
+
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    pieces = [one.chunk(stride, axis) for one in parts]
+    return torch.cat([piece[i] for i in range(stride) for piece in pieces], axis)
+
+
+assert VOCAB > IMAGE
