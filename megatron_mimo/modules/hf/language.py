@@ -75,7 +75,7 @@ class HfLanguage(ModuleStage):
         stage = pg.pp.rank()
         model = language_stage(whole, architecture.family, bounds[stage], bounds[stage + 1])
         divide_experts(model.get_submodule(LANGUAGE), pg)
-        divide(model, plan, pg.tp)
+        divide(model, plan, pg.tp, num_experts=architecture.num_experts)
         cast(model, architecture.wide, context.params_dtype)
         materialise(model)
         self.model = model

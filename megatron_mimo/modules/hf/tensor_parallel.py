@@ -45,13 +45,16 @@ def tower_plan(model: Any, family: Family) -> Plan:
     return {**found, **family.tower_plan}
 
 
-def divide(model: nn.Module, plan: Plan, group: dist.ProcessGroup) -> None:
+def divide(
+    model: nn.Module, plan: Plan, group: dist.ProcessGroup, *, num_experts: int = 0
+) -> None:
     """Keep this rank's shards of a model without memory, and divide the layers' computation.
 
     Args:
         model: Model or stage with shapes alone.
         plan: Styles of its layers.
         group: Tensor-parallel group.
+        num_experts: Number of experts of a layer; 0 without any.
 
     Raises:
         ValueError: A weight would silently be wrong or copied, or does not divide; names it.
@@ -59,7 +62,7 @@ def divide(model: nn.Module, plan: Plan, group: dist.ProcessGroup) -> None:
     if group.size() == 1:
         return
     styles = dict(_styles(model, plan))
-    _require_covered(model, styles)
+    _require_covered(model, styles, max(num_experts, 1))
     done: dict[int, nn.Parameter] = {}
     for path, style in styles.items():
         module = model.get_submodule(path) if not _is_weight(model, path) else None
@@ -100,7 +103,7 @@ def _is_weight(model: nn.Module, path: str) -> bool:
     return name in model.get_submodule(owner)._parameters
 
 
-def _require_covered(model: nn.Module, styles: Plan) -> None:
+def _require_covered(model: nn.Module, styles: Plan, few: int) -> None:
     """Refuse weights beside divided ones that no style covers, and layers that stay whole.
 
     What stands in one module with layers whose outputs are divided reads divided inputs, so that
@@ -116,8 +119,8 @@ def _require_covered(model: nn.Module, styles: Plan) -> None:
         beside = any(owner == path or owner.startswith(f"{path}.") for path in divided if path)
         layer: Any = model.get_submodule(owner)
         in_layers = re.search(r"\.(layers|blocks)\.\d+\.", weight) is not None
-        # A router, or a gate of experts, is as small as a norm.
-        whole = in_layers and isinstance(layer, nn.Linear) and layer.out_features > 1
+        # A router, or the gate of a shared expert, is small and chooses the same on every rank.
+        whole = in_layers and isinstance(layer, nn.Linear) and layer.out_features > few
         if beside or whole:
             raise ValueError(
                 f"{weight} has no style in the plan of tensor parallelism that transformers has "
