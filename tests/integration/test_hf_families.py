@@ -1,13 +1,11 @@
 """Training from folders of transformers' families equals transformers with torch's AdamW."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from megatron_mimo.topology import Layout
-from tests.harness.slices import slow_but
 from tests.hf.models import CONFIGS
 from tests.integration.engines import beside, layout
 

@@ -93,7 +93,7 @@ class HfLanguageConfig:
 
     @property
     def text(self) -> Any:
-        """transformers' configuration of the language model."""
+        """Transformers' configuration of the language model."""
         return whole_config(self.description).get_text_config()
 
     @property
@@ -148,7 +148,7 @@ def family_from(description: str) -> Family:
 
 @cache
 def whole_config(description: str) -> Any:
-    """transformers' configuration of a whole model; do not change it.
+    """Transformers' configuration of a whole model; do not change it.
 
     Raises:
         ValueError: transformers does not accept the contents.

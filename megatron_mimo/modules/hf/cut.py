@@ -127,7 +127,9 @@ def _compute_buffers(module: nn.Module, owner: Any) -> None:
         owner._init_weights(module)
 
 
-def stage_bounds(config: HfLanguageConfig, stages: int, costs: list[float], head: float) -> list[int]:
+def stage_bounds(
+    config: HfLanguageConfig, stages: int, costs: list[float], head: float
+) -> list[int]:
     """First layer of each pipeline stage, and the number of layers.
 
     Args:

@@ -27,9 +27,7 @@ def language_flops(config: HfLanguageConfig, work: TextWork, context: FlopsConte
     tokens = work.sequences * context.seq_length
     trains = "language" not in context.frozen
     backward = trains or context.rows_train
-    total = product(
-        tokens, config.hidden_size, context.vocab_size, weight=trains, inputs=backward
-    )
+    total = product(tokens, config.hidden_size, context.vocab_size, weight=trains, inputs=backward)
     for shape in layer_shapes(config.description):
         # A product with n weights for each token, however they are arranged.
         total += product(tokens, 1, shape.weights, weight=trains, inputs=backward)
@@ -56,9 +54,7 @@ def encoder_flops(
     trains = {part: part not in context.frozen for part in ("vision", "projector")}
     vision = product(tokens, 1, tower, weight=trains["vision"], inputs=trains["vision"])
     vision += attention(pairs, width, backward=trains["vision"])
-    return vision + product(
-        rows, 1, projector, weight=trains["projector"], inputs=trains["vision"]
-    )
+    return vision + product(rows, 1, projector, weight=trains["projector"], inputs=trains["vision"])
 
 
 @cache

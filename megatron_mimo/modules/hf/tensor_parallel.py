@@ -45,9 +45,7 @@ def tower_plan(model: Any, family: Family) -> Plan:
     return {**found, **family.tower_plan}
 
 
-def divide(
-    model: nn.Module, plan: Plan, group: dist.ProcessGroup, *, num_experts: int = 0
-) -> None:
+def divide(model: nn.Module, plan: Plan, group: dist.ProcessGroup, *, num_experts: int = 0) -> None:
     """Keep this rank's shards of a model without memory, and divide the layers' computation.
 
     Args:
@@ -66,9 +64,11 @@ def divide(
     done: dict[int, nn.Parameter] = {}
     for path, style in styles.items():
         module = model.get_submodule(path) if not _is_weight(model, path) else None
-        weights = [path] if module is None else [
-            f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)
-        ]
+        weights = (
+            [path]
+            if module is None
+            else [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        )
         for weight in weights:
             _shard(model, weight, style, group, done)
         if module is not None:
@@ -155,7 +155,9 @@ def _shard(
             f"{path}: {whole.size(axis)} does not divide by a tensor-parallel size of "
             f"{group.size()}: choose another"
         )
-    pieces = [part.chunk(group.size(), axis)[group.rank()] for part in whole.data.chunk(stride, axis)]
+    pieces = [
+        part.chunk(group.size(), axis)[group.rank()] for part in whole.data.chunk(stride, axis)
+    ]
     shard: Any = nn.Parameter(torch.cat(pieces, axis), requires_grad=whole.requires_grad)
     vars(shard).update(vars(whole))
     shard.tensor_model_parallel, shard.partition_dim = True, axis

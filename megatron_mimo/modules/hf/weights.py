@@ -96,7 +96,11 @@ def _converted(
         (name,) = parts[0]
         return Stored(((name,),), transposed=folder.shape(name) != list(weight.shape))
     if kinds in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
-        if len(parts) == 1 and len(parts[0]) == 1 and folder.shape(parts[0][0]) == list(weight.shape):
+        if (
+            len(parts) == 1
+            and len(parts[0]) == 1
+            and folder.shape(parts[0][0]) == list(weight.shape)
+        ):
             return Stored((tuple(parts[0]),))
         return Stored(tuple(zip(*parts, strict=True)), stacked=True)
     raise ValueError(
@@ -107,7 +111,9 @@ def _converted(
 
 
 @torch.no_grad()
-def fill(module: nn.Module, folder: WeightFolder, description: str, *, tp: Place, ep: Place) -> None:
+def fill(
+    module: nn.Module, folder: WeightFolder, description: str, *, tp: Place, ep: Place
+) -> None:
     """Copy this rank's shard of each weight of a stage from a folder; nothing else is read.
 
     Args:
@@ -190,7 +196,9 @@ def _slice(
     return whole.transpose(1, 2) if transposed else whole
 
 
-def wide_weights(folder: WeightFolder, description: Mapping[str, Any], model: Any) -> tuple[str, ...]:
+def wide_weights(
+    folder: WeightFolder, description: Mapping[str, Any], model: Any
+) -> tuple[str, ...]:
     """Names of the weights that a folder stores in float32 although it is in another dtype."""
     said = description.get("dtype") or description.get("torch_dtype")
     if said in (None, "float32"):
