@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from megatron_mimo.config.presets import PROVIDERS, register_provider
-from megatron_mimo.data import BrokenItemError, ItemWords, MockItems
+from megatron_mimo.data import BrokenItemError, ItemWords, MockItems, OneRunItems
 from megatron_mimo.model.config import ModelConfig
 from megatron_mimo.modules.adapter import BuildContext, Division, FlopsContext, SourceAdapter
 from megatron_mimo.modules.families import register
@@ -106,7 +106,7 @@ class PackedReadings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReadingsInput:
+class ReadingsInput(OneRunItems):
     """Readings as the items of a module: numpy files, float32 [n, CHANNELS].
 
     Attributes:
@@ -121,11 +121,6 @@ class ReadingsInput:
     def words(self) -> ItemWords:
         """Names of an item in messages and stored samples."""
         return ItemWords(noun="reading", smaller="cut the readings into shorter ones")
-
-    @property
-    def tags(self) -> tuple[str, str]:
-        """Texts before and after an item: none."""
-        return ("", "")
 
     @property
     def endings(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         ItemInput,
         ItemWords,
         MockItems,
+        OneRunItems,
         PackedInput,
         placeholders,
     )
@@ -45,6 +46,7 @@ __all__ = [
     "ItemWords",
     "Microbatch",
     "MockItems",
+    "OneRunItems",
     "PackedInput",
     "RawSample",
     "SampleTrace",
@@ -73,6 +75,7 @@ _HOMES = {
         "ItemInput",
         "ItemWords",
         "MockItems",
+        "OneRunItems",
         "PackedInput",
         "placeholders",
     ),

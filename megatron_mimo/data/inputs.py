@@ -11,7 +11,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_mimo.media.items import BrokenItemError, ItemWords, MockItems
+from megatron_mimo.media.items import (
+    BrokenItemError,
+    ItemWords,
+    Layout,
+    MockItems,
+    OneRunItems,
+)
 
 __all__ = [
     "ENCODER",
@@ -20,8 +26,11 @@ __all__ = [
     "Item",
     "ItemInput",
     "ItemWords",
+    "Layout",
     "MockItems",
+    "OneRunItems",
     "PackedInput",
+    "layouts",
     "placeholders",
 ]
 
@@ -72,12 +81,31 @@ class ItemInput(Protocol):
 
     @property
     def placeholder(self) -> str:
-        """Placeholder of an item in texts, and the token that its rows replace."""
+        """Text that stands for an item in stored samples and in questions."""
         ...
 
     @property
-    def tags(self) -> tuple[str, str]:
-        """Texts that are written before and after an item; may be empty."""
+    def token(self) -> str:
+        """Token of the vocabulary that rows replace."""
+        ...
+
+    @property
+    def inline(self) -> str:
+        """Text of an item where no chat template writes it; it has the token once."""
+        ...
+
+    @property
+    def is_part(self) -> bool:
+        """Whether chat templates write the item.
+
+        Then they are given messages whose contents are lists of parts, an item among them as
+        {"type": NOUN}; otherwise the item's inline text is a part of the message's.
+        """
+        ...
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Texts that layouts may have; each is one token of the vocabulary."""
         ...
 
     @property
@@ -93,6 +121,25 @@ class ItemInput(Protocol):
     @property
     def packed_type(self) -> type[Any]:
         """Type of the result of `pack`: a frozen dataclass, which ranks that receive data build."""
+        ...
+
+    def among(self, count: int) -> "ItemInput":
+        """The kind of the items of a sample that has this many of them."""
+        ...
+
+    def layout(self, item: Any) -> Layout:
+        """How an item, with its content or without, is written: marks, and numbers of rows.
+
+        The numbers add up to the item's rows; each is that of rows that follow each other.
+        """
+        ...
+
+    def facts(self, item: Any) -> Mapping[str, Sequence[int]]:
+        """Integers of an item that the target needs beside its rows, by name.
+
+        They are known without its content. All items of a kind have the same names, and other kinds
+        have others.
+        """
         ...
 
     def examine(self, source: Any) -> Any:
@@ -168,7 +215,8 @@ def check_inputs(inputs: Inputs) -> None:
         if missing:
             raise ValueError(
                 f"items of module {module}: {type(kind).__name__} has no {', '.join(missing)}: "
-                f"expected every member of megatron_mimo.data.ItemInput"
+                f"expected every member of megatron_mimo.data.ItemInput; OneRunItems has those "
+                f"that most kinds share"
             )
         if not is_plain(kind.packed_type):
             raise ValueError(
@@ -187,5 +235,13 @@ def is_plain(kind: type[Any]) -> bool:
 
 
 def placeholders(inputs: Inputs) -> dict[str, str]:
-    """Module -> its placeholder in texts."""
-    return {module: kind.placeholder for module, kind in inputs.items()}
+    """Module -> the token of the vocabulary that its rows replace."""
+    return {module: kind.token for module, kind in inputs.items()}
+
+
+def layouts(items: Mapping[str, Sequence[Item]], inputs: Inputs) -> dict[str, tuple[Layout, ...]]:
+    """Module -> how each of its items is written."""
+    return {
+        module: tuple(inputs[module].layout(item) for item in of_module)
+        for module, of_module in items.items()
+    }

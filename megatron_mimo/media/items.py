@@ -1,7 +1,11 @@
-"""Types shared by every kind of item: its names in messages, damage, and mock items."""
+"""What every kind of item shares: its names in messages, damage, mock items, and defaults."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
+
+Layout = tuple[str | int, ...]
+"""An item among the tokens: texts of one token each, and numbers of rows that follow each other."""
 
 
 class BrokenItemError(Exception):
@@ -51,3 +55,55 @@ class MockItems:
     sources: tuple[Any, ...]
     question: str
     answer: str
+
+
+class OneRunItems:
+    """Defaults for kinds whose items are one run of rows, with a tag before and after it.
+
+    A kind that inherits them says no more of its texts than `placeholder`, which is a token of the
+    vocabulary too, and `tags`.
+    """
+
+    __slots__ = ()
+
+    placeholder: Any
+    """Text that stands for an item in stored samples."""
+
+    @property
+    def tags(self) -> tuple[str, str]:
+        """Texts that are written before and after an item; none by default."""
+        return ("", "")
+
+    @property
+    def token(self) -> str:
+        """Token of the vocabulary that rows replace: the placeholder."""
+        token: str = self.placeholder
+        return token
+
+    @property
+    def inline(self) -> str:
+        """Text of an item where no chat template writes it: the placeholder."""
+        return self.token
+
+    @property
+    def is_part(self) -> bool:
+        """Whether chat templates write the item: no, its placeholder is in the text."""
+        return False
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Texts that layouts may have: the tags."""
+        return tuple(tag for tag in self.tags if tag)
+
+    def layout(self, item: Any) -> Layout:
+        """The tags, and all rows between them."""
+        before, after = self.tags
+        return tuple(piece for piece in (before, item.rows, after) if piece)
+
+    def facts(self, item: Any) -> Mapping[str, Sequence[int]]:
+        """Nothing: the target needs only the rows."""
+        return {}
+
+    def among(self, count: int) -> Self:
+        """The same: a sample's other items do not change an item."""
+        return self

@@ -26,8 +26,8 @@ class TextBatch:
         lengths: Number of tokens of each document of the packed sequence, and of the padding after
             them, if any; they sum to S, and B is 1. None without packing.
         cu_seqlens: Cumulative sums of the lengths, from 0, int32 [N+1]; None without packing.
-        facts: Name -> integers of every item, int64 [N, ...], in the order of their tokens, that
-            the language model reads; empty where it reads none.
+        facts: Integers of the items beside their rows, by name, int64 [N, ...]: of each item of the
+            microbatch, in the order of sequences and positions; only names that an item has.
     """
 
     sample_keys: tuple[str, ...]

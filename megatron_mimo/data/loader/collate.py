@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_mimo.data.inputs import Inputs, Item
 from megatron_mimo.data.loader.batch import TextBatch
@@ -82,6 +83,22 @@ def runs_of(positions: NDArray[np.int64]) -> list[tuple[int, int]]:
         return []
     pieces = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
     return [(int(piece[0]), len(piece)) for piece in pieces]
+
+
+def collate_facts(samples: Sequence[EncodedSample], inputs: Inputs) -> dict[str, Tensor]:
+    """What the target needs of the items beside their rows, by name, int64 [N, ...].
+
+    Args:
+        samples: Samples of a lane's microbatch, in the order of sequences and positions.
+        inputs: Kinds of items of the run.
+    """
+    found: dict[str, list[Sequence[int]]] = {}
+    for sample in samples:
+        for module, items in sample.items.items():
+            for item in items:
+                for name, values in inputs[module].facts(item).items():
+                    found.setdefault(name, []).append(values)
+    return {name: torch.tensor(values, dtype=torch.int64) for name, values in found.items()}
 
 
 def collate_text(samples: Sequence[EncodedSample], seq_length: int, pad_id: int) -> TextBatch:

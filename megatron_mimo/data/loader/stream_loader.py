@@ -14,6 +14,7 @@ from megatron_mimo.data.inputs import ENCODER, Item, PackedInput
 from megatron_mimo.data.loader.batch import Microbatch, StepData, StepLoader, TextBatch
 from megatron_mimo.data.loader.collate import (
     Documents,
+    collate_facts,
     collate_packed,
     collate_text,
     placed,
@@ -339,11 +340,13 @@ class StreamLoader(StepLoader):
         lane, seq_length = self._role.text_lane, self._config.seq_length
         if lane is None:
             return None
+        samples = [sample for _, sample in placed(sequences[lane])]
         if self._config.packing_buffer_size is None:
-            samples = [sample for _, sample in placed(sequences[lane])]
-            return collate_text(samples, seq_length, self._pad_id)
-        (documents,) = sequences[lane]
-        return collate_packed(documents, seq_length, self._pad_id)
+            text = collate_text(samples, seq_length, self._pad_id)
+        else:
+            (documents,) = sequences[lane]
+            text = collate_packed(documents, seq_length, self._pad_id)
+        return replace(text, facts=collate_facts(samples, self._config.inputs))
 
 
 def _identity(microbatch: Microbatch, lane: int) -> bytes:

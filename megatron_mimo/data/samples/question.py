@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.inputs import Inputs, Item
+from megatron_mimo.data.inputs import Inputs, Item, ItemInput, layouts
 from megatron_mimo.data.samples.sample import (
     RawSample,
     UnusableError,
@@ -102,20 +102,19 @@ def encode_question(
     given = {module: tuple(s.content for s in sources) for module, sources in items.items()}
     require_placeholders(RawSample(key="question", turns=tuple(turns), items=given), config.inputs)
     encoded = {
-        module: tuple(_encoded(source, module, config.inputs) for source in items[module])
-        for module in config.inputs
-        if items.get(module)
+        module: tuple(_encoded(source, kind.among(len(sources))) for source in sources)
+        for module, kind in config.inputs.items()
+        if (sources := items.get(module))
     }
-    rows = {module: [item.rows for item in of_module] for module, of_module in encoded.items()}
-    tokens = write_question(turns, rows, config, tokenizer)
+    tokens = write_question(turns, layouts(encoded, config.inputs), config, tokenizer)
     if not tokens:
         raise ValueError("the question is empty: expected a text, or an item with one")
     return EncodedQuestion(tokens=np.array(tokens, dtype=np.int64), items=encoded)
 
 
-def _encoded(source: Source, module: str, inputs: Inputs) -> Item:
+def _encoded(source: Source, kind: ItemInput) -> Item:
     try:
-        item, flaw = encode_item(source.content, inputs[module], with_content=True)
+        item, flaw = encode_item(source.content, kind, with_content=True)
     except UnusableError as error:
         raise ValueError(f"{source.name} cannot be used: {error}") from error
     if flaw is not None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_mimo.border import TRACEBACK_FLAG, reason_of, show_traceback
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.inputs import BrokenItemError, Inputs, Item, ItemInput
+from megatron_mimo.data.inputs import BrokenItemError, Inputs, Item, ItemInput, layouts
 from megatron_mimo.data.text.clean import MalformedError, require_unicode
 from megatron_mimo.data.text.conversation import Turn
 from megatron_mimo.data.text.placeholders import count_placeholders, split_text
@@ -272,12 +272,13 @@ def encode_sample(
     _require_answers(raw.turns, config.inputs)
     items = {
         module: tuple(
-            encode_item(source, config.inputs[module], with_content=False)[0] for source in sources
+            encode_item(source, config.inputs[module].among(len(sources)), with_content=False)[0]
+            for source in sources
         )
         for module, sources in by_module(raw, config.inputs)
     }
     rows = {module: [item.rows for item in of_module] for module, of_module in items.items()}
-    prompt = write_prompt(raw.turns, rows, config, tokenizer)
+    prompt = write_prompt(raw.turns, layouts(items, config.inputs), config, tokenizer)
     _check_tokens(prompt.tokens, prompt.targets, rows, config)
     sample = EncodedSample(
         key=raw.key,
@@ -303,7 +304,7 @@ def add_content(
     for module, sources in by_module(raw, config.inputs):
         if module not in content:
             continue
-        kind = config.inputs[module]
+        kind = config.inputs[module].among(len(sources))
         decoded = []
         for source in sources:
             item, reason = encode_item(source, kind, with_content=True)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from megatron_mimo.data.text.conversation import Turn
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 # First and one past the last character of a part of a text.
 Span = tuple[int, int]
 
@@ -22,7 +22,9 @@ _PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"
 
 
 class ChatTemplate(Protocol):
-    """How a tokenizer writes conversations; a message has a role and a content, both texts.
+    """How a tokenizer writes conversations; a message has a role and a content, a text.
+
+    Templates of vision-language models take lists of parts as contents too.
 
     Attributes:
         name: Which template it is, for messages: "the chat template of FOLDER".

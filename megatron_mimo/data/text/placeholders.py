@@ -33,3 +33,25 @@ def count_placeholders(texts: Sequence[str], inputs: Inputs) -> Counter[str]:
     return Counter(
         module for text in texts for _, module in split_text(text, inputs) if module is not None
     )
+
+
+def write_inline(text: str, inputs: Inputs) -> str:
+    """A text with each placeholder as its module's items are written without a chat template."""
+    return "".join(
+        piece if module is None else f"{piece}{inputs[module].inline}"
+        for piece, module in split_text(text, inputs)
+    )
+
+
+def require_no_tokens(texts: Sequence[str], inputs: Inputs) -> None:
+    """Refuse texts with a token of rows that is no placeholder.
+
+    Raises:
+        ValueError: A text has one.
+    """
+    for kind in inputs.values():
+        if kind.token != kind.placeholder and any(kind.token in text for text in texts):
+            raise ValueError(
+                f"its text contains {kind.token}, the {kind.words.noun} token, outside of "
+                f"placeholders: remove it; {kind.placeholder} stands for {kind.words.one}"
+            )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mimo.data.config import DataConfig
+from megatron_mimo.data.inputs import OneRunItems
 from megatron_mimo.data.text.prompt import TURN_END, TURN_START, format_of
 from megatron_mimo.data.text.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 
@@ -81,9 +82,10 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, config: DataConfig) -> No
         ValueError: The tokenizer is neither of bytes nor one of transformers with a tokenizer.json.
     """
     special, kinds = {}, list(config.inputs.values())
-    placeholders = [kind.placeholder for kind in kinds]
+    placeholders = [kind.token for kind in kinds]
     if len(kinds) == 1:
-        before, after = kinds[0].tags
+        (kind,) = kinds
+        before, after = kind.tags if isinstance(kind, OneRunItems) else ("", "")
         special = {
             "image_token": placeholders[0],
             "image_start_token": before,
@@ -122,6 +124,8 @@ def chat_template(config: DataConfig, tokenizer: Tokenizer, eos: str) -> str:
         case "chat":
             assert tokenizer.chat_template is not None
             written = tokenizer.chat_template.source
+    if any(kind.is_part for kind in config.inputs.values()):
+        return written
     image = next((kind.placeholder for kind in config.inputs.values()), "")
     flatten = _FLATTEN.strip().replace("IMAGE", json.dumps(image))
     # That of a folder that was exported has it.

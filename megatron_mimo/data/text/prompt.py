@@ -11,10 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_mimo.data.config import DataConfig
+from megatron_mimo.data.inputs import Layout
 from megatron_mimo.data.text.chat_template import ChatTemplate, Span, write_chat
 from megatron_mimo.data.text.conversation import Turn
-from megatron_mimo.data.text.placeholders import count_placeholders
+from megatron_mimo.data.text.parts import template_of
+from megatron_mimo.data.text.placeholders import require_no_tokens, write_inline
 from megatron_mimo.data.text.tokenizer import ByteTokenizer, Spelled, Tokenizer
+
+# Module -> how each of its items is written, in the order of its placeholders.
+Layouts = Mapping[str, Sequence[Layout]]
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 _NO_PLACES = (
@@ -55,7 +60,7 @@ class Prompt:
 
 def write_prompt(
     turns: Sequence[Turn],
-    rows: Mapping[str, Sequence[int]],
+    layouts: Layouts,
     config: DataConfig,
     tokenizer: Tokenizer,
 ) -> Prompt:
@@ -63,21 +68,22 @@ def write_prompt(
 
     Args:
         turns: Turns with one placeholder for each item.
-        rows: Module -> number of rows of each of its items, in the order of its placeholders.
-        config: Prompt format, placeholders and tags.
+        layouts: Module -> how each of its items is written, in the order of its placeholders.
+        config: Prompt format, and kinds of items.
         tokenizer: Tokenizer of the texts.
 
     Raises:
         ValueError: The tokenizer's chat template cannot write this conversation, or changes it; the
             tokens have more or fewer places for items than there are items.
     """
+    require_no_tokens([turn.text for turn in turns], config.inputs)
     if is_document(turns):
         prompt = encode_text([Stretch(turns[0].text, learnt=True, ends=True)], config, tokenizer)
     elif format_of(config, tokenizer) == "plain":
         prompt = encode_text(joined(plain(turns)), config, tokenizer)
     else:
-        prompt = _encode_chat(turns, rows, config, tokenizer)
-    prompt = with_rows(prompt, rows, config, tokenizer)
+        prompt = _encode_chat(turns, layouts, config, tokenizer)
+    prompt = with_rows(prompt, layouts, config, tokenizer)
     prompt.targets[:1] = [False] * len(prompt.tokens[:1])
     return prompt
 
@@ -88,7 +94,8 @@ def encode_text(stretches: Iterable[Stretch], config: DataConfig, tokenizer: Tok
     targets: list[bool] = []
     for stretch in stretches:
         if stretch.text:
-            tokens += tokenizer.encode_with_items(stretch.text, config.inputs)
+            text = write_inline(stretch.text, config.inputs)
+            tokens += tokenizer.encode_with_items(text, config.inputs)
         if stretch.ends:
             tokens.append(tokenizer.eos_id)
         targets += [stretch.learnt] * (len(tokens) - len(targets))
@@ -97,40 +104,43 @@ def encode_text(stretches: Iterable[Stretch], config: DataConfig, tokenizer: Tok
 
 def _encode_chat(
     turns: Sequence[Turn],
-    rows: Mapping[str, Sequence[int]],
+    layouts: Layouts,
     config: DataConfig,
     tokenizer: Tokenizer,
 ) -> Prompt:
     """Tokens of a whole chat, with a placeholder's for each item."""
     if format_of(config, tokenizer) == "nemotron6-moe":
-        text, spans = nemotron6_moe(turns)
+        text, spans = nemotron6_moe(inline(turns, config))
     else:
-        template = tokenizer.chat_template
-        assert template is not None
+        assert tokenizer.chat_template is not None
+        template = template_of(tokenizer.chat_template, config.inputs)
         text, spans = write_chat(turns, template)
-        require_placeholders(text, rows, config, template)
+        require_tokens(text, layouts, config, template)
     spelled = tokenizer.spell(text)
     if spelled is None:
         raise ValueError(_NO_PLACES)
     return Prompt(spelled.tokens, _learnt(spelled, spans))
 
 
-def require_placeholders(
-    text: str, rows: Mapping[str, Sequence[int]], config: DataConfig, template: ChatTemplate
-) -> None:
-    """Refuse a chat in which the template has dropped or repeated placeholders.
+def inline(turns: Sequence[Turn], config: DataConfig) -> list[Turn]:
+    """Turns with items as they are written where no chat template writes them."""
+    return [Turn(turn.role, write_inline(turn.text, config.inputs)) for turn in turns]
+
+
+def require_tokens(text: str, layouts: Layouts, config: DataConfig, template: ChatTemplate) -> None:
+    """Refuse a chat in which the template has dropped or repeated items.
 
     Raises:
-        ValueError: A module has more or fewer placeholders than items.
+        ValueError: A module has more or fewer tokens than items.
     """
-    found = count_placeholders([text], config.inputs)
     for module, kind in config.inputs.items():
-        wanted = len(rows.get(module, ()))
-        if found[module] != wanted:
+        found, wanted = text.count(kind.token), len(layouts.get(module, ()))
+        if found != wanted:
+            taken = f"lists of texts and {kind.words.plural}" if kind.is_part else "texts"
             raise ValueError(
-                f"{template.name} makes {found[module]} placeholders of {wanted} "
-                f"({kind.placeholder}): choose another --tokenizer-prompt-format, or a "
-                f"template that takes texts"
+                f"{template.name} makes {found} placeholders of {wanted} "
+                f"({kind.token}): choose another --tokenizer-prompt-format, or a "
+                f"template that takes {taken}"
             )
 
 
@@ -147,28 +157,27 @@ def _learnt(spelled: Spelled, spans: Sequence[Span]) -> list[bool]:
     return targets
 
 
-def with_rows(
-    prompt: Prompt, rows: Mapping[str, Sequence[int]], config: DataConfig, tokenizer: Tokenizer
-) -> Prompt:
-    """The same with the rows and tags of items in place of their placeholders."""
+def with_rows(prompt: Prompt, layouts: Layouts, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
+    """The same with the rows and marks of items in place of their placeholders."""
     items: list[tuple[int, list[int]]] = []
     for module, kind in config.inputs.items():
         token, of_module, words = (
             tokenizer.placeholder_ids[module],
-            rows.get(module, ()),
+            layouts.get(module, ()),
             kind.words,
         )
         places = _places(prompt.tokens, token)
         if len(places) != len(of_module):
-            written = len(places) - len(of_module) + sum(of_module)
+            rows = sum(piece for layout in of_module for piece in layout if isinstance(piece, int))
+            written = len(places) - len(of_module) + rows
             raise ValueError(
-                f"{written} {words.noun} tokens for {sum(of_module)} rows of its {words.plural}: "
+                f"{written} {words.noun} tokens for {rows} rows of its {words.plural}: "
                 f"its text contains the {words.noun} token (id {token}) outside of placeholders; "
                 f"remove it, or choose another {words.placeholder}"
             )
         if places:
-            before, after = (_tag(tag, tokenizer) for tag in kind.tags)
-            runs = ([*before, *[token] * number, *after] for number in of_module)
+            marks = {mark: _mark(mark, tokenizer) for mark in kind.marks}
+            runs = (_written(layout, token, marks) for layout in of_module)
             items += zip(places, runs, strict=True)
     if not items:
         return prompt
@@ -191,9 +200,17 @@ def _places(tokens: list[int], token: int) -> list[int]:
     return places
 
 
-def _tag(tag: str, tokenizer: Tokenizer) -> list[int]:
-    token = tokenizer.token_id(tag)
-    return tokenizer.encode(tag) if token is None else [token]
+def _mark(mark: str, tokenizer: Tokenizer) -> list[int]:
+    token = tokenizer.token_id(mark)
+    return tokenizer.encode(mark) if token is None else [token]
+
+
+def _written(layout: Layout, token: int, marks: Mapping[str, list[int]]) -> list[int]:
+    """Tokens of an item."""
+    tokens: list[int] = []
+    for piece in layout:
+        tokens += [token] * piece if isinstance(piece, int) else marks[piece]
+    return tokens
 
 
 def check_prompt_format(config: DataConfig, tokenizer: Tokenizer) -> None:
@@ -201,7 +218,7 @@ def check_prompt_format(config: DataConfig, tokenizer: Tokenizer) -> None:
 
     Raises:
         ValueError: The tokenizer has no chat template, or lacks the tokens of the format or of a
-            module's tags.
+            module's marks.
     """
     chosen = format_of(config, tokenizer)
     if chosen == "chat" and tokenizer.chat_template is None:
@@ -220,7 +237,7 @@ def check_prompt_format(config: DataConfig, tokenizer: Tokenizer) -> None:
         raise ValueError(_NO_PLACES)
     if not isinstance(tokenizer, ByteTokenizer):
         for kind in config.inputs.values():
-            _require_tokens(tokenizer, [tag for tag in kind.tags if tag], kind.words.tags)
+            _require_tokens(tokenizer, kind.marks, kind.words.tags)
 
 
 def _require_tokens(tokenizer: Tokenizer, needed: Sequence[str], chosen: str) -> None:

@@ -5,20 +5,24 @@ chat they are those of the template's own `add_generation_prompt`.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.data.text.chat_template import ChatTemplate
 from megatron_mimo.data.text.conversation import Turn
+from megatron_mimo.data.text.parts import template_of
+from megatron_mimo.data.text.placeholders import require_no_tokens
 from megatron_mimo.data.text.prompt import (
     TURN_START,
+    Layouts,
     Prompt,
     encode_text,
     format_of,
+    inline,
     joined,
     nemotron6_moe,
     plain,
-    require_placeholders,
+    require_tokens,
     with_rows,
     write_prompt,
 )
@@ -30,7 +34,7 @@ _MARK = "\ue000"
 
 def write_question(
     turns: Sequence[Turn],
-    rows: Mapping[str, Sequence[int]],
+    layouts: Layouts,
     config: DataConfig,
     tokenizer: Tokenizer,
 ) -> list[int]:
@@ -38,8 +42,8 @@ def write_question(
 
     Args:
         turns: Turns with one placeholder for each item; the last one is not the assistant's.
-        rows: Module -> number of rows of each of its items, in the order of its placeholders.
-        config: Prompt format, placeholders and tags.
+        layouts: Module -> how each of its items is written, in the order of its placeholders.
+        config: Prompt format, and kinds of items.
         tokenizer: Tokenizer of the texts.
 
     Returns:
@@ -49,21 +53,22 @@ def write_question(
         ValueError: The tokenizer's chat template cannot write this conversation; the tokens have
             more or fewer places for items than there are items.
     """
+    require_no_tokens([turn.text for turn in turns], config.inputs)
     chosen = format_of(config, tokenizer)
     if chosen == "plain":
         prompt = encode_text(joined(plain(turns)), config, tokenizer)
     else:
         cut = 0
         if chosen == "nemotron6-moe":
-            text = f"{nemotron6_moe(turns)[0]}{TURN_START}assistant\n"
+            text = f"{nemotron6_moe(inline(turns, config))[0]}{TURN_START}assistant\n"
         else:
-            template = tokenizer.chat_template
-            assert template is not None
+            assert tokenizer.chat_template is not None
+            template = template_of(tokenizer.chat_template, config.inputs)
             text, cut = _opened(turns, template)
-            require_placeholders(text, rows, config, template)
+            require_tokens(text, layouts, config, template)
         tokens = _up_to(cut, text, tokenizer) if cut else tokenizer.encode(text)
         prompt = Prompt(tokens, [False] * len(tokens))
-    return with_rows(prompt, rows, config, tokenizer).tokens
+    return with_rows(prompt, layouts, config, tokenizer).tokens
 
 
 def _opened(turns: Sequence[Turn], template: ChatTemplate) -> tuple[str, int]:

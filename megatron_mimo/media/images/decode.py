@@ -79,6 +79,23 @@ def decode_image(image: ImageSource) -> Image.Image:
         return picture if turn is None else picture.transpose(turn)
 
 
+def decode_or_blank(source: ImageSource, size: tuple[int, int]) -> tuple[Image.Image, str | None]:
+    """The picture, or a blank of its size and the reason.
+
+    Args:
+        source: Contents of an image file, or pixels, uint8 [H, W, 3].
+        size: Width and height in pixels, from `examine_image`.
+    """
+    try:
+        decoded = decode_image(source)
+    except BrokenImageError as error:
+        return blank_image(*size), f"{error}; a blank stands in its place"
+    if decoded.size != size:
+        found = "decodes to {} x {} pixels".format(*decoded.size)
+        return blank_image(*size), f"image of {size[0]} x {size[1]} pixels {found}: a blank stands"
+    return decoded, None
+
+
 @contextmanager
 def _opened(image: bytes) -> Iterator[ImageFile.ImageFile]:
     try:

@@ -5,21 +5,18 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
-from PIL.Image import Image
 
 from megatron_mimo.media.images.config import ImageConfig
 from megatron_mimo.media.images.decode import (
-    BrokenImageError,
     ImageSource,
-    blank_image,
-    decode_image,
+    decode_or_blank,
     examine_image,
 )
 from megatron_mimo.media.images.encode import EncodedImage, encode_image
 from megatron_mimo.media.images.grid import image_grids, rows_of
 from megatron_mimo.media.images.mock import check_mock_rows, mock_pictures
 from megatron_mimo.media.images.packing import PackedImages, pack_images
-from megatron_mimo.media.items import ItemWords, MockItems
+from megatron_mimo.media.items import ItemWords, MockItems, OneRunItems
 
 ImageTagType = Literal["internvl"]
 Size = tuple[int, int]
@@ -34,7 +31,7 @@ _KNOWN = "expected <img> and </img>, or nothing"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImageInput:
+class ImageInput(OneRunItems):
     """The items of a module that takes images.
 
     Attributes:
@@ -108,7 +105,7 @@ class ImageInput:
         if not with_content:
             grids = image_grids(*shape, self.config)
             return EncodedImage(grids, rows_of(grids, self.config), None), None
-        pixels, reason = _pixels(source, shape)
+        pixels, reason = decode_or_blank(source, shape)
         return encode_image(pixels, self.config, with_patches=True), reason
 
     def pack(self, items: Sequence[EncodedImage], seeds: Sequence[int]) -> PackedImages | None:
@@ -172,15 +169,3 @@ def tag_type(tags: tuple[str, str], where: str) -> ImageTagType | None:
         if tags == known:
             return kind
     raise ValueError(f"{where} writes {tags[0]!r} and {tags[1]!r} around an image: {_KNOWN}")
-
-
-def _pixels(source: ImageSource, size: Size) -> tuple[Image, str | None]:
-    """The picture, or a blank of its size and the reason."""
-    try:
-        decoded = decode_image(source)
-    except BrokenImageError as error:
-        return blank_image(*size), f"{error}; a blank stands in its place"
-    if decoded.size != size:
-        found = "decodes to {} x {} pixels".format(*decoded.size)
-        return blank_image(*size), f"image of {size[0]} x {size[1]} pixels {found}: a blank stands"
-    return decoded, None

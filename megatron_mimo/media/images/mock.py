@@ -18,9 +18,9 @@ _COLOURS = {
     "black": (25, 25, 25),
     "orange": (230, 130, 30),
 }
-_NAMES = tuple(_COLOURS)
+COLOURS = tuple(_COLOURS)
 # Number of bytes of the longest texts around two images, end of sequence included.
-_TEXT_BUDGET = 34
+TEXT_BUDGET = 34
 _LARGEST_SIDE = 4
 _MOST_IMAGES = 2
 
@@ -42,9 +42,11 @@ def mock_pictures(
     """
     most = _most_images(room, rows, tag_bytes)
     count = int(rng.integers(1, 1 + most))
-    names = tuple(_NAMES[rng.integers(len(_NAMES))] for _ in range(count))
+    names = tuple(COLOURS[rng.integers(len(COLOURS))] for _ in range(count))
     largest = max(1, _room_of_one(room, _MOST_IMAGES, tag_bytes))
-    pictures = tuple(_picture(name, _size(largest, config, rows, rng), rng) for name in names)
+    pictures = tuple(
+        coloured_picture(name, _size(largest, config, rows, rng), rng) for name in names
+    )
     return pictures, names
 
 
@@ -62,7 +64,7 @@ def check_mock_rows(rows: int, room: int, config: ImageConfig, *, tag_bytes: int
     """
     if rows > _room_of_one(room, 1, tag_bytes):
         raise ValueError(
-            f"--image-seq-length {rows}: an image and its question need {_TEXT_BUDGET} more "
+            f"--image-seq-length {rows}: an image and its question need {TEXT_BUDGET} more "
             f"positions than that, and --seq-length leaves them {room}: raise it"
         )
     height, width = _fixed_size(rows, config.unit)
@@ -77,7 +79,7 @@ def check_mock_rows(rows: int, room: int, config: ImageConfig, *, tag_bytes: int
 
 def _room_of_one(room: int, count: int, tag_bytes: int) -> int:
     """Largest number of rows per image with which `count` images and the text fit."""
-    return (room - _TEXT_BUDGET - count * tag_bytes) // count
+    return (room - TEXT_BUDGET - count * tag_bytes) // count
 
 
 def _most_images(room: int, rows: int | None, tag_bytes: int) -> int:
@@ -110,7 +112,9 @@ def _fixed_size(rows: int, unit: int) -> tuple[int, int]:
     return grid_h * unit, rows // grid_h * unit
 
 
-def _picture(name: str, size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.uint8]:
+def coloured_picture(
+    name: str, size: tuple[int, int], rng: np.random.Generator
+) -> NDArray[np.uint8]:
     """A picture in a colour, uint8 [H, W, 3]."""
     height, width = size
     noise = rng.normal(0, 20, size=(height, width, 3))

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_mimo.data import BrokenItemError, ItemWords, MockItems
+from megatron_mimo.data import BrokenItemError, ItemWords, MockItems, OneRunItems
 
 _HEAD = struct.Struct("<4sBB")
 _SAMPLES_PER_ROW = 3
@@ -60,7 +60,7 @@ class PackedTones:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ToneInput:
+class ToneInput(OneRunItems):
     """Tones as the items of a module.
 
     Attributes:

@@ -1,7 +1,11 @@
 """Chat templates and small tokenizers of the kinds that models come with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from megatron_mimo.data import DataConfig
+from megatron_mimo.data.inputs import Layout
+from megatron_mimo.media.images import EncodedImage
 
 # Around what the assistant writes; a template is used with and without them.
 _BEGIN, _END = "{% generation %}", "{% endgeneration %}"
@@ -185,3 +189,14 @@ def save_tokenizer(name: str, path: str) -> None:
         unk_token="<unk>",
         additional_special_tokens=list(SPECIAL[3:]),
     ).save_pretrained(path)
+
+
+def laid_out(
+    rows: Mapping[str, Sequence[int]], config: DataConfig | None = None
+) -> dict[str, list[Layout]]:
+    """How images with these numbers of rows are written."""
+    inputs = (config or DataConfig()).inputs
+    return {
+        module: [inputs[module].layout(EncodedImage((), number, None)) for number in of_module]
+        for module, of_module in rows.items()
+    }

@@ -14,7 +14,13 @@ from megatron_mimo.data.text.conversation import Turn
 from megatron_mimo.data.text.prompt import write_prompt
 from megatron_mimo.data.text.tokenizer import HuggingFaceTokenizer
 from tests.properties import examples
-from tests.unit_tests.data.text.chats import TEMPLATES, TOKENIZERS, save_tokenizer, template
+from tests.unit_tests.data.text.chats import (
+    TEMPLATES,
+    TOKENIZERS,
+    laid_out,
+    save_tokenizer,
+    template,
+)
 
 Load = Callable[[str], tuple[Any, HuggingFaceTokenizer]]
 
@@ -100,7 +106,7 @@ def test_tokens_and_targets_are_those_of_transformers(
     tokens, mask = expected(theirs, turns, name, rows)
     theirs.chat_template = template(name, marked=marked)
     ours.chat_template = HuggingFaceChatTemplate(theirs, "here")
-    prompt = write_prompt(turns, {"encoder": rows}, DataConfig(), ours)
+    prompt = write_prompt(turns, laid_out({"encoder": rows}), DataConfig(), ours)
     assert prompt.tokens == tokens
     assert prompt.targets == mask
 
@@ -113,7 +119,7 @@ def test_text_beside_an_item_keeps_its_tokens_in_the_plain_format(load: Load, ki
     for asked in ("<image>\nRed", "Red<image> a<image>", "<image>"):
         turns = [Turn("user", asked), Turn("assistant", "a")]
         rows = [1] * asked.count("<image>")
-        prompt = write_prompt(turns, {"encoder": rows}, config, ours)
+        prompt = write_prompt(turns, laid_out({"encoder": rows}), config, ours)
         whole = theirs.encode(f"{asked}\n", add_special_tokens=False)
         assert whole.count(image) == len(rows)
         assert prompt.tokens[: len(whole)] == whole

@@ -53,7 +53,7 @@ def test_bytes_are_tokens_of_transformers(messages: Any, tmp_path: Path) -> None
     save_tokenizer(tmp_path, ours, config)
     assert not (tmp_path / "merges.txt").exists()
     theirs, tokens = asked(tmp_path, messages)
-    assert tokens == write_question(TALK, {"encoder": [1, 1]}, config, ours)
+    assert tokens == write_question(TALK, chats.laid_out({"encoder": [1, 1]}), config, ours)
     assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.pad_id)
     assert (theirs.image_token, theirs.image_start_token) == ("<image>", "")
     assert len(theirs) == ours.num_tokens
@@ -76,7 +76,9 @@ def test_tokenizers_of_transformers_stay_as_they_are(kind: str, form: Any, tmp_p
     # One turn: those of the plain format are tokenised apart.
     turns, parts = (TALK, IN_PARTS) if form != "plain" else (TALK[:1], IN_PARTS[:1])
     theirs, tokens = asked(tmp_path / "out", parts)
-    wanted = write_question(turns, {"encoder": [1, 1]}, DataConfig(prompt_format=form), ours)
+    wanted = write_question(
+        turns, chats.laid_out({"encoder": [1, 1]}), DataConfig(prompt_format=form), ours
+    )
     assert tokens == wanted
     assert theirs.eos_token_id == ours.eos_id
     assert (theirs.image_start_token, theirs.image_end_token) == ("<img>", "</img>")

@@ -105,7 +105,9 @@ def written(
     tokenizer: HuggingFaceTokenizer, turns: Sequence[Turn], rows: Sequence[int] = (), **fields: Any
 ) -> tuple[str, list[str]]:
     """The whole text, and the stretches that are learnt, as the tokens spell them."""
-    prompt = write_prompt(turns, {"encoder": rows}, DataConfig(**fields), tokenizer)
+    config = DataConfig(**fields)
+    layouts = chats.laid_out({"encoder": rows}, config)
+    prompt = write_prompt(turns, layouts, config, tokenizer)
     spell = tokenizer._tokenizer.decode
     learnt: list[list[int]] = [[]]
     for token, target in zip(prompt.tokens, prompt.targets, strict=True):
@@ -338,7 +340,8 @@ def test_images_take_their_rows_and_tags_and_are_never_learnt(
 def test_bytes_take_tags_too() -> None:
     tokenizer = ByteTokenizer()
     config = DataConfig(inputs=tagged("internvl"))
-    prompt = write_prompt(spoken("u: <image>", "a: b"), {"encoder": [2]}, config, tokenizer)
+    layouts = chats.laid_out({"encoder": [2]}, config)
+    prompt = write_prompt(spoken("u: <image>", "a: b"), layouts, config, tokenizer)
     image = [*b"<img>", *[tokenizer.placeholder_ids["encoder"]] * 2, *b"</img>"]
     assert prompt.tokens == [*image, *b"\nb", tokenizer.eos_id]
 
@@ -355,7 +358,7 @@ def test_a_template_without_the_items_of_one_module_is_refused(load: Load) -> No
     turns = spoken("u: <image><tone>q", "a: x")
     config = DataConfig(inputs={"encoder": ImageInput(), "audio": ToneInput()})
     with pytest.raises(ValueError, match="makes 0 placeholders of 1 .<tone>.: choose"):
-        write_prompt(turns, {"encoder": [1], "audio": [1]}, config, load(template))
+        write_prompt(turns, {"encoder": [(1,)], "audio": [(1,)]}, config, load(template))
 
 
 def test_the_default_is_the_template_where_there_is_one(load: Load) -> None:

@@ -14,7 +14,13 @@ from megatron_mimo.data.text.conversation import Turn
 from megatron_mimo.data.text.prompt import write_prompt
 from megatron_mimo.data.text.question import answer_ends, write_question
 from megatron_mimo.data.text.tokenizer import HuggingFaceTokenizer
-from tests.unit_tests.data.text.chats import OPENS, TEMPLATES, save_tokenizer, template
+from tests.unit_tests.data.text.chats import (
+    OPENS,
+    TEMPLATES,
+    laid_out,
+    save_tokenizer,
+    template,
+)
 
 QUESTION = [Turn("user", "<image>Which colour?")]
 TALK = [*QUESTION, Turn("assistant", "Red."), Turn("user", "And <image> now?")]
@@ -42,7 +48,7 @@ def with_template(tokenizer: HuggingFaceTokenizer, text: str) -> HuggingFaceToke
 def in_training(turns: list[Turn], config: DataConfig, tokenizer: Any) -> list[int]:
     """What stands in front of the first token of the last answer that is learnt."""
     rows = {"encoder": ROWS["encoder"][: sum(turn.text.count("<image>") for turn in turns)]}
-    prompt = write_prompt([*turns, Turn("assistant", "Green")], rows, config, tokenizer)
+    prompt = write_prompt([*turns, Turn("assistant", "Green")], laid_out(rows), config, tokenizer)
     last = len(prompt.targets) - 1 - prompt.targets[::-1].index(True)
     while prompt.targets[last]:
         last -= 1
@@ -56,19 +62,21 @@ def test_chats_begin_as_in_training(
     kind: str, name: str, marked: bool, load: Callable[[str], HuggingFaceTokenizer]
 ) -> None:
     tokenizer = with_template(load(kind), template(name, marked=marked))
-    found = write_question(QUESTION, {"encoder": [3]}, DataConfig(), tokenizer)
+    found = write_question(QUESTION, laid_out({"encoder": [3]}), DataConfig(), tokenizer)
     assert found == in_training(QUESTION, DataConfig(), tokenizer)
 
 
 @pytest.mark.parametrize("format", ["plain", "nemotron6-moe"])
 def test_so_do_other_formats(format: Any, load: Callable[[str], HuggingFaceTokenizer]) -> None:
     config, tokenizer = DataConfig(prompt_format=format), load("byte-level")
-    assert write_question(TALK, ROWS, config, tokenizer) == in_training(TALK, config, tokenizer)
+    assert write_question(TALK, laid_out(ROWS), config, tokenizer) == in_training(
+        TALK, config, tokenizer
+    )
 
 
 def test_bytes_begin_as_in_training() -> None:
     tokenizer = ByteTokenizer()
-    found = write_question(TALK, ROWS, DataConfig(), tokenizer)
+    found = write_question(TALK, laid_out(ROWS), DataConfig(), tokenizer)
     assert found == in_training(TALK, DataConfig(), tokenizer)
     assert found[:4] == [258] * 3 + [ord("W")]
 
@@ -86,7 +94,7 @@ def test_the_generation_prompt_is_that_of_transformers(
     for token in theirs:
         wanted += [token] * (next(rows) if token == image else 1)
     given = {"encoder": ROWS["encoder"][: theirs.count(image)]}
-    assert write_question(turns, given, DataConfig(), tokenizer) == wanted
+    assert write_question(turns, laid_out(given), DataConfig(), tokenizer) == wanted
 
 
 @pytest.mark.parametrize(
