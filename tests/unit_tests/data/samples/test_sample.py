@@ -31,7 +31,7 @@ from megatron_mimo.media.images import (
     decode_image,
     rows_for,
 )
-from megatron_mimo.media.images import input as image_input
+from megatron_mimo.media.images import decode as decoding
 
 TOKENIZER = ByteTokenizer()
 IMAGE = TOKENIZER.placeholder_ids["encoder"]
@@ -224,7 +224,7 @@ def test_a_blank_of_its_size_stands_for_an_image_that_does_not_decode() -> None:
 
 
 def test_without_patches_nothing_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_input, "decode_image", None)
+    monkeypatch.setattr(decoding, "decode_image", None)
     raw = asked(png(16, 32), question="<image>", answer="a")
     sample = encode_sample(raw, DataConfig(), TOKENIZER, content=())
     assert sample.items == {"encoder": (EncodedImage(((4, 2),), 2, None),)}

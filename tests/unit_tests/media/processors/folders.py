@@ -40,14 +40,14 @@ MISTRAL = (
     "{{ eos_token }}END{% endif %}{% endfor %}"
 )
 GEMMA = (
+    "{% macro write(content) %}{% if content is string %}{{ content | trim }}{% else %}"
+    "{% for c in content %}{% if c.type == 'text' %}{{ c.text | trim }}"
+    "{% else %}{{ '<|image|>' }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
     "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
-    "{% if m.role == 'assistant' %}BEGIN{% endif %}"
-    "{% if m.content is string %}{{ m.content | trim }}{% else %}{% for c in m.content %}"
-    "{% if c.type == 'text' %}{{ c.text | trim }}{% else %}{{ '<|image|>' }}{% endif %}"
-    "{% endfor %}{% endif %}{{ '<turn|>' }}"
-    "{% if m.role == 'assistant' %}END{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|turn>model\n' }}{% endif %}"
+    "{% if m.role == 'assistant' %}"
+    "{{ '<|turn>model\n' }}BEGIN{{ write(m.content) + '<turn|>' }}END{{ '\n' }}"
+    "{% else %}{{ '<|turn>' + m.role + '\n' + write(m.content) + '<turn|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|turn>model\n' }}{% endif %}"
 )
 # All images of a turn stand in front of its texts, and texts that are no part are not seen.
 LLAVA = (
@@ -56,8 +56,8 @@ LLAVA = (
     "{% if m.role != 'assistant' %}"
     "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ '\n' + c.text }}"
     "{% endfor %}{{ '<|im_end|>' }}{% else %}"
-    "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ '\n' }}BEGIN{{ c.text }}"
-    "{% endfor %}{{ '<|im_end|>' }}END{% endif %}{% endfor %}"
+    "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ '\n' }}"
+    "BEGIN{{ c.text + '<|im_end|>' }}END{% endfor %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TEMPLATES: Mapping[str, str] = {
