@@ -1,7 +1,7 @@
 """Steps of training from a folder on ranks, and the same steps by transformers and torch."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_mimo.media.items import ItemWords
@@ -59,6 +59,7 @@ class Packed:
     tensors: tuple[Any, ...]
     lengths: tuple[int, ...]
     rows: tuple[int, ...]
+    places: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -79,12 +80,16 @@ class Images:
     """Images of a family, as the loader takes them."""
 
     name: str
-    words: Any = ItemWords(noun="image", article="an")
+    words: Any = field(default_factory=lambda: ItemWords(noun="image", article="an"))
     placeholder: str = "<image>"
     tags: tuple[str, str] = ("", "")
     endings: tuple[str, ...] = ()
     item_type: Any = One
     packed_type: Any = Packed
+
+    def facts(self, item: One) -> Mapping[str, list[int]]:
+        """Integers of an image that the language model reads."""
+        return image(self.name, item.number)[2]
 
     def pack(self, items: Any, seeds: Any) -> Packed | None:
         """All images in one call."""
@@ -97,6 +102,7 @@ class Images:
             tensors=tuple(arguments.values()),
             lengths=tuple(4 * one[1] for one in found),
             rows=tuple(one[1] for one in found),
+            places=tuple(range(len(found))),
         )
 
     def without_augmentation(self) -> "Images":
@@ -121,7 +127,6 @@ class Steps:
         from megatron_mimo.data.reading.stream import IndexedStream
         from megatron_mimo.data.samples.sample import EncodedSample
 
-        self._name, self._texts = name, {text.key: text for text in samples(name)}
         config = DataConfig(
             seed=1,
             seq_length=LENGTH,
@@ -129,7 +134,7 @@ class Steps:
             global_batch_size=batch,
             inputs={"encoder": Images(name)},
         )
-        texts = list(self._texts.values())
+        texts = samples(name)
 
         def make(index: int) -> EncodedSample:
             text = texts[index % len(texts)]
@@ -143,31 +148,11 @@ class Steps:
 
         role = data_role(chosen, rank)
         streams = {lane: IndexedStream(make, lane, role.num_lanes, config) for lane in role.lanes}
-        self._role, self._loader = role, StreamLoader(streams, config, role, Words())
+        self._loader = StreamLoader(streams, config, role, Words())
 
     def next_step(self) -> Any:
-        """The next step, with what the language model reads of images."""
-        data = self._loader.next_step()
-        if self._role.text_lane is None:
-            return data
-        return replace(data, microbatches=tuple(map(self._with_facts, data.microbatches)))
-
-    def _with_facts(self, microbatch: Any) -> Any:
-        keys = microbatch.keys[self._role.text_lane]
-        facts = facts_of(self._name, [self._texts[key] for key in keys])
-        return replace(microbatch, text=replace(microbatch.text, facts=facts))
-
-
-def facts_of(name: str, texts: list[Text]) -> "dict[str, Tensor]":
-    """Facts of the images of several samples."""
-    import torch
-
-    found: dict[str, list[Any]] = {}
-    for text in texts:
-        for number in text.images:
-            for fact, value in image(name, number)[2].items():
-                found.setdefault(fact, []).append(value)
-    return {fact: torch.tensor(values) for fact, values in found.items()}
+        """The next step."""
+        return self._loader.next_step()
 
 
 def arguments_of(name: str, text: Text, model: Any) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def read_hf(folder: WeightFolder) -> HfFolder:
         path=folder.path,
         model=ModelConfig(
             modules={
-                "encoder": HfEncoderConfig(vision=tower, projector=tower),
+                "encoder": HfEncoderConfig(vision=tower, projector=tower, folder=str(folder.path)),
                 "llm": HfLanguageConfig(description=text, wide=wide),
             }
         ),

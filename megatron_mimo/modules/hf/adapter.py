@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from megatron_mimo.media.processors import ProcessorInput, read_processor
 from megatron_mimo.modules.adapter import (
     Axis,
     BuildContext,
@@ -13,7 +14,7 @@ from megatron_mimo.modules.adapter import (
     SourceAdapter,
 )
 from megatron_mimo.modules.flops import Flops, TextWork, Work, all_pairs
-from megatron_mimo.modules.hf.config import HfEncoderConfig, HfLanguageConfig
+from megatron_mimo.modules.hf.config import HfEncoderConfig, HfLanguageConfig, whole_config
 from megatron_mimo.modules.language.adapter import PART, LanguageAdapter
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class HfEncoderAdapter(SourceAdapter[HfEncoderConfig, TowerWork]):
 
     config_type = HfEncoderConfig
     work_type = TowerWork
+
+    def parts(self, config: HfEncoderConfig) -> Mapping[str, Any]:
+        """The vision encoder and the projector."""
+        return {VISION: config.vision, PROJECTOR: config.projector}
 
     def part_titles(self, config: HfEncoderConfig) -> Mapping[str, str]:
         """Titles of the parts in tables."""
@@ -102,14 +107,32 @@ class HfEncoderAdapter(SourceAdapter[HfEncoderConfig, TowerWork]):
         )
 
     def item_input(
-        self, config: HfEncoderConfig, *, name: str, frozen: frozenset[str], **settings: Any
-    ) -> Any:
+        self,
+        config: HfEncoderConfig,
+        *,
+        name: str,
+        frozen: frozenset[str],
+        placeholder: str = "<image>",
+        noun: str = "image",
+        **settings: Any,
+    ) -> ProcessorInput:
         """Conversion of images as the folder's own processor makes it.
+
+        Args:
+            config: Architecture of the module.
+            name: Name of the module.
+            frozen: Names of the parts that do not train.
+            placeholder: Placeholder of an image in stored samples.
+            noun: Name of one image, and of its field in stored samples.
+            settings: Flags of images, which are for other encoders: here the folder decides.
 
         Raises:
             ValueError: The folder has no processor that is supported; the message says why.
         """
-        raise NotImplementedError
+        whole = whole_config(config.vision.description).to_dict()
+        return read_processor(
+            config.folder, config.family.model_type, whole, placeholder=placeholder, noun=noun
+        )
 
 
 class HfLanguageAdapter(LanguageAdapter[HfLanguageConfig]):

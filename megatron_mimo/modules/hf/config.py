@@ -51,10 +51,12 @@ class HfEncoderConfig:
     Attributes:
         vision: The vision encoder.
         projector: What maps its output to the width of the language model.
+        folder: Path to the folder of the model, whose processor makes pixels of images.
     """
 
     vision: HfTowerConfig
     projector: HfTowerConfig
+    folder: str
 
     @property
     def family(self) -> Family:

@@ -47,9 +47,8 @@ def shape_of(layer: nn.Module, text: Any) -> LayerShape:
     experts = expert_layers(layer)
     held = {id(parameter) for _, module in experts for parameter in module.parameters()}
     weights = sum(p.numel() for p in layer.parameters() if p.dim() == 2 and id(p) not in held)
-    chosen = int(
-        getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", 0) or 0
-    )
+    names = ("num_experts_per_tok", "top_k_experts")
+    chosen = next((int(found) for name in names if (found := getattr(text, name, None))), 0)
     for _, module in experts:
         whole = sum(parameter.numel() for parameter in module.parameters())
         weights += whole * chosen // int(module.num_experts)  # type: ignore[arg-type]

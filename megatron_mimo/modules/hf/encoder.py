@@ -9,7 +9,7 @@ from megatron_mimo.modules.adapter import BuildContext
 from megatron_mimo.modules.hf.config import HfEncoderConfig
 from megatron_mimo.modules.hf.cut import encoder_only, materialise, meta_model
 from megatron_mimo.modules.hf.dtypes import cast
-from megatron_mimo.modules.hf.rows import rows_of
+from megatron_mimo.modules.hf.rows import in_order, rows_of
 from megatron_mimo.modules.hf.tensor_parallel import divide, hook_gradients, tower_plan
 from megatron_mimo.modules.stage import ModuleStage
 from megatron_mimo.runtime.megatron_core import transformer_config
@@ -94,7 +94,7 @@ class HfEncoder(ModuleStage):
             for name, tensor in zip(images.names, images.tensors, strict=True)
         }
         rows = rows_of(self.model.model.get_image_features(**arguments, return_dict=True))
-        return rows.to(self._dtype)
+        return in_order(rows, images.rows, images.places).to(self._dtype)
 
 
 def _is_module(model: nn.Module, path: str) -> bool:

@@ -47,7 +47,7 @@ def divide_experts(language: nn.Module, pg: ProcessGroupCollection) -> None:
         # transformers then takes numbers from `num_experts` on for experts of other ranks.
         experts._is_expert_parallel = True  # type: ignore[assignment]
         _mark(experts)
-        experts.forward = _Dispatched(experts.forward, own, pg.ep)  # type: ignore[method-assign]
+        experts.forward = _Dispatched(experts.forward, own, pg.ep)
 
 
 def expert_layers(language: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -1,5 +1,6 @@
 """Rows that cross the bridge, and the encoder's output as models of transformers take it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,23 @@ def rows_of(output: Any) -> Tensor:
     parts = [_joined(output.pooler_output)]
     parts += [_joined(features) for features in getattr(output, "deepstack_features", None) or ()]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def in_order(rows: Tensor, counts: Sequence[int], places: Sequence[int]) -> Tensor:
+    """Rows [R, width] in the order of the manifest.
+
+    Args:
+        rows: Rows [R, width] of all images, in the order in which the encoder took them.
+        counts: Number of rows of each image of the manifest.
+        places: Index among the encoder's images of each image of the manifest.
+    """
+    if list(places) == sorted(places):
+        return rows
+    taken = [0] * len(counts)
+    for count, place in zip(counts, places, strict=True):
+        taken[place] = count
+    pieces = rows.split(taken)
+    return torch.cat([pieces[place] for place in places])
 
 
 def features_of(rows: Tensor, parts: int) -> Any:

@@ -180,7 +180,7 @@ def _colwise(module: nn.Module, group: dist.ProcessGroup) -> None:
     def divided(hidden: Tensor) -> Tensor:
         return forward(copy_to_tensor_model_parallel_region(hidden, group=group))  # type: ignore[no-any-return]
 
-    module.forward = divided  # type: ignore[method-assign]
+    module.forward = divided
 
 
 def _gathered(module: nn.Module, group: dist.ProcessGroup) -> None:
@@ -191,7 +191,7 @@ def _gathered(module: nn.Module, group: dist.ProcessGroup) -> None:
         whole: Tensor = gather_from_tensor_model_parallel_region(part, group=group)
         return whole
 
-    module.forward = divided  # type: ignore[method-assign]
+    module.forward = divided
 
 
 def _rowwise(module: Any, group: dist.ProcessGroup) -> None:
@@ -229,7 +229,6 @@ def _summed_gradient(module: nn.Module, group: dist.ProcessGroup) -> None:
         dist.all_reduce(whole, group=group)
         return whole
 
-    # After the memory is there: a hook stays with its tensor.
     module._summed_gradient = summed  # type: ignore[assignment]
 
 
@@ -243,11 +242,15 @@ def _experts(module: nn.Module, group: dist.ProcessGroup) -> None:
         whole: Tensor = reduce_from_tensor_model_parallel_region(part, group=group)
         return whole
 
-    module.forward = divided  # type: ignore[method-assign]
+    module.forward = divided
 
 
 def hook_gradients(model: nn.Module) -> None:
-    """Begin to sum the gradients of weights that tensor-parallel ranks share; after `materialise`."""
+    """Begin to sum the gradients of weights that tensor-parallel ranks share.
+
+    Args:
+        model: Divided model, with memory: a hook stays with its tensor.
+    """
     for module in model.modules():
         summed: Callable[[Tensor], Tensor] | None = vars(module).get("_summed_gradient")
         if summed is not None:
