@@ -2,6 +2,7 @@
 
 import os
 
+from megatron_mimo.config.model_file import HUGGING_FACE
 from megatron_mimo.config.sections import (
     CheckpointSection,
     ModelSection,
@@ -58,7 +59,8 @@ def _check_images(model: ModelSection) -> None:
 def _check_prompt(model: ModelSection) -> None:
     """Refuse formats that the built-in tokenizer does not support."""
     chosen = model.tokenizer_prompt_format
-    if chosen in ("chat", "nemotron6-moe") and model.tokenizer_model is None:
+    own = model.tokenizer_model is not None or model.model_provider == HUGGING_FACE
+    if chosen in ("chat", "nemotron6-moe") and not own:
         raise ValueError(
             f"--tokenizer-prompt-format {chosen} needs --tokenizer-model: the built-in byte "
             f"tokenizer has neither a chat template nor tokens for turns; add it, or choose plain"

@@ -23,6 +23,7 @@ from megatron_mimo.config.architecture import (
 )
 from megatron_mimo.config.check import check
 from megatron_mimo.config.custom import import_custom
+from megatron_mimo.config.folder import with_folder
 from megatron_mimo.config.layout import grids, with_layout
 from megatron_mimo.config.learning_rate import (
     count_iterations,
@@ -182,6 +183,7 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     check(config)
     import_custom(config.model.custom_import)
     folder = read_folder(config.model.model_provider, config.checkpoints.first_weights.load_hf)
+    config = with_folder(config, folder)
     architecture = model_architecture(config.model, folder)
     layout = grids(config.grids, tuple(architecture.modules), world_size)
     check_shards(layout, architecture)

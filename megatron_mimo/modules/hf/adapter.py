@@ -1,7 +1,7 @@
 """Adapters of models of transformers: the encoder, and the language model that it feeds."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_mimo.media.processors import ProcessorInput, read_processor
@@ -208,10 +208,6 @@ class HfLanguageAdapter(LanguageAdapter[HfLanguageConfig]):
                 + (f", the first {least} of which have to be on one stage" if least else "")
                 + "; lower it"
             )
-
-    def one_stage(self, config: HfLanguageConfig) -> HfLanguageConfig:
-        """The same layers without sizes of stages."""
-        return replace(config, stage_layers=())
 
     def flops(self, config: HfLanguageConfig, work: TextWork, context: FlopsContext) -> Flops:
         """Number of operations of some work, output layer included."""

@@ -141,7 +141,7 @@ def stage_bounds(
     Returns:
         `stages + 1` ascending numbers; the largest work of a stage is as small as possible.
     """
-    if config.stage_layers:
+    if len(config.stage_layers) == stages:
         bounds = [0]
         for size in config.stage_layers:
             bounds.append(bounds[-1] + size)
