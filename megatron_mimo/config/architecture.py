@@ -1,7 +1,7 @@
 """The architecture that flags ask for, its computation, and its frozen parts."""
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from megatron_mimo.config.model_file import Folder, read_architecture
@@ -180,9 +180,11 @@ def check_shards(layout: Layout, architecture: ModelConfig) -> None:
             ranks, size = getattr(grid, axis), getattr(parts[part], field)
             if size % ranks and not (repeats and ranks % size == 0):
                 name = f"{architecture.part_name(grid.name, part)}.{field}"
+                # Sizes of a folder's model are not for changing.
+                can_change = field in {one.name for one in fields(parts[part])}
                 raise ValueError(
                     f"{grid.flag(axis)} {ranks} does not divide the model's {name}, which is "
-                    f"{size}: change it, or --override {name}"
+                    f"{size}: change it" + (f", or --override {name}" if can_change else "")
                 )
         adapter.check_stages(config, grid.pp)
 

@@ -91,7 +91,7 @@ class HfLanguage(ModuleStage):
         if tied and self.pre_process and not self.post_process:
             model.get_parameter(EMBEDDING_WEIGHT).shared_embedding = True
         if context.execution.recompute_granularity == "full":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         self.requires_grad_(PART not in context.frozen)
         hook_gradients(model)
 
