@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_mimo.media.processors.packed import Argument, Outline
 
 Settings = Mapping[str, Any]
+Content = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +56,8 @@ class ProcessorFamily:
             in pixels, and whether its sample has several, to what the image becomes. Raises
             ValueError for sizes that the processor refuses.
         arguments: Arguments of the model's `get_image_features`.
+        pictures: Function from these arguments for one image, and the image settings, to what the
+            tower sees: normalised pixels, each [3, H, W]; several of an image in tiles.
         same: Paths of numbers in a processor and in the model's configuration, which must agree.
         separates: Whether an image is another one where its sample has several.
         numbers: Function from the numbers of images of samples with one image and of others to
@@ -64,6 +69,7 @@ class ProcessorFamily:
     texts: Callable[[Any], ItemTexts]
     outline: Callable[[Any, Settings, int, int, bool], Outline]
     arguments: tuple[Argument, ...]
+    pictures: Callable[[Content, Settings], Sequence[NDArray[Any]]]
     same: tuple[tuple[str, str], ...]
     settings: Callable[[Any], Settings] = lambda processor: {}
     separates: bool = False
@@ -90,6 +96,13 @@ def _gemma4(processor: Any, settings: Settings, height: int, width: int, _: bool
     return Outline(size=(width, height), num_tokens=patches, lines=(patches // pool**2,), facts={})
 
 
+def _gemma4_pictures(content: Content, settings: Settings) -> Sequence[NDArray[Any]]:
+    columns = content["image_position_ids"][:, 0].max() + 1
+    side = settings["patch_size"]
+    pattern = "(row column) (y x c) -> c (row y) (column x)"
+    return [rearrange(content["pixel_values"], pattern, column=columns, y=side, x=side)]
+
+
 _GEMMA4 = ProcessorFamily(
     processor="Gemma4Processor",
     image_processor="Gemma4ImageProcessor",
@@ -101,6 +114,7 @@ _GEMMA4 = ProcessorFamily(
         Argument(name="pixel_values", join="pad", is_filled=True),
         Argument(name="image_position_ids", join="pad", filling=-1, is_filled=True),
     ),
+    pictures=_gemma4_pictures,
     same=(
         ("image_processor.patch_size", "vision_config.patch_size"),
         ("image_processor.pooling_kernel_size", "vision_config.pooling_kernel_size"),
@@ -130,6 +144,22 @@ def _qwen(processor: Any, settings: Settings, height: int, width: int, _: bool) 
     )
 
 
+def _qwen_pictures(content: Content, settings: Settings) -> Sequence[NDArray[Any]]:
+    side, merge = settings["patch_size"], settings["merge_size"]
+    frames = rearrange(
+        content["pixel_values"],
+        "(row column down across) (c t y x) -> t c (row down y) (column across x)",
+        column=content["image_grid_thw"][2] // merge,
+        down=merge,
+        across=merge,
+        t=settings["temporal_patch_size"],
+        y=side,
+        x=side,
+    )
+    # An image is a film that stands still.
+    return [frames[0]]
+
+
 _QWEN = ProcessorFamily(
     processor="Qwen3VLProcessor",
     image_processor="Qwen2VLImageProcessor",
@@ -143,6 +173,7 @@ _QWEN = ProcessorFamily(
         Argument(name="pixel_values", join="follow"),
         Argument(name="image_grid_thw", join="stack"),
     ),
+    pictures=_qwen_pictures,
     same=(
         ("image_processor.patch_size", "vision_config.patch_size"),
         ("image_processor.temporal_patch_size", "vision_config.temporal_patch_size"),
@@ -189,6 +220,7 @@ _MISTRAL3 = ProcessorFamily(
         Argument(name="pixel_values", join="pad"),
         Argument(name="image_sizes", join="stack"),
     ),
+    pictures=lambda content, settings: [content["pixel_values"]],
     same=(
         ("patch_size", "vision_config.patch_size"),
         ("spatial_merge_size", "spatial_merge_size"),
@@ -232,6 +264,7 @@ _LLAVA = ProcessorFamily(
         Argument(name="pixel_values", join="pad"),
         Argument(name="image_sizes", join="stack"),
     ),
+    pictures=lambda content, settings: list(content["pixel_values"]),
     same=(
         ("image_processor.size.height", "vision_config.image_size"),
         ("image_processor.image_grid_pinpoints", "image_grid_pinpoints"),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_mimo.media.images import IMAGE_ENDINGS, ImageSource, blank_image, examine_image
 from megatron_mimo.media.images.decode import decode_or_blank
@@ -188,6 +189,17 @@ class ProcessorInput:
             rows=tuple(item.rows for item in items),
             places=tuple(int(place) for place in np.argsort(order)),
         )
+
+    def pictures(self, item: ProcessedImage) -> list[NDArray[np.uint8]]:
+        """What the tower sees of an image with content: pixels, each uint8 [H, W, 3]."""
+        assert item.content is not None, "the image was encoded without content"
+        settings, made = self.settings, []
+        for planes in self.family.pictures(item.content, settings):
+            pixels = np.moveaxis(planes, 0, -1)
+            if settings["do_normalize"]:
+                pixels = pixels * settings["image_std"] + settings["image_mean"]
+            made.append(np.rint(pixels.clip(0, 1) * 255).astype(np.uint8))
+        return made
 
     def without_augmentation(self) -> "ProcessorInput":
         """The same settings: there is no augmentation."""

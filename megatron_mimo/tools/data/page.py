@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.inputs import ENCODER, Inputs
+from megatron_mimo.data.inputs import ENCODER, Inputs, Item, ItemInput
 from megatron_mimo.data.samples.sample import EncodedSample
 from megatron_mimo.data.text.tokenizer import Tokenizer
 from megatron_mimo.media.images import EncodedImage
+from megatron_mimo.media.processors import ProcessedImage, ProcessorInput
 from megatron_mimo.tools import page
 from megatron_mimo.tools.data.statistics import (
     PERCENTILES,
@@ -235,8 +236,12 @@ def _document(
     flaw = (
         "" if document.flaw is None else f'<p class="small">{html.escape(document.flaw.reason)}</p>'
     )
-    pictures = [item for item in document.items.get(ENCODER, ()) if isinstance(item, EncodedImage)]
-    images = "".join(_figure(number, image) for number, image in enumerate(pictures, 1))
+    kind = config.inputs.get(ENCODER)
+    images = "".join(
+        _figure(number, item, *seen)
+        for number, item in enumerate(document.items.get(ENCODER, ()), 1)
+        if (seen := _seen(item, kind)) is not None
+    )
     tokens = "".join(map(_span, spans(document, config.inputs, tokenizer)))
     return (
         f"<article><h3>{html.escape(document.key)}</h3>"
@@ -245,18 +250,32 @@ def _document(
     )
 
 
-def _figure(number: int, image: EncodedImage) -> str:
-    patch_dim = _patch_dim(image)
+def _seen(item: Item, kind: ItemInput | None) -> tuple[list[NDArray[np.uint8]], str] | None:
+    """What an encoder sees of an image, and words for it; None for items of other kinds."""
+    if isinstance(item, EncodedImage):
+        patch_dim = _patch_dim(item)
+        rows, columns = item.grids[0]
+        pieces = f", {len(item.grids)} pieces" if len(item.grids) > 1 else ""
+        size = f"{columns * patch_dim} x {rows * patch_dim} pixels"
+        return list(unpatchify(item)), f"{size}, {columns} x {rows} patches{pieces}"
+    if isinstance(item, ProcessedImage) and isinstance(kind, ProcessorInput):
+        pictures = kind.pictures(item)
+        height, width = pictures[0].shape[:2]
+        pieces = f", {len(pictures)} tiles" if len(pictures) > 1 else ""
+        size = f"{width} x {height} pixels"
+        return pictures, f"{size}, {item.outline.num_tokens} tokens of the tower{pieces}"
+    return None
+
+
+def _figure(number: int, item: Item, pictures: Sequence[NDArray[np.uint8]], words: str) -> str:
     sources = "".join(
         f'<img src="data:image/png;base64,{base64.b64encode(_png(pixels)).decode("ascii")}" '
         f'alt="image {number}">'
-        for pixels in unpatchify(image)
+        for pixels in pictures
     )
-    rows, columns = image.grids[0]
-    pieces = f", {len(image.grids)} pieces" if len(image.grids) > 1 else ""
     return (
-        f"<figure>{sources}<figcaption>image {number}: {columns * patch_dim} x {rows * patch_dim} "
-        f"pixels, {columns} x {rows} patches{pieces}, {image.rows} rows</figcaption></figure>"
+        f"<figure>{sources}<figcaption>image {number}: {words}, {item.rows} rows"
+        f"</figcaption></figure>"
     )
 
 
@@ -329,8 +348,12 @@ def spans(document: EncodedSample, inputs: Inputs, tokenizer: Tokenizer) -> list
             module = modules[token]
             number, item = next(items[module])
             shown = f"{inputs[module].words.noun} {number}: {item.rows} rows"
-            found.append(Span(kind="image", text=shown, is_target=False, number=item.rows))
-            at += item.rows
+            first, left = at, item.rows
+            while left:
+                # Marks between the lines of an item count with it.
+                left -= tokens[at] == token
+                at += 1
+            found.append(Span(kind="image", text=shown, is_target=False, number=at - first))
             continue
         if tokenizer.decode([token]):
             text.append(token)

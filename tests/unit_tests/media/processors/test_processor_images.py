@@ -175,6 +175,28 @@ def test_the_tower_makes_as_many_rows(load: Load, model_type: str) -> None:
             torch.testing.assert_close(found, rows_of(model, single)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "size"),
+    # Sizes that the processors keep.
+    [
+        ("gemma4", (56, 80)),
+        ("llava_onevision", (16, 16)),
+        ("mistral3", (32, 40)),
+        ("qwen3_vl", (32, 40)),
+    ],
+)
+def test_pictures_are_what_the_tower_sees(
+    load: Load, model_type: str, size: tuple[int, int]
+) -> None:
+    kind, _ = load(model_type)
+    image = picture(*size)
+    seen = kind.pictures(encode(kind, [image])[0])
+    assert len(seen) == (2 if model_type == "llava_onevision" else 1)
+    for pixels in seen:
+        assert pixels.dtype == np.uint8
+        assert (pixels == image).all()
+
+
 def rows_of(model: Any, packed: ProcessedImages) -> list[torch.Tensor]:
     """Rows of each image, in manifest order."""
     with torch.no_grad():
