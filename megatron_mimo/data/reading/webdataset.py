@@ -17,20 +17,45 @@ _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")
 
 
+class ShardWriter:
+    """Writes one shard, sample by sample; equal samples give equal bytes.
+
+    Args:
+        path: Path to the tar file, in a folder that exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)
+
+    def add(self, key: str, parts: Mapping[str, bytes]) -> None:
+        """Write a sample.
+
+        Args:
+            key: Key of the sample.
+            parts: File ending -> contents: {"png": ...} of key "a" is stored as "a.png".
+        """
+        for ending, data in parts.items():
+            member = tarfile.TarInfo(f"{key}.{ending}")
+            member.size = len(data)
+            self._tar.addfile(member, io.BytesIO(data))
+        # An archive keeps all that it has written.
+        self._tar.members.clear()  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """End the file."""
+        self._tar.close()
+
+
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
     """Write one shard; equal samples give equal bytes.
 
     Args:
         path: Path to the tar file, in a folder that exists.
-        samples: Key of each sample, and file ending -> contents: ("a", {"png": ...}) is stored as
-            "a.png".
+        samples: Key of each sample, and file ending -> contents, as `ShardWriter.add` takes them.
     """
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with contextlib.closing(ShardWriter(path)) as shard:
         for key, parts in samples:
-            for ending, data in parts.items():
-                member = tarfile.TarInfo(f"{key}.{ending}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+            shard.add(key, parts)
 
 
 def read_shard(path: Path) -> dict[str, dict[str, bytes]]:

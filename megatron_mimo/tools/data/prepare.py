@@ -11,9 +11,9 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -24,7 +24,7 @@ from tyro.conf import UseAppendAction, arg
 
 from megatron_mimo.border import reason_of, show_traceback
 from megatron_mimo.data.inputs import ENCODER, Inputs
-from megatron_mimo.data.reading.webdataset import prepare, write_shard
+from megatron_mimo.data.reading.webdataset import ShardWriter, prepare
 from megatron_mimo.data.samples.media import MediaFolder, check_roots
 from megatron_mimo.data.samples.sample import UnusableError
 from megatron_mimo.media.images import ImageInput
@@ -69,8 +69,7 @@ class PrepareConfig:
             shard.
         image_token: Placeholder of an image in texts.
         skip_bad: Whether to leave bad samples out, instead of refusing all samples.
-        workers: Number of threads that read samples and write shards, and of processes that index
-            them.
+        workers: Number of threads that read samples, and of processes that index shards.
     """
 
     out: Folder = None
@@ -264,74 +263,76 @@ def _write_shards(
     config: PrepareConfig,
 ) -> dict[str, list[str]]:
     """Write the samples that are good; the shards by split."""
-    shards: dict[str, list[str]] = {split: [] for split in _SPLITS}
-    for split in _SPLITS:
-        (folder / split).mkdir()
-    with _writers(config.workers) as submit:
-        for split, chunk in _chunks(samples, verdicts, config):
-            shards[split].append(f"{split}/{len(shards[split]):06d}.tar")
-            submit(folder / shards[split][-1], chunk)
-    return shards
+    writers = {split: _SplitWriter(folder, split, config) for split in _SPLITS}
+    with ExitStack() as stack:
+        for writer in writers.values():
+            stack.callback(writer.close)
+        good = _good(samples, verdicts)
+        for split, key, parts in _in_order(_with_parts, good, config.workers):
+            writers[split].add(key, parts)
+    return {split: writer.shards for split, writer in writers.items()}
 
 
-def _chunks(
-    samples: Iterable[Found | Problem], verdicts: bytearray, config: PrepareConfig
-) -> Iterator[tuple[Split, list[Found]]]:
-    """The samples of one shard after the other."""
-    chunks: dict[Split, list[Found]] = {split: [] for split in _SPLITS}
-    sizes = dict.fromkeys(_SPLITS, 0)
+def _good(samples: Iterable[Found | Problem], verdicts: bytearray) -> Iterator[tuple[Split, Found]]:
+    """The samples that are good, each with its split."""
     number = -1
     for number, sample in enumerate(samples):
         verdict = verdicts[number] if number < len(verdicts) else _BAD
-        if isinstance(sample, Problem) or verdict == _BAD:
-            if isinstance(sample, Problem) and verdict != _BAD:
-                raise ValueError(f"{sample.where} has changed while it was read: start again")
+        if verdict == _BAD:
             continue
-        split: Split = "val" if verdict == _VAL else "train"
-        try:
-            size = sample.size()
-        except (OSError, UnusableError) as error:
-            raise _changed(sample, error) from error
-        chunk = chunks[split]
-        if len(chunk) == config.shard_size or (chunk and sizes[split] + size > config.shard_bytes):
-            yield split, chunk
-            chunks[split], sizes[split] = [], 0
-        chunks[split].append(sample)
-        sizes[split] += size
+        if isinstance(sample, Problem):
+            raise ValueError(f"{sample.where} has changed while it was read: start again")
+        yield "val" if verdict == _VAL else "train", sample
     if number + 1 != len(verdicts):
         raise ValueError(
             f"the source had {len(verdicts)} samples and now has {number + 1}: it has changed "
             f"while it was read; start again"
         )
-    for split in _SPLITS:
-        if chunks[split]:
-            yield split, chunks[split]
 
 
-@contextmanager
-def _writers(workers: int) -> Iterator[Callable[[Path, list[Found]], None]]:
-    """A function that writes a shard in one of several threads; leaving the block waits for all."""
-    running: set[Future[None]] = set()
-    with ThreadPoolExecutor(workers) as pool:
-
-        def submit(path: Path, chunk: list[Found]) -> None:
-            running.add(pool.submit(_write, path, chunk))
-            # Chunks that wait are held in memory.
-            if len(running) > workers:
-                _collect(running, wait(running, return_when=FIRST_COMPLETED).done)
-
-        try:
-            yield submit
-            _collect(running, wait(running).done)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+def _with_parts(good: tuple[Split, Found]) -> tuple[Split, str, dict[str, bytes]]:
+    """Split, key and files of a sample."""
+    split, sample = good
+    try:
+        return split, sample.key, sample.parts()
+    except (OSError, UnusableError) as error:
+        raise ValueError(
+            f"{sample.where}: {reason_of(error)} since it was checked: start again"
+        ) from error
 
 
-def _collect(running: set[Future[None]], done: set[Future[None]]) -> None:
-    for future in done:
-        future.result()
-    running -= done
+class _SplitWriter:
+    """Writes the samples of a split to one shard after the other, none of which is held in memory.
+
+    Attributes:
+        shards: Paths of the shards in the folder of the dataset.
+    """
+
+    def __init__(self, folder: Path, split: Split, config: PrepareConfig) -> None:
+        (folder / split).mkdir()
+        self.shards: list[str] = []
+        self._folder, self._split = folder, split
+        self._most_samples, self._most_bytes = config.shard_size, config.shard_bytes
+        self._shard: ShardWriter | None = None
+        self._samples = self._bytes = 0
+
+    def add(self, key: str, parts: Mapping[str, bytes]) -> None:
+        """Write a sample, to a new shard where the last one is full."""
+        size = sum(map(len, parts.values()))
+        full = self._samples == self._most_samples or self._bytes + size > self._most_bytes
+        if self._shard is None or full:
+            self.close()
+            self.shards.append(f"{self._split}/{len(self.shards):06d}.tar")
+            self._shard = ShardWriter(self._folder / self.shards[-1])
+            self._samples = self._bytes = 0
+        self._shard.add(key, parts)
+        self._samples += 1
+        self._bytes += size
+
+    def close(self) -> None:
+        """End the last shard."""
+        if self._shard is not None:
+            self._shard.close()
 
 
 def _in_order[A, B](function: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
@@ -347,21 +348,6 @@ def _in_order[A, B](function: Callable[[A], B], items: Iterable[A], workers: int
                 yield ahead.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _write(path: Path, chunk: Sequence[Found]) -> None:
-    write_shard(path, ((sample.key, _parts(sample)) for sample in chunk))
-
-
-def _parts(sample: Found) -> dict[str, bytes]:
-    try:
-        return sample.parts()
-    except (OSError, UnusableError) as error:
-        raise _changed(sample, error) from error
-
-
-def _changed(sample: Found, error: Exception) -> ValueError:
-    return ValueError(f"{sample.where}: {reason_of(error)} since it was checked: start again")
 
 
 # -- shards ----------------------------------------------------------------------------------------

@@ -59,12 +59,6 @@ class Found:
     images: tuple[str, ...]
     images_in: MediaFolder
 
-    def size(self) -> int:
-        """Size of the sample's files in bytes."""
-        return len(self.text) + sum(
-            self.images_in.find(path, _IMAGE).stat().st_size for path in self.images
-        )
-
     def parts(self) -> dict[str, bytes]:
         """Contents by file ending, byte for byte: the text, then the images in order.
 
