@@ -85,7 +85,7 @@ $(KERNELS_FOLDER)/%/.fetched: | $(INSTALLED)
 	@$(FETCH); if fetch --no-build-isolation --no-binary :all: $(subst /,==,$*); then touch $@; else \
 	  echo "warning: $(subst /, ,$*) was not fetched: tests of Triton kernels will fail" >&2; fi
 
-lmms-eval: $(LMMS)  ## Fetch the evaluation harness that tests run (260 MB, most of it pyarrow)
+lmms-eval: $(LMMS)  ## Fetch the evaluation harness that tests run (100 MB)
 
 $(LMMS): tests/lmms/packages.txt | $(INSTALLED)
 	@mkdir -p $(@D)

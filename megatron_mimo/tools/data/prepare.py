@@ -1,24 +1,19 @@
-"""`megatron-mimo data prepare`: an Energon dataset from a folder, a JSONL or JSON file, or shards.
+"""`megatron-mimo data prepare`: an Energon dataset from files of many kinds.
 
 A source is read twice: once to check every sample and to split, and once to write. One byte per
 sample stays in memory.
 """
 
-import os
 import shlex
-import shutil
-import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import UseAppendAction, arg
 
@@ -28,20 +23,23 @@ from megatron_mimo.data.reading.webdataset import ShardWriter, prepare
 from megatron_mimo.data.samples.media import MediaFolder, check_roots
 from megatron_mimo.data.samples.sample import UnusableError
 from megatron_mimo.media.images import ImageInput
-from megatron_mimo.settings import AtLeast, Folder, Switch, Within, check_bounds
+from megatron_mimo.settings import AtLeast, Folder, Part, Switch, Within, check_bounds
 from megatron_mimo.settings.ranges import MOST_SAMPLES
+from megatron_mimo.tools.data.building import building
 from megatron_mimo.tools.data.shards import ShardSurvey, survey_shards
 from megatron_mimo.tools.data.sources import (
     Found,
+    Kind,
     Problem,
+    Split,
     kind_of,
     problem_of,
     read_array,
     read_folder,
     read_lines,
 )
+from megatron_mimo.tools.data.tables import TableFlags, TableSource
 
-Split = Literal["train", "val"]
 _SPLITS: tuple[Split, ...] = ("train", "val")
 _BAD, _TRAIN, _VAL = 0, 1, 2
 _SHOWN = 20
@@ -53,14 +51,15 @@ class PrepareConfig:
     """Make an Energon dataset, without interactive prompts.
 
     SOURCE is a folder of images with a caption beside each (cat.jpg with cat.txt or cat.json), a
-    JSONL file of samples with paths of images, a JSON file that holds an array of them, or a folder
-    of tar shards in webdataset form, which are indexed as they are.
+    JSONL file of samples with paths of images, a JSON file that holds an array of them, a local
+    dataset of Hugging Face's (a folder of parquet files, what save_to_disk wrote, or one file), or
+    a folder of tar shards in webdataset form, which are indexed as they are.
 
     Attributes:
         out: Folder to create; must not exist. For tar shards it may be SOURCE, and is if left out;
             another folder gets links to them.
-        image_root: Folder that paths of images in a JSONL or JSON file are relative to; left out:
-            the file's folder.
+        image_root: Folder that paths of images are relative to; left out: that of the JSONL or JSON
+            file, or of the dataset's files.
         media_root: Folder outside of SOURCE, or of --image-root, whose files samples may name, or
             links may lead to; give it once for each.
         val_fraction: Fraction of the samples that becomes the val split, 0 to 1; 0 for none.
@@ -70,6 +69,7 @@ class PrepareConfig:
         image_token: Placeholder of an image in texts.
         skip_bad: Whether to leave bad samples out, instead of refusing all samples.
         workers: Number of threads that read samples, and of processes that index shards.
+        table: What is read of a dataset of parquet or arrow files.
     """
 
     out: Folder = None
@@ -81,6 +81,7 @@ class PrepareConfig:
     image_token: str = "<image>"
     skip_bad: Switch = False
     workers: Annotated[int, Within(1, 4096)] = 1
+    table: Part[TableFlags] = field(default_factory=TableFlags)
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -129,17 +130,12 @@ def run_prepare(source: str, config: PrepareConfig) -> int:
         raise ValueError("--out is missing: expected the folder to make")
     out = path if config.out is None else Path(config.out)
     _refuse_target(path, out, kind)
-    if config.image_root is not None:
-        if kind not in ("lines", "array"):
-            raise ValueError(f"--image-root is for JSONL and JSON files: leave it out for {path}")
-        if not Path(config.image_root).is_dir():
-            raise ValueError(f"--image-root {config.image_root} is not a folder")
-    check_roots(config.media_root)
+    _refuse_flags(path, kind, config)
     try:
         report = (
             _index_shards(path, out, config)
             if kind == "shards"
-            else _write_dataset(_reader(path, kind, config), path, out, config)
+            else _write_dataset(_opened(path, kind, config), out, config)
         )
     except OSError as error:
         show_traceback(error)
@@ -149,7 +145,7 @@ def run_prepare(source: str, config: PrepareConfig) -> int:
     return 0
 
 
-def _refuse_target(source: Path, out: Path, kind: str) -> None:
+def _refuse_target(source: Path, out: Path, kind: Kind) -> None:
     if kind == "shards" and out.resolve() == source.resolve():
         if (out / ".nv-meta").exists():
             raise ValueError(
@@ -158,8 +154,23 @@ def _refuse_target(source: Path, out: Path, kind: str) -> None:
         return
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"--out {out} exists: name another folder, or remove it")
-    if kind in ("folder", "shards") and source.resolve() in out.resolve().parents:
+    if source.is_dir() and source.resolve() in out.resolve().parents:
         raise ValueError(f"--out {out} is in {source}, which is read: name a folder beside it")
+
+
+def _refuse_flags(source: Path, kind: Kind, config: PrepareConfig) -> None:
+    if config.table.given and kind != "table":
+        raise ValueError(
+            f"{config.table.given[0]} is for parquet and arrow files: leave it out for {source}"
+        )
+    if config.image_root is not None:
+        if kind not in ("lines", "array", "table"):
+            raise ValueError(
+                f"--image-root is for files with paths of images: leave it out for {source}"
+            )
+        if not Path(config.image_root).is_dir():
+            raise ValueError(f"--image-root {config.image_root} is not a folder")
+    check_roots(config.media_root)
 
 
 def _next_commands(out: Path) -> str:
@@ -174,33 +185,49 @@ def _next_commands(out: Path) -> str:
 
 # -- samples ---------------------------------------------------------------------------------------
 
-Read = Callable[[], Iterator[Found | Problem]]
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A source that is read sample by sample.
+
+    Attributes:
+        path: Its path.
+        read: Function that reads it from the beginning.
+        images_in: Folder that paths of images in it begin in; None where they are beside captions.
+    """
+
+    path: Path
+    read: Callable[[], Iterator[Found | Problem]]
+    images_in: Path | None
 
 
-def _reader(path: Path, kind: str, config: PrepareConfig) -> Read:
+def _opened(path: Path, kind: Kind, config: PrepareConfig) -> _Source:
     if kind == "folder":
-        return lambda: read_folder(path, config.media_root)
-    root = path.parent if config.image_root is None else Path(config.image_root)
+        return _Source(path, lambda: read_folder(path, config.media_root), None)
+    folder = path if path.is_dir() else path.parent
+    root = folder if config.image_root is None else Path(config.image_root)
     media = MediaFolder(root, config.media_root)
+    if kind == "table":
+        return _Source(path, TableSource(path, config.table, media, config.inputs).read, root)
     read = read_lines if kind == "lines" else read_array
-    return lambda: read(path, media, config.inputs)
+    return _Source(path, lambda: read(path, media, config.inputs), root)
 
 
-def _write_dataset(read: Read, source: Path, out: Path, config: PrepareConfig) -> str:
+def _write_dataset(source: _Source, out: Path, config: PrepareConfig) -> str:
     """Check, split and write; returns a description for the user."""
-    survey = survey_samples(read(), config)
+    survey = survey_samples(source.read(), config)
     total = len(survey.verdicts)
     if survey.num_bad and not (config.skip_bad and survey.num_bad < total):
-        hint = _where_images_are(source, survey, config)
-        raise _refusal(source, survey.problems, survey.num_bad, total, hint=hint)
+        hint = _where_images_are(source, survey)
+        raise _refusal(source.path, survey.problems, survey.num_bad, total, hint=hint)
     if not total:
         raise ValueError(
-            f"{source} holds no samples: expected images with captions beside them, or lines or "
-            f"items with text"
+            f"{source.path} holds no samples: expected images with captions beside them, or lines, "
+            f"items or rows with text"
         )
-    with _building(out) as folder:
-        shards = _write_shards(read(), survey.verdicts, folder, config)
-        prepare(folder, shards, workers=config.workers, source=source)
+    with building(out) as folder:
+        shards = _write_shards(source.read(), survey.verdicts, folder, config)
+        prepare(folder, shards, workers=config.workers, source=source.path)
     num_shards = sum(map(len, shards.values()))
     size = sum(shard.stat().st_size for shard in out.rglob("*.tar"))
     return (
@@ -211,7 +238,7 @@ def _write_dataset(read: Read, source: Path, out: Path, config: PrepareConfig) -
 
 
 def survey_samples(samples: Iterable[Found | Problem], config: PrepareConfig) -> Survey:
-    """Check every sample, and choose its split by a hash of its images or text.
+    """Check every sample, and choose its split by a hash of its images or text, or as it says.
 
     The split of a sample does not depend on the other samples, except that neither split stays
     empty where there are two good samples.
@@ -236,13 +263,16 @@ def survey_samples(samples: Iterable[Found | Problem], config: PrepareConfig) ->
             if len(survey.problems) < _SHOWN:
                 survey.problems.append(sample)
             continue
+        if sample.split is not None:
+            survey.verdicts.append(_VAL if sample.split == "val" else _TRAIN)
+            continue
         score = split_score(sample.identity)
         survey.verdicts.append(_VAL if score < config.val_fraction else _TRAIN)
         if lowest[0] < 0 or score < lowest[1]:
             lowest = (number, score)
         if highest[0] < 0 or score > highest[1]:
             highest = (number, score)
-    if config.val_fraction and len(survey.verdicts) - survey.num_bad > 1:
+    if lowest[0] >= 0 and config.val_fraction and len(survey.verdicts) - survey.num_bad > 1:
         if _VAL not in survey.verdicts:
             survey.verdicts[lowest[0]] = _VAL
         elif _TRAIN not in survey.verdicts:
@@ -367,7 +397,7 @@ def _index_shards(source: Path, out: Path, config: PrepareConfig) -> str:
     else:
         placed = {split: {name: name for name in splits[split]} for split in splits}
     inside = {name: new for names in placed.values() for new, name in names.items()}
-    with _building(out, in_place=in_place) as folder:
+    with building(out, in_place=in_place) as folder:
         for new, name in ((new, name) for names in placed.values() for new, name in names.items()):
             (folder / new).parent.mkdir(parents=True, exist_ok=True)
             (folder / new).symlink_to((source / name).resolve())
@@ -409,17 +439,16 @@ def _split_shards(survey: ShardSurvey, val_fraction: float) -> dict[str, list[st
 # -- common ----------------------------------------------------------------------------------------
 
 
-def _where_images_are(source: Path, survey: Survey, config: PrepareConfig) -> str | None:
+def _where_images_are(source: _Source, survey: Survey) -> str | None:
     """A hint for files whose paths begin in another folder; None where that is not the cause.
 
     Files such as LLaVA's come without their images. So many missing ones are hardly bad samples.
     """
-    if kind_of(source) == "folder" or survey.num_missing * 2 < survey.num_bad:
+    if source.images_in is None or survey.num_missing * 2 < survey.num_bad:
         return None
-    folder = source.parent if config.image_root is None else Path(config.image_root)
     return (
-        f"{survey.num_missing} of them name images that are not in {folder}: pass --image-root "
-        f"with the folder that their paths begin in"
+        f"{survey.num_missing} of them name images that are not in {source.images_in}: pass "
+        f"--image-root with the folder that their paths begin in"
     )
 
 
@@ -441,46 +470,3 @@ def _left_out(problems: Sequence[Problem], number: int) -> str:
     shown = "".join(f"  {problem.line}\n" for problem in problems)
     more = f"  and {number - len(problems)} more\n" if number > len(problems) else ""
     return f"left out {number} bad samples:\n{shown}{more}"
-
-
-@contextmanager
-def _building(out: Path, *, in_place: bool = False) -> Iterator[Path]:
-    """A temporary folder that gets its final name when it is complete, or is removed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    name = f".{out.name}.partial-{os.getpid()}"
-    folder = out / name if in_place else out.with_name(name)
-    with _ended_by_sigterm():
-        try:
-            folder.mkdir()
-            yield folder
-            if in_place:
-                _move_index(folder, out)
-            else:
-                folder.rename(out)
-        finally:
-            # It does not exist after renaming; anything left, also after a failure, is useless.
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _move_index(folder: Path, out: Path) -> None:
-    """Put index files beside their shards and then .nv-meta, which makes them a dataset."""
-    for index in folder.rglob("*.tar.idx"):
-        index.rename(out / index.relative_to(folder))
-    (folder / ".nv-meta").rename(out / ".nv-meta")
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the process as an interrupt does, so that it can clean up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

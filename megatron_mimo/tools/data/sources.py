@@ -1,5 +1,7 @@
 """Sources of `megatron-mimo data prepare`: folders of images with captions, JSONL, JSON files.
 
+`tables.py` has datasets of Hugging Face's, and `shards.py` tar shards.
+
 Sources are read as streams, one sample at a time, and always in the same order.
 """
 
@@ -24,11 +26,13 @@ from megatron_mimo.data.text.clean import MalformedError
 from megatron_mimo.data.text.conversation import parse_conversation, parse_json
 from megatron_mimo.media.images import IMAGE_ENDINGS, BrokenImageError, examine_image
 from megatron_mimo.tools.data.forms import wrong_sample
+from megatron_mimo.tools.data.hub_folder import TABLES, is_table
 
 # PIL's name of a format -> file ending.
 _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "PPM": "ppm"}
 _TEXT_ENDINGS = ("txt", "json")
 _IMAGE = "image"  # in messages
+Split = Literal["train", "val"]
 # Largest length of a key in bytes: plain tar headers have 155 for folders and 100 for the file.
 _LONGEST_KEY, _LONGEST_NAME = 150, 80
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -47,8 +51,9 @@ class Found:
         identity: Text that decides the split: samples with the same text are in the same split.
         text: Contents of the sample's text file.
         ending: Ending of the text file: "json", or "txt" for a caption.
-        images: Paths of the image files as the sample names them, in order.
+        images: Images in order: the path of a file as the sample names it, or its contents.
         images_in: Files that samples may name.
+        split: Split that the sample belongs to; None where its identity decides.
     """
 
     where: str
@@ -56,8 +61,17 @@ class Found:
     identity: str
     text: bytes
     ending: Literal["json", "txt"]
-    images: tuple[str, ...]
+    images: tuple[str | bytes, ...]
     images_in: MediaFolder
+    split: Split | None = None
+
+    @property
+    def named_images(self) -> list[str]:
+        """A name for each image, for messages: its path, or its number."""
+        return [
+            image if isinstance(image, str) else str(number)
+            for number, image in enumerate(self.images, 1)
+        ]
 
     def parts(self) -> dict[str, bytes]:
         """Contents by file ending, byte for byte: the text, then the images in order.
@@ -66,11 +80,13 @@ class Found:
             UnusableError: An image is missing, may not be named, or is of an unknown kind.
             OSError: An image cannot be read.
         """
-        images = [(path, self.images_in.read(path, _IMAGE)) for path in self.images]
-        endings = [_image_ending(path, data) for path, data in images]
+        contents = [
+            image if isinstance(image, bytes) else self.images_in.read(image, _IMAGE)
+            for image in self.images
+        ]
+        endings = list(map(_image_ending, self.named_images, contents))
         if len(endings) > 1:
             endings = [f"{number}.{ending}" for number, ending in enumerate(endings, 1)]
-        contents = [data for _, data in images]
         return {self.ending: self.text, **dict(zip(endings, contents, strict=True))}
 
 
@@ -303,7 +319,7 @@ def _item(
 
 def _blame(found: Found, parts: Mapping[str, bytes]) -> str | None:
     """Message that names the broken image, if an image is the cause."""
-    for path, data in zip(found.images, list(parts.values())[1:], strict=True):
+    for path, data in zip(found.named_images, list(parts.values())[1:], strict=True):
         try:
             examine_image(data)
         except BrokenImageError as error:
@@ -371,10 +387,15 @@ def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
     return numbers, name
 
 
-Kind = Literal["folder", "shards", "lines", "array"]
-_KINDS: Mapping[str, Kind] = {".jsonl": "lines", ".ndjson": "lines", ".json": "array"}
+Kind = Literal["folder", "shards", "lines", "array", "table"]
+_KINDS: Mapping[str, Kind] = {
+    **{".jsonl": "lines", ".ndjson": "lines", ".json": "array"},
+    **dict.fromkeys(TABLES, "table"),
+}
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
-_EXPECTED = "expected a folder of images or tar shards, a .jsonl file or a .json file"
+_EXPECTED = (
+    "expected a folder of images, tar shards or parquet files, a .jsonl file or a .json file"
+)
 
 
 def kind_of(source: Path) -> Kind:
@@ -394,6 +415,8 @@ def kind_of(source: Path) -> Kind:
     if kind is None or not is_file:
         what = "is of an unknown kind" if is_file else "is not a regular file"
         raise ValueError(f"{shown} {what}: {_EXPECTED}")
+    if kind == "table":
+        return kind
     with source.open("rb") as file:
         start = next((byte for byte in chain.from_iterable(file) if not chr(byte).isspace()), None)
     if kind == "array" and start == ord("{"):
@@ -405,7 +428,7 @@ def kind_of(source: Path) -> Kind:
 
 
 def _kind_of_folder(source: Path) -> Kind:
-    shards = False
+    shards = tables = False
     for path in source.rglob("*"):
         name = path.name.lower()
         if name.endswith(_PACKED):
@@ -416,4 +439,8 @@ def _kind_of_folder(source: Path) -> Kind:
         if name.endswith(".tar") and not path.name.endswith(".tar"):
             raise ValueError(f"{source} holds {path.relative_to(source)}: rename it to end in .tar")
         shards |= name.endswith(".tar")
-    return "shards" if shards else "folder"
+        tables |= is_table(path, source)
+    # Tools that write shards, such as img2dataset, write tables about them too.
+    if shards:
+        return "shards"
+    return "table" if tables else "folder"

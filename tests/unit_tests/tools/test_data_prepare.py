@@ -514,7 +514,7 @@ def test_sources_of_no_use(
         (("--out", "{new}", "--val-fraction", "1"), "--val-fraction is 1: expected 0 or more"),
         (("--out", "{new}", "--shard-size", "0"), "--shard-size is 0: expected 1 to"),
         (("--out", "{new}", "--workers", "0"), "--workers is 0: expected 1 to"),
-        (("--out", "{new}", "--image-root", "x"), "--image-root is for JSONL and JSON files"),
+        (("--out", "{new}", "--image-root", "x"), "--image-root is for files with paths of images"),
         (("--out", "{new}", "extra"), "expected one SOURCE, got 2"),
         (("--skip",), "unknown flag --skip: the nearest is --skip-bad"),
     ],
