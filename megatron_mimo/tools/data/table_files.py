@@ -94,7 +94,8 @@ def _row(columns: Sequence[tuple[str, Any]], number: int) -> Row | Unreadable:
 
 def _of_parquet(file: Any, path: Path, names: Sequence[str]) -> Iterator[Any]:
     with _readable(path):
-        sizes = _sizes_of_groups(file, names)
+        # Damage there can end the process where more of it is asked for, such as a column's codec.
+        sizes = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
     for group, size in enumerate(sizes):
         read, reason = 0, "it has fewer rows than it should"
         batches = file.iter_batches(
@@ -113,26 +114,6 @@ def _of_parquet(file: Any, path: Path, names: Sequence[str]) -> Iterator[Any]:
             yield batch
         if read < size:
             yield Unreadable(f"row group {group} cannot be read: {reason}", rows=size - read)
-
-
-def _sizes_of_groups(file: Any, names: Sequence[str]) -> list[int]:
-    """Number of rows of each row group, all of which are compressed in a known way."""
-    found, sizes = file.metadata, []
-    for group in map(found.row_group, range(found.num_row_groups)):
-        sizes.append(group.num_rows)
-        for column in map(group.column, range(group.num_columns)):
-            if column.path_in_schema.split(".")[0] in names and not _undoes(column.compression):
-                raise ValueError(f"pyarrow cannot undo its compression, {column.compression}")
-    return sizes
-
-
-def _undoes(compression: str) -> bool:
-    from pyarrow import Codec
-
-    try:
-        return compression == "UNCOMPRESSED" or bool(Codec.is_available(compression.lower()))
-    except ValueError:  # It does not know the name.
-        return False
 
 
 def _of_arrow(file: Any, names: Sequence[str]) -> Iterator[Any]:

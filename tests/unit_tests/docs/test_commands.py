@@ -28,6 +28,7 @@ _FOREIGN = {
     *("container-image", "exclude", "kill-on-bad-exit", "nodes", "requeue", "signal"),  # Slurm
     *("label", "ntasks-per-node"),  # srun
     "model",  # lmms-eval
+    *("local-dir", "repo-type"),  # hf
     *("apply-layernorm-1p", "no-build-isolation", "pid"),  # Megatron-LM, pip, py-spy
 }
 _ONE_RANK = "examples/mimo/train_hetero.py"
@@ -146,9 +147,10 @@ def write_files(page: Path) -> None:
 
 
 def run_python(page: Path) -> None:
-    """Run the first block of Python on a page, which makes the data of its examples."""
-    text = next(block.text for block in blocks(page) if block.language == "python")
-    exec(compile(text, ids(page), "exec"), {"__name__": "__main__"})
+    """Run the blocks of Python on a page, which make the data of its examples."""
+    for block in blocks(page):
+        if block.language == "python":
+            exec(compile(block.text, ids(page), "exec"), {"__name__": "__main__"})
 
 
 def is_cheap(command: Command) -> bool:

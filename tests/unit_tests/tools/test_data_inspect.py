@@ -473,5 +473,5 @@ def test_the_how_to_works_as_written(
                     argv.append("--print-config")
                 assert main(argv) == 0, line
                 commands += 1
-    assert commands == 7
+    assert commands == 9
     assert "wrote 142 train and 8 val samples" in capsys.readouterr().out

@@ -44,7 +44,7 @@ LLAVA = {"keys": ("from", "value"), "roles": ("human", "gpt")}
 CHAT = {"keys": ("role", "content"), "roles": ("user", "assistant")}
 ROUND = {"user": TEXT, "assistant": TEXT, "source": TEXT}
 PART = {"index": INT, "text": TEXT, "type": TEXT}
-VOTES = ["net", "racket", "net", "a net", "net"]
+VOTES = ["racket", "net", "a net", "net", "net"]
 
 # Name -> rows, and types where they do not follow from the rows.
 FORMS: dict[str, tuple[dict[str, list[Any]], dict[str, Any]]] = {
@@ -199,7 +199,8 @@ def pixels_of(dataset: Dataset) -> list[list[np.ndarray]]:
 # Layout -> files, of which `datasets` says the splits.
 LAYOUTS: dict[str, list[str]] = {
     "sharded": ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet",
-                "data/testmini-00000-of-00001-0123456789abcdef.parquet"],
+                "data/testmini-00000-of-00001-0123456789abcdef.parquet",
+                "data/val-00000-of-00001.parquet"],
     "flat": ["train-00000-of-00001.parquet", "val-00000-of-00001.parquet"],
     "folders": ["default/train/0000.parquet", "default/validation/0000.parquet"],
     "words": ["my_dev.parquet", "my.training.parquet", "eval 1.parquet"],
