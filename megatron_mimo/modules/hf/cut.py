@@ -22,7 +22,7 @@ class Absent(nn.Module):
     """A layer or norm of another stage: passes its input on."""
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        """The hidden states as they are."""
+        """The hidden states [B, S, H] as they are."""
         return hidden
 
 
@@ -38,7 +38,7 @@ class Received(nn.Module):
         self.hidden: Tensor | None = None
 
     def forward(self, _: Tensor) -> Tensor:
-        """The hidden states, whatever the tokens are."""
+        """The hidden states [B, S, H], whatever the tokens int64 [B, S] are."""
         assert self.hidden is not None
         return self.hidden
 

@@ -140,7 +140,7 @@ def fill(
 
 
 def stage_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and stored buffers of a stage by their names; a tied weight once."""
+    """The parameters and stored buffers [...] of a stage by their names; a tied weight once."""
     yield from module.named_parameters()
     stored = set(module.state_dict())
     yield from ((name, buffer) for name, buffer in module.named_buffers() if name in stored)
