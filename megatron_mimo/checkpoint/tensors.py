@@ -19,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from megatron_mimo.checkpoint.marks import is_marked, marked_tensor
 from megatron_mimo.checkpoint.rectangles import rectangles
 from megatron_mimo.optim.state import ParamState
 
@@ -107,12 +108,16 @@ def local_tensors(replica: Replica) -> list[LocalTensor]:
             module.tp_group = replica.groups.pg_collection.tp
         if isinstance(module, LanguageModule):
             module.tie_embeddings_and_output_weights_state_dict = partial(_tie, module)
-    entries = _sharded(replica.module, "", replica.groups.pg_collection.tp, metadata)
+    entries = _sharded(replica.module, "", replica.groups.pg_collection, metadata)
     found = []
+    tied: set[int] = set()
     for name, entry in entries.items():
         if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
             continue  # Extra states of fp8, which is not used here.
         data = entry.data
+        if id(data) in tied:
+            continue  # Two layers of this stage share a weight: it is stored by its first name.
+        tied.add(id(data))
         boxes = tuple(_boxes(entry, replica.prefixes))
         found.append(LocalTensor(name, data.detach(), data.requires_grad, boxes))
     return found
@@ -197,7 +202,7 @@ def stored_key(name: str, prefixes: Mapping[str, str]) -> str:
 
 
 def _sharded(
-    module: nn.Module, prefix: str, tp_group: Any, metadata: dict[str, Any]
+    module: nn.Module, prefix: str, pg: ProcessGroupCollection, metadata: dict[str, Any]
 ) -> dict[str, Any]:
     """megatron-core's description of every weight; part by part for modules of this package."""
     describe: Any = getattr(module, "sharded_state_dict", None)
@@ -206,11 +211,17 @@ def _sharded(
         return found
     own: dict[str, Any] = {}
     module._save_to_state_dict(own, "", keep_vars=True)
+    marked = {name: tensor for name, tensor in own.items() if is_marked(tensor)}
     result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-        own, prefix, tp_group=tp_group, dp_cp_group=metadata["dp_cp_group"]
+        {name: tensor for name, tensor in own.items() if name not in marked},
+        prefix,
+        tp_group=pg.tp,
+        dp_cp_group=metadata["dp_cp_group"],
     )
+    for name, tensor in marked.items():
+        result[f"{prefix}{name}"] = marked_tensor(f"{prefix}{name}", tensor, pg)
     for name, child in module.named_children():
-        result |= _sharded(child, f"{prefix}{name}.", tp_group, metadata)
+        result |= _sharded(child, f"{prefix}{name}.", pg, metadata)
     return result
 
 
