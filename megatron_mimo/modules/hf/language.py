@@ -88,6 +88,8 @@ class HfLanguage(ModuleStage):
             else:
                 model.lm_head.weight.shared = True
                 model.lm_head.weight.shared_embedding = True
+                # A checkpoint has it once.
+                model.lm_head.weight.copy_of = f"model.{EMBEDDING_WEIGHT}"
         if tied and self.pre_process and not self.post_process:
             model.get_parameter(EMBEDDING_WEIGHT).shared_embedding = True
         if context.execution.recompute_granularity == "full":
