@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from megatron_mimo.modules.hf.cut import EMBEDDING_WEIGHT, HEAD_WEIGHT, is_tied,
 from megatron_mimo.weights.folder import WeightFolder, require_names
 from megatron_mimo.weights.load import Place
 from megatron_mimo.weights.shards import is_expert, shard_spans, sharded_axis
+
+PIECE = 16 * 2**20
+"""Bytes of memory of the pieces in which a weight is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,31 +81,47 @@ def stored_weights(folder: WeightFolder, model: Any) -> dict[str, Stored]:
         optional.add(HEAD_WEIGHT)
     require_names(folder.path, wanted, found, optional)
     result = {}
-    for target in wanted:
-        (pattern, names), *others = found[target].items()
-        if pattern is None:
-            result[target] = Stored((tuple(names[:1]),))
+    for target, weight in wanted.items():
+        held = found[target]
+        if len(held) == 1 and None in held:
+            name, *others = held[None]
+            if others:
+                raise ValueError(
+                    f"{folder.path}: {name} and {others[0]} are the same weight, {target}, by an "
+                    f"old and a new name: expected one of them; remove the other"
+                )
+            result[target] = Stored(((name,),))
         else:
-            parts = [names, *(more for _, more in others)]
-            result[target] = _converted(folder, target, of_pattern[pattern], parts, wanted[target])
+            pattern = next(pattern for pattern in held if pattern is not None)
+            result[target] = _converted(folder, target, of_pattern[pattern], held, weight)
+        _require_shape(folder, target, result[target], list(weight.shape))
     return result
 
 
 def _converted(
-    folder: WeightFolder, target: str, converter: Any, parts: list[list[str]], weight: Tensor
+    folder: WeightFolder,
+    target: str,
+    converter: Any,
+    held: Mapping[str | None, list[str]],
+    weight: Tensor,
 ) -> Stored:
-    """A weight that transformers makes of stored ones."""
+    """A weight that transformers makes of stored ones, whose names are given by pattern."""
     kinds = [type(operation).__name__ for operation in converter.operations]
-    if kinds == ["Transpose"]:
+    parts = [held[pattern] for pattern in converter.source_patterns if pattern in held]
+    if kinds == ["Transpose"] and len(parts) == 1 and len(parts[0]) == 1:
         (name,) = parts[0]
+        # As transformers does: a weight is exchanged where it would not fit otherwise.
         return Stored(((name,),), transposed=folder.shape(name) != list(weight.shape))
     if kinds in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
-        if (
-            len(parts) == 1
-            and len(parts[0]) == 1
-            and folder.shape(parts[0][0]) == list(weight.shape)
+        if len(parts) < len(converter.source_patterns) or any(
+            len(names) != weight.size(0) for names in parts
         ):
-            return Stored((tuple(parts[0]),))
+            raise ValueError(
+                f"{folder.path}: {target} is stored as "
+                f"{' and '.join(str(len(names)) for names in parts)} tensors: expected "
+                f"{weight.size(0)}, one for each expert, of each of "
+                f"{' and '.join(converter.source_patterns)}; copy the folder again"
+            )
         return Stored(tuple(zip(*parts, strict=True)), stacked=True)
     raise ValueError(
         f"{folder.path}: {target} is stored in a form that transformers converts by "
@@ -110,11 +130,36 @@ def _converted(
     )
 
 
+def _require_shape(folder: WeightFolder, target: str, stored: Stored, wanted: list[int]) -> None:
+    """Refuse a stored weight of another shape; only headers are read.
+
+    Raises:
+        ValueError: It is; the message has both shapes.
+    """
+    for names in stored.names:
+        shapes = [folder.shape(name) for name in names]
+        found = list(shapes[0])
+        if stored.transposed and len(found) == 3:
+            found[1], found[2] = found[2], found[1]
+        if stored.stacked:
+            same = len({tuple(shape) for shape in shapes}) == 1
+            found = [wanted[0], found[0] * len(names), *found[1:]] if same and found else []
+        if found != wanted:
+            of_each = f", in {len(names)} tensors of each expert" if stored.stacked else ""
+            raise ValueError(
+                f"{folder.path}: {names[0]} has the shape {shapes[0]}, but its config.json gives "
+                f"{target} the shape {wanted}{of_each}: take both from one model"
+            )
+
+
 @torch.no_grad()
 def fill(
     module: nn.Module, folder: WeightFolder, description: str, *, tp: Place, ep: Place
 ) -> None:
-    """Copy this rank's shard of each weight of a stage from a folder; nothing else is read.
+    """Copy this rank's shard of each weight of a stage from a folder.
+
+    Nothing else is read, and a large weight is read in pieces, so that a rank needs hardly more
+    memory than its shards.
 
     Args:
         module: Stage of the model, whose names are those of the whole.
@@ -129,14 +174,7 @@ def fill(
     stored = stored_weights(folder, meta_model(description))
     for name, tensor in stage_tensors(module):
         # A tied head that stands alone on its stage, of a folder that has the embedding alone.
-        source = stored.get(name) or stored[EMBEDDING_WEIGHT]
-        found = _read(folder, source, tensor, tp, ep)
-        if found.shape != tensor.shape:
-            raise ValueError(
-                f"{folder.path}: {source.flat[0]} has the shape {folder.shape(source.flat[0])}, "
-                f"which does not fit {name} {list(tensor.shape)} of its config.json"
-            )
-        tensor.copy_(found)
+        _fill_one(folder, stored.get(name) or stored[EMBEDDING_WEIGHT], tensor, tp, ep)
 
 
 def stage_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -146,54 +184,77 @@ def stage_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in module.named_buffers() if name in stored)
 
 
-def _read(folder: WeightFolder, stored: Stored, tensor: Tensor, tp: Place, ep: Place) -> Tensor:
-    """This rank's part [...] of a weight."""
+Spans = list[tuple[int, int]]
+"""Half-open intervals of an axis, which lie one after the other in what they are copied to."""
+
+
+def _fill_one(folder: WeightFolder, stored: Stored, tensor: Tensor, tp: Place, ep: Place) -> None:
+    """Copy this rank's part of a weight."""
     axis = sharded_axis(tensor) if tp[1] > 1 else None
     expert = ep[1] > 1 and isinstance(tensor, nn.Parameter) and is_expert(tensor)
+    rank, ranks = ep if expert else (0, 1)
     if not stored.stacked:
         (name,) = stored.flat
-        return _slice(folder, name, tensor, axis, tp, ep if expert else (0, 1), stored.transposed)
-    own = len(stored.names) // ep[1] if expert else len(stored.names)
-    first = ep[0] * own if expert else 0
-    experts = []
-    for names in stored.names[first : first + own]:
-        pieces = []
-        for name in names:
-            length = folder.shape(name)[axis - 1] // tp[1] if axis is not None else 0
-            piece = (
-                folder.tensor(name)
-                if axis is None
-                else folder.span(name, axis - 1, tp[0] * length, (tp[0] + 1) * length)
-            )
-            pieces.append(piece)
-        experts.append(torch.cat(pieces))
-    return torch.stack(experts)
+        spans = _whole(folder.shape(name), stored.transposed)
+        if expert:
+            own = spans[0][0][1] // ranks
+            spans[0] = [(rank * own, (rank + 1) * own)]
+        if axis is not None:
+            length = spans[axis][0][1]
+            spans[axis] = shard_spans(length, tensor, tp_rank=tp[0], tp_size=tp[1])
+        _copy(folder, name, tensor, spans, transposed=stored.transposed)
+        return
+    own = len(stored.names) // ranks
+    for held, names in zip(tensor, stored.names[rank * own : (rank + 1) * own], strict=True):
+        for name, part in zip(names, held.chunk(len(names)), strict=True):
+            spans = _whole(folder.shape(name))
+            if axis is not None:
+                # The axis of experts is not there.
+                own_length = spans[axis - 1][0][1] // tp[1]
+                spans[axis - 1] = [(tp[0] * own_length, (tp[0] + 1) * own_length)]
+            _copy(folder, name, part, spans)
 
 
-def _slice(
+def _whole(shape: list[int], transposed: bool = False) -> list[Spans]:
+    """Spans of everything, in the order of axes that the weight has in the model."""
+    spans = [[(0, length)] for length in shape]
+    if transposed:
+        spans[1], spans[2] = spans[2], spans[1]
+    return spans
+
+
+def _copy(
     folder: WeightFolder,
     name: str,
-    tensor: Tensor,
-    axis: int | None,
-    tp: Place,
-    ep: Place,
-    transposed: bool,
-) -> Tensor:
-    shape = folder.shape(name)
-    if axis is None and ep[1] == 1:
-        whole = folder.tensor(name)
-        return whole.transpose(1, 2) if transposed else whole
-    own = shape[0] // ep[1]
-    first = [slice(ep[0] * own, (ep[0] + 1) * own)] if ep[1] > 1 else []
-    if axis is None:
-        piece = folder.box(name, first)
-        return piece.transpose(1, 2) if transposed else piece
-    at = {1: 2, 2: 1}[axis] if transposed else axis
-    spans = shard_spans(shape[at], tensor, tp_rank=tp[0], tp_size=tp[1])
-    box = [*first, *[slice(None)] * (at - len(first))]
-    pieces = [folder.box(name, [*box, slice(*span)]) for span in spans]
-    whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, at)
-    return whole.transpose(1, 2) if transposed else whole
+    target: Tensor,
+    spans: list[Spans],
+    *,
+    transposed: bool = False,
+) -> None:
+    """Copy the boxes of a stored tensor that spans of its axes make, a few megabytes at a time."""
+    if not spans:
+        target.copy_(folder.tensor(name))
+        return
+    row = target.element_size() * target.numel() // max(target.size(0), 1)
+    pieces = [list(_placed(spans[0], max(PIECE // max(row, 1), 1))), *map(_placed, spans[1:])]
+    for box in product(*pieces):
+        slices = [slice(first, last) for _, first, last in box]
+        into = target[tuple(slice(at, at + last - first) for at, first, last in box)]
+        if transposed:
+            slices[1], slices[2] = slices[2], slices[1]
+        piece = folder.box(name, slices)
+        into.copy_(piece.transpose(1, 2) if transposed else piece)
+
+
+def _placed(spans: Spans, most: int | None = None) -> Iterator[tuple[int, int, int]]:
+    """Where each span begins in the target, and the span; long ones in several pieces."""
+    at = 0
+    for start, stop in spans:
+        length = most or max(stop - start, 1)
+        for first in range(start, stop, length):
+            last = min(first + length, stop)
+            yield at, first, last
+            at += last - first
 
 
 def wide_weights(
@@ -240,7 +301,8 @@ def exported(
         if tied is None:
             yield name, folder.tensor(name)
         else:
-            yield name, _as_stored(folder, name, held[EMBEDDING_WEIGHT].detach().cpu())
+            # A copy: files do not hold the same memory twice.
+            yield name, _as_stored(folder, name, held[EMBEDDING_WEIGHT].detach().cpu()).clone()
 
 
 def _written(form: Stored, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
