@@ -3,12 +3,13 @@
 import logging
 import time
 
-from torch import nn
-
+from megatron_mimo.model.hf.weights import Places as HfPlaces
+from megatron_mimo.model.hf.weights import load_hf
 from megatron_mimo.model.mimo import ModuleReplica
 from megatron_mimo.model.omni.config import is_omni
 from megatron_mimo.model.omni.weights import Places, describe_carried, load_omni
-from megatron_mimo.modules.hf.config import describe
+from megatron_mimo.modules.hf.encoder import HfEncoder
+from megatron_mimo.modules.hf.language import HfLanguage
 from megatron_mimo.modules.language.module import LanguageModule
 from megatron_mimo.modules.radio.module import RadioModule
 from megatron_mimo.optim.train_state import TrainState
@@ -39,21 +40,15 @@ def load_folder(state: TrainState, path: str) -> None:
 
 def _load_hf(state: TrainState, folder: WeightFolder) -> str:
     """Fill the modules of a model of transformers' own forward."""
-    from megatron_mimo.modules.hf.weights import fill
-
-    description = describe(folder.config)
-    for replica in state.model.replicas:
-        place, spec = replica.groups.place, replica.groups.spec
-        module = replica.module
-        assert isinstance(module.model, nn.Module)
-        fill(
-            module.model,
-            folder,
-            description,
-            tp=(place.tp, spec.tp),
-            ep=(place.ep, spec.ep),
-        )
+    load_hf(folder, map(_placed, state.model.replicas))
     return ""
+
+
+def _placed(replica: ModuleReplica) -> tuple[HfEncoder | HfLanguage, HfPlaces]:
+    place, spec, stage = replica.groups.place, replica.groups.spec, replica.module
+    # A folder's architecture has one source.
+    assert isinstance(stage, HfEncoder | HfLanguage)
+    return stage, HfPlaces(tp=(place.tp, spec.tp), ep=(place.ep, spec.ep))
 
 
 def _load_omni(state: TrainState, folder: WeightFolder) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -15,6 +16,9 @@ from torch import Tensor
 _CONFIG = "config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# Files beside the weights: tokenizer, processor, chat template; and a folder of further templates.
+_BESIDE = (".json", ".jinja", ".txt", ".model", ".py")
+_TEMPLATES = "additional_chat_templates"
 
 
 class WeightFolder:
@@ -216,7 +220,24 @@ def write_folder(
     _write_json(folder / _CONFIG, config)
 
 
-def is_described(name: str) -> bool:
+def copy_beside(source: Path, target: Path) -> None:
+    """Copy the files of a folder that are not weights and do not describe weights.
+
+    Args:
+        source: Folder as transformers writes it.
+        target: Folder to copy them to, which is created; nothing is done if it is the source.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    if target.resolve() == source.resolve():
+        return
+    for file in sorted(source.iterdir()):
+        if file.suffix in _BESIDE and file.is_file() and not _is_described(file.name):
+            shutil.copyfile(file, target / file.name)
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, target / _TEMPLATES, dirs_exist_ok=True)
+
+
+def _is_described(name: str) -> bool:
     """Whether a file has a name that `write_folder` writes."""
     return name in (_CONFIG, _INDEX) or name.endswith(".safetensors")
 

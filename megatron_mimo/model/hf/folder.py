@@ -21,6 +21,7 @@ class HfFolder:
 
     Attributes:
         path: Path to the folder, which also has the processor of images and the tokenizer.
+        model_type: Name that transformers has for the kind of model, such as "gemma4".
         model: Architecture of the modules "encoder" and "llm".
         vocab_size: Number of tokens of the vocabulary, V.
         seq_length: Longest sequence that the language model was made for, in tokens.
@@ -30,6 +31,7 @@ class HfFolder:
     """
 
     path: Path
+    model_type: str
     model: ModelConfig
     vocab_size: int
     seq_length: int
@@ -70,6 +72,7 @@ def read_hf(folder: WeightFolder) -> HfFolder:
     tower = HfTowerConfig(description=text, wide=wide)
     return HfFolder(
         path=folder.path,
+        model_type=family.model_type,
         model=ModelConfig(
             modules={
                 "encoder": HfEncoderConfig(vision=tower, projector=tower, folder=str(folder.path)),

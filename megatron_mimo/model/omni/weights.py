@@ -1,6 +1,5 @@
 """Weights of whole models: each rank reads its shard, one process writes whole tensors."""
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -35,11 +34,9 @@ from megatron_mimo.modules.adapter import ModuleConfig
 from megatron_mimo.modules.hybrid import weights as language_weights
 from megatron_mimo.modules.radio import weights as radio_weights
 from megatron_mimo.modules.radio.config import RadioModuleConfig
-from megatron_mimo.weights.folder import WeightFolder, is_described, require_names, write_folder
+from megatron_mimo.weights.folder import WeightFolder, copy_beside, require_names, write_folder
 from megatron_mimo.weights.load import Place, as_stored, export_module, fill_module
 
-# Files of a folder beside the weights: tokenizer, processor, chat template.
-_BESIDE = (".json", ".jinja", ".txt", ".model", ".py")
 _EMBEDDING = f"{LANGUAGE}backbone.embeddings.weight"
 
 
@@ -231,7 +228,7 @@ def save_omni(
         (part.full_name(name), tensor) for part, tensors in of_modules for name, tensor in tensors
     )
     carried = ((name, source.tensor(name)) for name in parts.carried_names)
-    _copy_beside(source.path, Path(path))
+    copy_beside(source.path, Path(path))
     write_folder(path, described, chain(named, carried))
 
 
@@ -276,16 +273,6 @@ def _require_all(folder: WeightFolder, parts: OmniParts, model: ModelConfig) -> 
         *map(parts.language.full_name, language_weights.OPTIONAL),
     }
     require_names(folder.path, wanted, folder.names, optional)
-
-
-def _copy_beside(source: Path, target: Path) -> None:
-    """Copy the files of a folder that are not weights and do not describe weights."""
-    target.mkdir(parents=True, exist_ok=True)
-    if target.resolve() == source.resolve():
-        return
-    for file in sorted(source.iterdir()):
-        if file.suffix in _BESIDE and file.is_file() and not is_described(file.name):
-            shutil.copyfile(file, target / file.name)
 
 
 def dtype_name(tensor: Tensor) -> str:
