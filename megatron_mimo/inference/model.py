@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_mimo.data import Turn
+from megatron_mimo.data.loader.collate import collate_facts
 from megatron_mimo.data.samples.question import (
     EncodedQuestion,
     Source,
@@ -25,6 +26,7 @@ from megatron_mimo.runtime import prepare_megatron_core, resolve_device
 from megatron_mimo.runtime.staging import map_tensors
 
 if TYPE_CHECKING:
+    from megatron_mimo.modules.hf.decoding import HfDecoding
     from megatron_mimo.modules.language.decoding import Decoding
     from megatron_mimo.modules.stage import ModuleStage
 
@@ -185,14 +187,30 @@ class LoadedModel:
             places[module] = row_positions(tokens, placeholder).to(self.device)
         return join_rows(found, places)
 
-    def decoding(self, max_length: int) -> "Decoding":
-        """A new text of the language model, of at most so many tokens."""
+    def decoding(
+        self, max_length: int, encoded: EncodedQuestion | None = None
+    ) -> "Decoding | HfDecoding":
+        """A new text of the language model.
+
+        Args:
+            max_length: Largest number of tokens of question and answer together.
+            encoded: The question, for models that read more of its items than their rows.
+        """
+        from megatron_mimo.modules.hf.decoding import HfDecoding
+        from megatron_mimo.modules.hf.language import HfLanguage
         from megatron_mimo.modules.language.decoding import Decoding
         from megatron_mimo.modules.language.module import LanguageModule
 
         language = self._modules[self.run.resolved.architecture.target_name]
+        if isinstance(language, HfLanguage):
+            return HfDecoding(language, self._facts(encoded))
         assert isinstance(language, LanguageModule)
         return Decoding(language, max_length)
+
+    def _facts(self, encoded: EncodedQuestion | None) -> dict[str, Tensor]:
+        """Integers of the items beside their rows, by name, int64 [N, ...]."""
+        found = {} if encoded is None else collate_facts([encoded], self.run.data.inputs)
+        return {name: values.to(self.device) for name, values in found.items()}
 
     @property
     def ends(self) -> frozenset[int]:
@@ -242,7 +260,8 @@ class Stream(Iterator[str]):
         model, tokenizer = self._model, self._model.run.tokenizer
         random, pieces = _generator(sampling.seed), Pieces(tokenizer)
         # The last token is written and never read.
-        decoding = model.decoding(len(self._encoded.tokens) + sampling.max_new_tokens - 1)
+        most = len(self._encoded.tokens) + sampling.max_new_tokens - 1
+        decoding = model.decoding(most, self._encoded)
         rows, positions = model.rows(self._encoded)
         tokens = torch.from_numpy(self._encoded.tokens)[None].to(model.device)
         logits = decoding.read(tokens, rows, positions)
@@ -278,7 +297,7 @@ def load(
 
     Args:
         path: Folder that `--save` named, of which the newest checkpoint is taken, or the folder of
-            one checkpoint; or a `nemotron_h_omni` folder of transformers.
+            one checkpoint; or a folder of transformers.
         device: Kind of device: "auto" takes a GPU where there is one, else "cpu" or "cuda".
         tokenizer_model: Folder of the tokenizer in place of the run's.
         custom_import: Modules that the run's `--custom-import` may name.

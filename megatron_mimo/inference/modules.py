@@ -9,6 +9,8 @@ from megatron_mimo.modules.families import adapter_of
 
 if TYPE_CHECKING:
     # megatron-core has to be adapted to a host before anything imports it.
+    from megatron_mimo.modules.hf.encoder import HfEncoder
+    from megatron_mimo.modules.hf.language import HfLanguage
     from megatron_mimo.modules.stage import ModuleStage
 
 
@@ -61,13 +63,30 @@ def load_modules(run: Run, *, trust: bool = False) -> "dict[str, ModuleStage]":
 
 
 def _load_folder(run: Run, modules: "Mapping[str, ModuleStage]") -> None:
-    """Fill from a `nemotron_h_omni` folder, whose architecture has one source."""
+    """Fill from a folder of transformers, whose architecture has one source."""
+    from megatron_mimo.model.hf import HfFolder
+    from megatron_mimo.model.hf.weights import Places, load_hf
     from megatron_mimo.model.omni.weights import load_omni
     from megatron_mimo.modules.language.module import LanguageModule
     from megatron_mimo.modules.radio.module import RadioModule
     from megatron_mimo.weights.folder import WeightFolder
 
-    encoder, language = modules.values()
-    assert isinstance(encoder, RadioModule) and isinstance(language, LanguageModule)
     with WeightFolder(run.path) as folder:
+        if isinstance(run.resolved.folder, HfFolder):
+            load_hf(folder, ((stage, Places()) for stage in hf_stages(modules)))
+            return
+        encoder, language = modules.values()
+        assert isinstance(encoder, RadioModule) and isinstance(language, LanguageModule)
         load_omni(folder, encoder=encoder, language=language)
+
+
+def hf_stages(modules: "Mapping[str, ModuleStage]") -> "list[HfEncoder | HfLanguage]":
+    """The modules of a model of transformers' own forward."""
+    from megatron_mimo.modules.hf.encoder import HfEncoder
+    from megatron_mimo.modules.hf.language import HfLanguage
+
+    found = []
+    for module in modules.values():
+        assert isinstance(module, HfEncoder | HfLanguage)
+        found.append(module)
+    return found

@@ -1,4 +1,4 @@
-"""What is asked: the settings and the weights of a run, or of a `nemotron_h_omni` folder.
+"""What is asked: the settings and the weights of a run, or of a folder of transformers.
 
 A checkpoint holds the flags of its run. Those that describe the model and its data are read again;
 layout, training and logging do not matter to a model that answers in one process.
@@ -19,7 +19,8 @@ from megatron_mimo.data import Tokenizer, build_tokenizer, check_prompt_format, 
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.data.text.tokenizer import read_image_tokens
 from megatron_mimo.media.images.input import tag_type
-from megatron_mimo.model.omni.config import read_omni
+from megatron_mimo.model.hf import read_hf
+from megatron_mimo.model.omni.config import is_omni, read_omni
 from megatron_mimo.settings import declared
 from megatron_mimo.weights.folder import WeightFolder
 
@@ -47,7 +48,7 @@ class Run:
     """A model with everything that its answers depend on, weights not read yet.
 
     Attributes:
-        path: Folder of the weights: that of one checkpoint, or a `nemotron_h_omni` folder.
+        path: Folder of the weights: that of one checkpoint, or a folder of transformers.
         is_checkpoint: Whether it is a checkpoint.
         iteration: Iteration of the checkpoint; None for a folder.
         resolved: Checked settings, on a layout of one rank.
@@ -77,7 +78,7 @@ def read_run(
 
     Args:
         path: Folder that `--save` named, of which the newest checkpoint is taken, or the folder of
-            one checkpoint; or a `nemotron_h_omni` folder of transformers.
+            one checkpoint; or a folder of transformers.
         tokenizer_model: Folder of the tokenizer in place of the run's.
         load_hf: Folder that the run began from, in place of where it was.
         custom_import: Modules that a run's `--custom-import` may name: a checkpoint does not choose
@@ -130,13 +131,13 @@ def _checkpoint(path: Path) -> Path:
     if not path.is_dir():
         raise ValueError(
             f"RUN {path} is not there: expected the folder of --save, or a folder of a "
-            f"nemotron_h_omni model"
+            f"model of transformers"
         )
     below = sorted(str(tracker.parent) for tracker in path.glob(f"*/{folders.TRACKER}"))
     hint = f"; {' and '.join(below)} {'has' if len(below) == 1 else 'have'}" if below else ""
     raise ValueError(
         f"RUN {path} has neither a checkpoint nor {_CONFIG}: expected the folder of --save, or a "
-        f"folder of a nemotron_h_omni model{hint}"
+        f"folder of a model of transformers{hint}"
     )
 
 
@@ -167,8 +168,16 @@ def _of_converted(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _of_folder(path: Path) -> dict[str, Any]:
-    """The flags with which a run from a `nemotron_h_omni` folder sees what transformers sees."""
+    """The flags with which a run from a folder of transformers sees what transformers sees."""
+    flags: dict[str, Any] = {
+        "model_provider": HUGGING_FACE,
+        "load_hf": str(path),
+        "tokenizer_model": str(path),
+    }
     with WeightFolder(path) as folder:
+        if not is_omni(folder):
+            # Its processor and template say how images are written.
+            return flags | {"seq_length": read_hf(folder).seq_length}
         omni = read_omni(folder)
     image, tags = read_image_tokens(str(path), omni.image_token_id)
     if image is None:
@@ -176,13 +185,7 @@ def _of_folder(path: Path) -> dict[str, Any]:
             f"{path}: its tokenizer has no token {omni.image_token_id}, the image_token_id of "
             f"{_CONFIG}: expected the model's own tokenizer"
         )
-    return {
-        "model_provider": HUGGING_FACE,
-        "load_hf": str(path),
-        "tokenizer_model": str(path),
-        "image_token": image,
-        "image_tag_type": tag_type(tags, str(path)),
-    }
+    return flags | {"image_token": image, "image_tag_type": tag_type(tags, str(path))}
 
 
 def _refuse_imports(flags: Mapping[str, Any], allowed: Sequence[str], path: Path) -> None:

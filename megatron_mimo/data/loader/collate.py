@@ -1,8 +1,8 @@
 """Collation of samples to one batch, field by field. Nothing is guessed from shapes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -85,7 +85,15 @@ def runs_of(positions: NDArray[np.int64]) -> list[tuple[int, int]]:
     return [(int(piece[0]), len(piece)) for piece in pieces]
 
 
-def collate_facts(samples: Sequence[EncodedSample], inputs: Inputs) -> dict[str, Tensor]:
+class HasItems(Protocol):
+    """A sample or a question."""
+
+    @property
+    def items(self) -> Mapping[str, Sequence[Item]]:
+        """Module -> its items in token order."""
+
+
+def collate_facts(samples: Sequence[HasItems], inputs: Inputs) -> dict[str, Tensor]:
     """What the target needs of the items beside their rows, by name, int64 [N, ...].
 
     Args:

@@ -147,19 +147,12 @@ class HfLanguage(ModuleStage):
             With labels: cross entropy of each position, float32 [B, S]. Without: this tp rank's
             shard of the logits, [B, S, V/tp]. Before the last stage: hidden states [S, B, H].
         """
-        family, whole = self.architecture.family, self.model
-        arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
-        arguments |= {name: facts[name] for name in family.facts if len(facts.get(name, ()))}
-        if family.has_token_types:
-            arguments["mm_token_type_ids"] = (input_ids == self._image_token).long()
+        whole = self.model
+        arguments = self.arguments(input_ids, rows, facts) | {"use_cache": False}
         if documents is not None:
             arguments["position_ids"] = self._packed_positions(
                 input_ids, position_ids, documents, arguments
             )
-        if rows is not None:
-            arguments["mm_encoder_outputs"] = {
-                "image": features_of(rows, self.architecture.row_parts)
-            }
         if not self.pre_process:
             assert hidden is not None
             received = whole.get_submodule(LANGUAGE).embed_tokens
@@ -175,6 +168,25 @@ class HfLanguage(ModuleStage):
             logits.float(), labels, tp_group=self._tp_group
         )
         return losses
+
+    def arguments(
+        self, input_ids: Tensor, rows: Tensor | None, facts: Mapping[str, Tensor] = _NO_FACTS
+    ) -> dict[str, Any]:
+        """Arguments of the model's forward for tokens and what they need of their images.
+
+        Args:
+            input_ids: Tokens, int64 [B, S].
+            rows: Rows of all images [R, row_parts * H]; None without any.
+            facts: Integers of the images, by the name of forward's argument, int64 [N, ...].
+        """
+        family = self.architecture.family
+        found: dict[str, Any] = {"input_ids": input_ids}
+        found |= {name: facts[name] for name in family.facts if len(facts.get(name, ()))}
+        if family.has_token_types:
+            found["mm_token_type_ids"] = (input_ids == self._image_token).long()
+        if rows is not None:
+            found["mm_encoder_outputs"] = {"image": features_of(rows, self.architecture.row_parts)}
+        return found
 
     @property
     def _image_token(self) -> int:

@@ -1,4 +1,4 @@
-"""`megatron-mimo checkpoint convert`: weights between checkpoints and nemotron_h_omni folders.
+"""`megatron-mimo checkpoint convert`: weights between checkpoints and folders of transformers.
 
 In both directions one process holds the whole model: it is built and filled, and then written.
 """

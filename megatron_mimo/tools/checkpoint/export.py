@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from megatron_mimo.modules.stage import ModuleStage
 
 _GENERATION = "generation_config.json"
+# What runs of presets become: with text alone, and with images.
+_PRESETS = ("nemotron_h", "nemotron_h_omni")
 
 
 def export_run(
@@ -23,11 +25,13 @@ def export_run(
     tokenizer_model: str | None = None,
     custom_import: Sequence[str] = (),
 ) -> str:
-    """Write a run as a folder of `nemotron_h_omni`, or of `nemotron_h` where it has text alone.
+    """Write a run as a folder of the model that it began from.
 
-    What transformers needs to answer as the run does is the run's own: the architecture, the sizes
+    A run of a preset becomes `nemotron_h_omni`, or `nemotron_h` where it has text alone. Of these,
+    what transformers needs to answer as the run does is the run's own: the architecture, the sizes
     and the normalisation of images, the tokens, the format of a conversation, and what ends an
-    answer. A run that began from such a folder has its audio and video carried over.
+    answer. A run that began from such a folder has its audio and video carried over. Of all other
+    models, everything but the weights is carried over from their folder.
 
     Args:
         checkpoint: Folder of the checkpoint of one iteration, undamaged.
@@ -44,14 +48,12 @@ def export_run(
             would be needed. Or the run needs something that is not there.
     """
     from megatron_mimo.inference.run import read_run
-    from megatron_mimo.model.omni.config import require_hybrid
     from megatron_mimo.runtime import prepare_megatron_core, resolve_device
 
     run = read_run(
         checkpoint, tokenizer_model=tokenizer_model, load_hf=load_hf, custom_import=custom_import
     )
-    require_hybrid(run.resolved.architecture)
-    config = None if len(run.resolved.layout.modules) == 1 else omni_config(run)
+    model, config = _model_of(run)
     prepare_megatron_core(resolve_device("cpu"))
     from megatron_mimo.inference.modules import load_modules
 
@@ -60,18 +62,37 @@ def export_run(
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
-        if config is None:
-            _write_text(staged, run, modules)
+        if model not in _PRESETS:
+            _write_hf(staged, run, modules)
         else:
-            _write_omni(staged, run, config, modules)
-        _write_beside(staged, run)
+            if config is None:
+                _write_text(staged, run, modules)
+            else:
+                _write_omni(staged, run, config, modules)
+            _write_beside(staged, run)
         if target.is_dir():
             target.rmdir()  # An empty one.
         staged.rename(target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    model = "nemotron_h" if config is None else "nemotron_h_omni"
     return f"{checkpoint} as a folder of {model}"
+
+
+def _model_of(run: "Run") -> "tuple[str, OmniConfig | None]":
+    """What a run becomes; of nemotron_h_omni, its architecture and image processing too.
+
+    Raises:
+        ValueError: transformers has no such model; the message names the field.
+    """
+    from megatron_mimo.model.hf import HfFolder
+    from megatron_mimo.model.omni.config import require_hybrid
+
+    folder = run.resolved.folder
+    if isinstance(folder, HfFolder):
+        return folder.model_type, None
+    require_hybrid(run.resolved.architecture)
+    text, omni = _PRESETS
+    return (text, None) if len(run.resolved.layout.modules) == 1 else (omni, omni_config(run))
 
 
 def omni_config(run: "Run") -> "OmniConfig":
@@ -98,6 +119,17 @@ def omni_config(run: "Run") -> "OmniConfig":
         min_patches=kind.config.min_patches,
         max_patches=kind.config.max_patches,
     )
+
+
+def _write_hf(folder: Path, run: "Run", modules: "Mapping[str, ModuleStage]") -> None:
+    from megatron_mimo.inference.modules import hf_stages
+    from megatron_mimo.model.hf.weights import save_hf
+    from megatron_mimo.weights.folder import WeightFolder
+
+    source = run.resolved.config.checkpoints.first_weights.load_hf
+    assert source is not None
+    with WeightFolder(source) as weights:
+        save_hf(folder, weights, hf_stages(modules))
 
 
 def _write_omni(
