@@ -1,7 +1,7 @@
 """Balance of the load of each layer's experts, and the load-balancing loss."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -50,13 +50,15 @@ def gather_load(model: "MimoModel", num_microbatches: int) -> Tensor | None:
 
     Returns:
         Numbers of tokens, and last the balance loss, float64 [E layers, experts + 1]; None on ranks
-        that do not hold the language model, or for a model without experts.
+        that do not hold the language model, for a model without experts, or with those of
+        transformers, whose routers do not count.
     """
     language = model.target
     if language is None:
         return None
     experts, groups = adapter_of(language.config).experts(language.config), language.groups
-    if experts is None:
+    decoder: Any = getattr(language.module.model, "decoder", None)
+    if experts is None or decoder is None:
         return None
     numbers = experts.layers
     found = torch.zeros(len(numbers), experts.number + 1, dtype=torch.float64, device=model.device)
@@ -65,7 +67,7 @@ def gather_load(model: "MimoModel", num_microbatches: int) -> Tensor | None:
 
     tracker = get_moe_metrics_tracker()
     recorded = tracker.metrics.get(_BALANCE_LOSS)
-    for layer in language.module.model.decoder.layers:
+    for layer in decoder.layers:
         if not hasattr(layer, "mlp") or not hasattr(layer.mlp, "router"):
             continue
         row = found[numbers.index(layer.layer_number)]
