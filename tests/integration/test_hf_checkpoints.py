@@ -43,9 +43,8 @@ CASES = [
     ("gemma4", "encoder tp 2", "colocated"),
 ]
 EVERYDAY = (
-    ("gemma4 moe", "llm tp 2 pp 2", "llm tp 2 pp 2"),
     ("gemma4 moe", "llm tp 2 pp 2", "llm ep 2 tp 2"),
-    ("qwen3_5", "colocated", "encoder dp 2"),
+    ("qwen3_vl moe", "llm ep 2", "llm ep 2"),
 )
 
 
