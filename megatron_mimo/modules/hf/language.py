@@ -57,6 +57,7 @@ class HfLanguage(ModuleStage):
                 hidden_size=architecture.hidden_size,
                 num_attention_heads=architecture.num_attention_heads,
                 num_moe_experts=architecture.num_experts or None,
+                moe_ffn_hidden_size=getattr(architecture.text, "moe_intermediate_size", None),
                 add_bias_linear=False,
             )
         )
