@@ -325,7 +325,7 @@ _DATA_COMMANDS: dict[str, tuple[str, Command]] = {
 }
 _CHECKPOINT_COMMANDS: dict[str, tuple[str, Command]] = {
     "inspect": ("show what a checkpoint holds", _inspect),
-    "convert": ("convert weights to and from nemotron_h_omni folders", _convert),
+    "convert": ("convert weights to and from folders of transformers", _convert),
 }
 _COMMANDS: dict[str, tuple[str, Command]] = {
     "train": ("train a model", _train),

@@ -62,7 +62,7 @@ def save_hf(path: str | Path, source: WeightFolder, stages: Iterable[Stage]) -> 
     Args:
         path: Path to the folder to write; weights in it are replaced.
         source: Folder that training began from.
-        stages: The modules, which together are the whole model.
+        stages: The modules; what none of them holds is the source's.
 
     Raises:
         ValueError: The source does not hold such a model.

@@ -280,7 +280,8 @@ def exported(
     where a module holds it in a shorter dtype.
 
     Args:
-        modules: The stages of the model in one process, which together hold every weight whole.
+        modules: The stages of the model in one process, whole; a module that was not trained may
+            be missing.
         folder: Folder that training began from.
         description: Contents of its config.json.
 
@@ -291,12 +292,14 @@ def exported(
     held = {name: tensor for module in modules for name, tensor in stage_tensors(module)}
     named = set()
     for name, form in stored.items():
+        if name not in held:
+            continue
         for stored_name, tensor in _written(form, held[name].detach().cpu()):
             named.add(stored_name)
             yield stored_name, _as_stored(folder, stored_name, tensor)
     for name in sorted(folder.names - named):
-        # A head that is tied, and what the model does not read: such as layers that predict
-        # further tokens.
+        # A head that is tied, what no module holds, and what the model does not read: such as
+        # layers that predict further tokens.
         tied = stored.get(EMBEDDING_WEIGHT) if name.endswith(HEAD_WEIGHT) else None
         if tied is None:
             yield name, folder.tensor(name)

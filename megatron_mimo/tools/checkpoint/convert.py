@@ -45,8 +45,8 @@ class ConvertConfig:
 
     Attributes:
         to: Folder to make.
-        hf: Where the folder of --load-hf is now, for a checkpoint of a run that began from one; its
-            audio and video are carried over.
+        hf: Where the folder of --load-hf is now, for a checkpoint of a run that began from one;
+            what the run did not train is carried over.
         tokenizer_model: Folder of the tokenizer in place of the run's, such as where it is now.
         custom_import: Module that the run was started with; its code runs here too.
     """
@@ -84,6 +84,7 @@ def run_convert(source: str | None, config: ConvertConfig) -> int:
                     f"--hf {config.hf}: --from {origin} is such a folder already; --hf goes with "
                     f"a checkpoint"
                 )
+            _require_omni(origin)
             what = to_checkpoint(origin, target)
         else:
             what = _from_checkpoint(locate(origin), origin, config, target)
@@ -95,6 +96,21 @@ def run_convert(source: str | None, config: ConvertConfig) -> int:
         return 1
     sys.stdout.write(f"wrote {what} to {target}\n")
     return 0
+
+
+def _require_omni(folder: Path) -> None:
+    """Refuse a folder of another model, from which runs begin without a checkpoint."""
+    from megatron_mimo.model.omni.config import is_omni
+    from megatron_mimo.modules.hf.family import FAMILIES
+    from megatron_mimo.weights.folder import WeightFolder
+
+    with WeightFolder(folder) as found:
+        kind = found.config.get("model_type")
+        if not is_omni(found) and kind in FAMILIES:
+            raise ValueError(
+                f"--from {folder} is a folder of a {kind} model, of which no checkpoint is made: "
+                f"train from it with --model-provider hf --load-hf {folder}"
+            )
 
 
 def _from_checkpoint(checkpoint: Path, origin: Path, config: ConvertConfig, target: Path) -> str:
