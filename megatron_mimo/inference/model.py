@@ -22,6 +22,7 @@ from megatron_mimo.inference.pieces import Pieces
 from megatron_mimo.inference.run import Run, read_run
 from megatron_mimo.inference.sampling import Sampling, choose
 from megatron_mimo.inference.sources import read_source, require_several
+from megatron_mimo.model.hf import HfFolder
 from megatron_mimo.runtime import prepare_megatron_core, resolve_device
 from megatron_mimo.runtime.staging import map_tensors
 
@@ -68,6 +69,8 @@ class LoadedModel:
         self.device = device
         self._modules = {name: module.to(device) for name, module in modules.items()}
         self._ends = answer_ends(run.data, run.tokenizer)
+        if isinstance(run.resolved.folder, HfFolder):
+            self._ends |= set(run.resolved.folder.ends)
 
     def generate(
         self,

@@ -61,6 +61,9 @@ def write_whole(name: str, folder: Path, *, dtype: str = "float32") -> None:
         # Answers of small random weights are one word over and over.
         if weight.dim() > 1:
             weight.data.mul_(3.0)
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id]
+    # What ends a turn in the templates, as published folders name it.
+    turn = {"gemma4": "<turn|>", "mistral3": "<eos>"}.get(like, "<|im_end|>")
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(turn)]
+    model.generation_config.eos_token_id = sorted(set(ends))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["model_type"] == model_type

@@ -53,11 +53,15 @@ def of_transformers(folder: str) -> tuple[list[int], Any, list[int]]:
     text = processor.apply_chat_template(
         [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
     )
-    inputs = processor(images=images(), text=text, return_tensors="pt", add_special_tokens=False)
+    inputs = processor(
+        images=[images()], text=[text], return_tensors="pt", add_special_tokens=False
+    )
     with torch.inference_mode():
         told = model.generate(**inputs, max_new_tokens=COUNT, do_sample=False)
         logits = model(**inputs).logits[0, -1]
-    return inputs.input_ids[0].tolist(), logits, told[0, inputs.input_ids.shape[1] :].tolist()
+    answer = told[0, inputs.input_ids.shape[1] :].tolist()
+    ends = model.generation_config.eos_token_id
+    return inputs.input_ids[0].tolist(), logits, [token for token in answer if token not in ends]
 
 
 def of_ours(path: str) -> tuple[list[int], Any, list[int]]:
@@ -76,8 +80,7 @@ def of_ours(path: str) -> tuple[list[int], Any, list[int]]:
     tokens = torch.from_numpy(encoded.tokens)[None]
     logits = model.decoding(tokens.shape[1], encoded).read(tokens, *model.rows(encoded))
     answer = model.generate(turns, images(), max_new_tokens=COUNT)
-    ended = [model.run.tokenizer.eos_id] if answer.stopped == "end" else []
-    return encoded.tokens.tolist(), logits, [*answer.tokens, *ended]
+    return encoded.tokens.tolist(), logits, list(answer.tokens)
 
 
 @pytest.mark.parametrize("layout", slow_but(LAYOUTS, "two ranks"))

@@ -1,5 +1,6 @@
 """The architecture that a folder of transformers holds."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class HfFolder:
         vocab_size: Number of tokens of the vocabulary, V.
         seq_length: Longest sequence that the language model was made for, in tokens.
         image_token_id: Number of the token that a row of the encoder replaces.
+        ends: Numbers of the tokens that end an answer in transformers; empty if it does not say.
         dtype: Name of the dtype that the folder says it is in, such as "bfloat16"; None if it does
             not say.
     """
@@ -36,6 +38,7 @@ class HfFolder:
     vocab_size: int
     seq_length: int
     image_token_id: int
+    ends: tuple[int, ...]
     dtype: str | None
 
 
@@ -82,5 +85,17 @@ def read_hf(folder: WeightFolder) -> HfFolder:
         vocab_size=language.vocab_size,
         seq_length=int(getattr(language, "max_position_embeddings", 4096)),
         image_token_id=image_token_id,
+        ends=_ends(folder.path),
         dtype=found.get("dtype") or found.get("torch_dtype"),
     )
+
+
+def _ends(folder: Path) -> tuple[int, ...]:
+    """The ends of an answer that generation_config.json names."""
+    path = folder / "generation_config.json"
+    try:
+        found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; take it from the model again") from error
+    several = found if isinstance(found, list) else [found]
+    return tuple(token for token in several if isinstance(token, int))
