@@ -69,6 +69,7 @@ _EXPORT = """\
 What becomes of every field of a model's parts in a `nemotron_h_omni` folder of transformers
 ([exporting](../how-to/export.md)). A field in bold stands in the way where it has another value
 than the one that the class computes with: `checkpoint convert` refuses the run with one line.
+Runs that began from a folder of another model keep the description of that folder, whole.
 """
 _FIELDS = """\
 # Fields of a model
