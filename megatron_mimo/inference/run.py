@@ -102,7 +102,12 @@ def read_run(
     else:
         flags, where = _of_folder(path), str(path / _CONFIG)
     if load_hf is not None:
+        if flags.get("tokenizer_model") == flags.get("load_hf"):
+            # The folder has moved, and its tokenizer with it.
+            flags["tokenizer_model"] = load_hf
         flags["load_hf"] = load_hf
+    if is_checkpoint:
+        _require_source(flags.get("load_hf"), path)
     if tokenizer_model is not None:
         flags["tokenizer_model"] = tokenizer_model
     resolved = resolve(from_values(flags, where), 1)
@@ -186,6 +191,15 @@ def _of_folder(path: Path) -> dict[str, Any]:
             f"{_CONFIG}: expected the model's own tokenizer"
         )
     return flags | {"image_token": image, "image_tag_type": tag_type(tags, str(path))}
+
+
+def _require_source(folder: str | None, path: Path) -> None:
+    """Refuse a run whose folder has gone: it describes the model."""
+    if folder is not None and not (Path(folder) / _CONFIG).exists():
+        raise ValueError(
+            f"{path} is of a run that began from {folder}, which is not there: put the folder "
+            f"back, or make one with `megatron-mimo checkpoint convert --hf FOLDER`"
+        )
 
 
 def _refuse_imports(flags: Mapping[str, Any], allowed: Sequence[str], path: Path) -> None:

@@ -110,6 +110,25 @@ def test_a_run_answers_as_its_folder_does_in_transformers(
         assert found[0] == wanted[0]
         assert (found[1] - wanted[1]).abs().max() < 1e-5 * wanted[1].abs().max()
         assert found[2] == wanted[2]
-    for file in Path(folder).iterdir():
+    assert_same_files(Path(folder), Path(exported))
+    assert_moved(run_ranks, tmp_path)
+
+
+def assert_same_files(folder: Path, exported: Path) -> None:
+    """All but the weights is as it was."""
+    for file in folder.iterdir():
         if file.suffix != ".safetensors":
-            assert (Path(exported) / file.name).read_text() == file.read_text(), file.name
+            assert (exported / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def assert_moved(run_ranks: Callable[..., list], root: Path) -> None:
+    """A run whose folder has moved says so, and is exported with --hf."""
+    run, moved = root / "run", root / "moved"
+    (root / "folder").rename(moved)
+    ((code, said),) = run_ranks(1, convert, str(run), str(root / "again"))
+    assert code == 2
+    assert f"{root / 'folder'}, which is not there: put the folder back" in said
+    ((code, said),) = run_ranks(1, convert, str(run), str(root / "again"), "--hf", str(moved))
+    assert (code, said) == (0, "")
+    for file in (root / "exported").iterdir():
+        assert (root / "again" / file.name).read_bytes() == file.read_bytes(), file.name
