@@ -47,6 +47,7 @@ from megatron_mimo.data.source import SourceConfig
 from megatron_mimo.media.images import ImageConfig
 from megatron_mimo.media.images.config import GridRule
 from megatron_mimo.model.config import Frozen, ModelConfig, ReduceConfig
+from megatron_mimo.model.hf import HfFolder
 from megatron_mimo.model.omni.config import OmniConfig, is_hybrid
 from megatron_mimo.modules.families import language_adapter, source_adapter
 from megatron_mimo.modules.language import ExecutionConfig
@@ -293,8 +294,8 @@ def _inputs(config: TrainConfig, architecture: ModelConfig, frozen: Frozen) -> I
 def _fill_resolution(
     model: ModelSection, folder: Folder | None, architecture: ModelConfig
 ) -> ModelSection:
-    if not model.dynamic_resolution:
-        return model
+    if not model.dynamic_resolution or isinstance(folder, HfFolder):
+        return model  # The processor of such a folder has its own sizes.
     # Images of a model that transformers has are seen as its processor there sees them.
     rule: GridRule = "nemotron-omni" if is_hybrid(architecture) else _IMAGES.grid_rule
     least, most = _IMAGES.min_patches, _IMAGES.max_patches
