@@ -7,6 +7,7 @@ from typing import Any
 from megatron_mimo.config.model_file import Folder, read_architecture
 from megatron_mimo.config.sections import ModelSection, TrainConfig
 from megatron_mimo.model.config import Frozen, ModelConfig, unknown
+from megatron_mimo.modules.adapter import Axis
 from megatron_mimo.modules.families import adapter_of, language_adapter, source_adapter
 from megatron_mimo.modules.language import ExecutionConfig
 from megatron_mimo.topology import Layout, SequenceSharding
@@ -187,6 +188,12 @@ def check_shards(layout: Layout, architecture: ModelConfig) -> None:
                     f"{size}: change it" + (f", or --override {name}" if can_change else "")
                 )
         adapter.check_stages(config, grid.pp)
+        axes: tuple[Axis, ...] = ("tp", "ep", "expt_tp")
+        adapter.check_sizes(
+            config,
+            {axis: grid.flag(axis) for axis in axes},
+            {axis: getattr(grid, axis) for axis in axes},
+        )
 
 
 def check_sequence(layout: Layout, architecture: ModelConfig, filled: TrainConfig) -> None:

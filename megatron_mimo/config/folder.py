@@ -34,12 +34,14 @@ def with_folder(config: TrainConfig, folder: Folder | None) -> TrainConfig:
         return config
     model = config.model
     _require_no_image_flags(model, folder)
+    own = _precision(model, folder)
     return replace(
         config,
         model=replace(
             model,
             tokenizer_model=model.tokenizer_model or str(folder.path),
-            **_precision(model, folder),
+            bf16=model.bf16 or own == "bf16",
+            fp16=model.fp16 or own == "fp16",
         ),
     )
 
@@ -55,13 +57,13 @@ def _require_no_image_flags(model: ModelSection, folder: HfFolder) -> None:
         )
 
 
-def _precision(model: ModelSection, folder: HfFolder) -> dict[str, bool]:
-    """The precision that the folder says, unless a flag says one."""
+def _precision(model: ModelSection, folder: HfFolder) -> str | None:
+    """The precision that the folder says; None where a flag says one, or the folder does not."""
     if model.bf16 or model.fp16 or model.fp32 or folder.dtype is None:
-        return {}
+        return None
     if folder.dtype not in _PRECISIONS:
         raise ValueError(
             f"{folder.path}: dtype is {folder.dtype!r} in config.json: expected one of "
             f"{', '.join(_PRECISIONS)}; correct it, or give --bf16, --fp16 or --fp32"
         )
-    return {_PRECISIONS[folder.dtype]: True}
+    return _PRECISIONS[folder.dtype]

@@ -212,6 +212,20 @@ class ModuleAdapter[C: ModuleConfig, W: Work](ABC):
             ValueError: The layers cannot be divided into so many stages.
         """
 
+    def check_sizes(  # noqa: B027 (most accept any)
+        self, config: C, flags: Mapping[Axis, str], sizes: Mapping[Axis, int]
+    ) -> None:
+        """Refuse parallel sizes that `divisions` does not refuse.
+
+        Args:
+            config: Architecture of the module.
+            flags: Axis -> flag that sets it.
+            sizes: Axis -> size.
+
+        Raises:
+            ValueError: A layer cannot be divided so; the message names the flag.
+        """
+
     def one_stage(self, config: C) -> C:
         """The config without its boundaries between pipeline stages, where it has any."""
         return config

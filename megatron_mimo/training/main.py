@@ -16,6 +16,7 @@ from megatron_mimo.failfast import EXIT_USAGE, guard_rank
 from megatron_mimo.modules.families import adapter_of
 from megatron_mimo.runtime import RuntimeContext, initialize, shutdown
 from megatron_mimo.runtime.environment import RankEnvironment, read_environment
+from megatron_mimo.schedule.bubble import few_microbatches
 from megatron_mimo.training.files import check_open_files
 from megatron_mimo.training.folders import require_folders
 from megatron_mimo.training.leaving import LeaveRequest
@@ -147,6 +148,10 @@ def _train(
         kernels += adapter_of(module).kernels(module)
     for line in kernels:
         logger.info("%s", line)
+    target, lanes = resolved.layout.target, resolved.layout.num_lanes
+    few = few_microbatches(target.flag("pp"), target.pp, resolved.data.num_microbatches(lanes))
+    if few is not None and context.rank == resolved.layout.logging_rank:
+        logger.warning("%s", few)
     require_folders(resolved, context)
     metrics = None
     if context.rank == resolved.layout.logging_rank:

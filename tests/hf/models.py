@@ -69,6 +69,7 @@ def gemma4(*, moe: bool = False, layers: int = 6, **changes: Any) -> Any:
         patch_size=4,
         pooling_kernel_size=2,
         position_embedding_size=64,
+        standardize=True,
     )
     return Gemma4Config(
         text_config=Gemma4TextConfig(**(text | changes)),
@@ -185,6 +186,9 @@ def llava_onevision(*, layers: int = 4, **changes: Any) -> Any:
 CONFIGS: dict[str, Callable[..., Any]] = {
     "gemma4": gemma4,
     "gemma4 moe": lambda **changes: gemma4(moe=True, **changes),
+    "gemma4 e-series": lambda **changes: gemma4(
+        **{"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2} | changes
+    ),
     "mistral3": mistral3,
     "qwen3_5": qwen3_5,
     "qwen3_5 moe": lambda **changes: qwen3_5(moe=True, **changes),
@@ -215,6 +219,9 @@ def build(name: str, **changes: Any) -> Any:
         # Of the size of embeddings, so that images count.
         if path.endswith("image_newline"):
             weight.data.normal_(std=0.1)
+    for path, buffer in model.named_buffers():
+        if path.endswith(("std_bias", "std_scale")):
+            buffer.normal_(mean=float(path.endswith("std_scale")), std=0.1)
     return model.train()
 
 

@@ -1,7 +1,8 @@
 """Steps of training from a folder on ranks, and the same steps by transformers and torch."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from megatron_mimo.media.items import ItemWords
@@ -118,10 +119,48 @@ class Words:
     placeholder_ids: Mapping[str, int] = field(default_factory=lambda: {"encoder": IMAGE})
 
 
-class Steps:
-    """A loader of samples in their order, over and over; other arguments are the loader's."""
+class Joined:
+    """A stream whose sequences have several documents each, taken from a stream of samples.
 
-    def __init__(self, name: str, chosen: Layout, rank: int, *, batch: int, micro: int = 1) -> None:
+    Args:
+        stream: Stream of single samples.
+        documents: Number of documents of a sequence.
+    """
+
+    def __init__(self, stream: Any, documents: int) -> None:
+        self._stream, self._documents = stream, documents
+
+    def __next__(self) -> Any:
+        from megatron_mimo.data.samples.sample import Drawn
+
+        drawn = [next(self._stream).documents for _ in range(self._documents)]
+        return Drawn(documents=tuple(one for documents in drawn for one in documents))
+
+
+class Steps:
+    """A loader of samples in their order, over and over.
+
+    Args:
+        name: Name of the family.
+        chosen: Layout of the ranks.
+        rank: This rank.
+        batch: Number of samples of a step.
+        micro: Number of sequences of a microbatch.
+        documents: Number of samples of a sequence; above 1 sequences are packed.
+        length: Number of tokens of a sequence.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        chosen: Layout,
+        rank: int,
+        *,
+        batch: int,
+        micro: int = 1,
+        documents: int = 1,
+        length: int = LENGTH,
+    ) -> None:
         from megatron_mimo.data import DataConfig, data_role
         from megatron_mimo.data.loader.stream_loader import StreamLoader
         from megatron_mimo.data.reading.stream import IndexedStream
@@ -129,9 +168,10 @@ class Steps:
 
         config = DataConfig(
             seed=1,
-            seq_length=LENGTH,
+            seq_length=length,
             micro_batch_size=micro,
-            global_batch_size=batch,
+            global_batch_size=batch // documents,
+            packing_buffer_size=None if documents == 1 else documents,
             inputs={"encoder": Images(name)},
         )
         texts = samples(name)
@@ -147,7 +187,14 @@ class Steps:
             )
 
         role = data_role(chosen, rank)
-        streams = {lane: IndexedStream(make, lane, role.num_lanes, config) for lane in role.lanes}
+        # A lane takes its documents one after the other, as it takes samples of one microbatch.
+        singles = replace(config, micro_batch_size=documents, global_batch_size=batch)
+        drawn = config if documents == 1 else singles
+        streams: dict[int, Any] = {
+            lane: IndexedStream(make, lane, role.num_lanes, drawn) for lane in role.lanes
+        }
+        if documents > 1:
+            streams = {lane: Joined(stream, documents) for lane, stream in streams.items()}
         self._loader = StreamLoader(streams, config, role, Words())
 
     def next_step(self) -> Any:
@@ -215,13 +262,31 @@ def oracle(
     return points, first, model
 
 
-def runner_of(folder: str, chosen: Layout, *, frozen: Any = (), **build_settings: Any) -> Any:
-    """This rank's runner with the weights of a folder."""
+def runner_of(
+    folder: str,
+    chosen: Layout,
+    *,
+    frozen: Any = (),
+    overrides: Any = (),
+    dtype: str = "float32",
+    recompute: bool = False,
+) -> Any:
+    """This rank's runner with the weights of a folder.
+
+    Args:
+        folder: Folder of the weights.
+        chosen: Layout of the ranks.
+        frozen: Names of parts that do not train.
+        overrides: Values of `--override`.
+        dtype: Dtype of the run.
+        recompute: Whether the language model computes its layers again in the backward.
+    """
     import torch
 
-    from megatron_mimo.config.model_file import read_folder
+    from megatron_mimo.config.model_file import read_architecture, read_folder
     from megatron_mimo.model.config import Frozen
     from megatron_mimo.model.mimo import BuildConfig
+    from megatron_mimo.modules.language import ExecutionConfig
     from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
     from megatron_mimo.runtime import Device
     from megatron_mimo.training.foreign import load_folder
@@ -231,10 +296,11 @@ def runner_of(folder: str, chosen: Layout, *, frozen: Any = (), **build_settings
     assert found is not None
     runner = build_runner(
         chosen,
-        found.model,
+        read_architecture("hf", None, overrides, found),
         Frozen(frozen),
         BuildConfig(
-            params_dtype=build_settings.pop("dtype", torch.float32),
+            params_dtype=getattr(torch, dtype),
+            execution=ExecutionConfig(recompute_granularity="full" if recompute else None),
             seed=1,
             init="megatron",
             vocab_size=found.vocab_size,
@@ -275,18 +341,55 @@ def curve(
     return points
 
 
+def losses_without_rows(folder: str, name: str, chosen: Layout, batch: int) -> tuple[float, float]:
+    """Loss of the first step, and the same with zeros in place of the encoder's rows."""
+    import torch.distributed as dist
+
+    from megatron_mimo.modules.hf.encoder import HfEncoder
+    from megatron_mimo.training.step import train_step
+
+    losses = []
+    for kept in (1.0, 0.0):
+        runner = runner_of(folder, chosen)
+        for replica in runner.model.replicas:
+            if isinstance(replica.module, HfEncoder):
+                replica.module.register_forward_hook(lambda *found, kept=kept: found[-1] * kept)
+        loader = Steps(name, chosen, dist.get_rank(), batch=batch)
+        losses.append(train_step(runner, loader, 1, batch).agreed_loss)
+    return losses[0], losses[1]
+
+
 def first_gradients(
-    folder: str, name: str, chosen: Layout, batch: int, *, frozen: Any = ()
+    folder: str,
+    name: str,
+    chosen: Layout,
+    batch: int,
+    *,
+    frozen: Any = (),
+    overrides: Any = (),
+    build: Mapping[str, Any] = MappingProxyType({}),
+    **loader: Any,
 ) -> "dict[str, Tensor]":
-    """Whole gradients of the first step of this rank's weights, by their names in transformers."""
+    """Whole gradients of the first step of this rank's weights, by their names in transformers.
+
+    Args:
+        folder: Folder of the weights.
+        name: Name of the family.
+        chosen: Layout of the ranks.
+        batch: Number of samples of the step.
+        frozen: Names of parts that do not train.
+        overrides: Values of `--override`.
+        build: Other arguments of `runner_of`.
+        loader: Other arguments of `Steps`.
+    """
     import torch.distributed as dist
 
     from megatron_mimo.model.program import MimoStep
     from megatron_mimo.optim.mimo_optimizer import finalize_gradients
     from megatron_mimo.training.step import agree
 
-    runner = runner_of(folder, chosen, frozen=frozen)
-    data = Steps(name, chosen, dist.get_rank(), batch=batch).next_step()
+    runner = runner_of(folder, chosen, frozen=frozen, overrides=overrides, **build)
+    data = Steps(name, chosen, dist.get_rank(), batch=batch, **loader).next_step()
     agreement = agree(runner, data, "the first step")
     for replica in runner.model.replicas:
         replica.zero_grad()

@@ -1,8 +1,10 @@
 """The architecture that a folder of transformers holds."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_mimo.model.config import ModelConfig
 from megatron_mimo.modules.hf.config import (
@@ -50,7 +52,7 @@ def read_hf(folder: WeightFolder) -> HfFolder:
             message names the field.
     """
     from megatron_mimo.modules.hf.cut import meta_model
-    from megatron_mimo.modules.hf.weights import wide_weights
+    from megatron_mimo.modules.hf.weights import stored_dtype, wide_weights
 
     found, where = folder.config, folder.config_name
     family = family_of(found.get("model_type"), where)
@@ -59,12 +61,14 @@ def read_hf(folder: WeightFolder) -> HfFolder:
             f"{where}: quantization_config is there, only weights that are not quantized are "
             f"supported"
         )
+    try:
+        dtype = stored_dtype(found)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     text = describe(found)
     whole = whole_config(text)
     language = whole.get_text_config()
-    for name in ("attention_dropout", "hidden_dropout", "layerdrop"):
-        if getattr(language, name, 0) or getattr(whole.vision_config, name, 0):
-            raise ValueError(f"{where}: {name} is above 0, which is not supported: set it to 0")
+    _require_no_dropout({"text_config": language, "vision_config": whole.vision_config}, where)
     image_token_id = getattr(whole, family.image_token, None)
     if not isinstance(image_token_id, int) or not 0 <= image_token_id < language.vocab_size:
         raise ValueError(
@@ -86,7 +90,7 @@ def read_hf(folder: WeightFolder) -> HfFolder:
         seq_length=int(getattr(language, "max_position_embeddings", 4096)),
         image_token_id=image_token_id,
         ends=_ends(folder.path),
-        dtype=found.get("dtype") or found.get("torch_dtype"),
+        dtype=dtype,
     )
 
 
@@ -99,3 +103,17 @@ def _ends(folder: Path) -> tuple[int, ...]:
         raise ValueError(f"{path} cannot be read: {error}; take it from the model again") from error
     several = found if isinstance(found, list) else [found]
     return tuple(token for token in several if isinstance(token, int))
+
+
+def _require_no_dropout(sections: Mapping[str, Any], where: str) -> None:
+    """Refuse what leaves out random parts in training: no two layouts would draw the same.
+
+    Raises:
+        ValueError: A rate is above 0.
+    """
+    for section, config in sections.items():
+        for name, rate in config.to_dict().items():
+            if "drop" in name and isinstance(rate, int | float) and rate > 0:
+                raise ValueError(
+                    f"{where}: {section}.{name} is {rate}, which is not supported: set it to 0"
+                )

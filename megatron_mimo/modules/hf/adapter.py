@@ -1,6 +1,7 @@
 """Adapters of models of transformers: the encoder, and the language model that it feeds."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
     from megatron_mimo.modules.stage import ModuleStage
 
 VISION, PROJECTOR = "vision", "projector"
+
+
+@contextmanager
+def _flag(flag: str, size: int) -> Iterator[None]:
+    """Name a flag in errors."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{flag} {size}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +90,28 @@ class HfEncoderAdapter(SourceAdapter[HfEncoderConfig, TowerWork]):
 
     def divisions(self, config: HfEncoderConfig) -> Iterable[Division]:
         """Attention heads divide over tensor-parallel ranks."""
-        return (Division("tp", VISION, "num_attention_heads"),)
+        return (
+            Division("tp", VISION, "num_attention_heads"),
+            Division("tp", VISION, "num_key_value_heads"),
+        )
+
+    def check_sizes(
+        self, config: HfEncoderConfig, flags: Mapping[Axis, str], sizes: Mapping[Axis, int]
+    ) -> None:
+        """Refuse a tensor-parallel size that the encoder's layers cannot be divided by.
+
+        Raises:
+            ValueError: A weight does not divide, or there is no plan for its layer.
+        """
+        if sizes["tp"] == 1:
+            return
+        from megatron_mimo.modules.hf.cut import encoder_only, meta_model
+        from megatron_mimo.modules.hf.tensor_parallel import check_division, tower_plan
+
+        model = meta_model(config.vision.description)
+        plan = tower_plan(model, config.family)
+        with _flag(flags["tp"], sizes["tp"]):
+            check_division(encoder_only(model), plan, sizes["tp"])
 
     def check_stages(self, config: HfEncoderConfig, number: int) -> None:
         """Refuse several stages.
@@ -208,6 +239,32 @@ class HfLanguageAdapter(LanguageAdapter[HfLanguageConfig]):
                 + (f", the first {least} of which have to be on one stage" if least else "")
                 + "; lower it"
             )
+
+    def check_sizes(
+        self, config: HfLanguageConfig, flags: Mapping[Axis, str], sizes: Mapping[Axis, int]
+    ) -> None:
+        """Refuse sizes that the language model's layers cannot be divided by.
+
+        Raises:
+            ValueError: A weight does not divide, there is no plan for its layer, or experts are to
+                be divided in another way than the layers beside them.
+        """
+        if sizes["ep"] > 1 and sizes["expt_tp"] != sizes["tp"]:
+            raise ValueError(
+                f"{flags['expt_tp']} {sizes['expt_tp']} with {flags['tp']} {sizes['tp']} and "
+                f"{flags['ep']} {sizes['ep']}: the experts of a model of transformers are divided "
+                f"as its other layers are; set {flags['expt_tp']} {sizes['tp']}"
+            )
+        if sizes["tp"] == 1:
+            return
+        from megatron_mimo.modules.hf.cut import language_stage, meta_model
+        from megatron_mimo.modules.hf.tensor_parallel import check_division, language_plan
+
+        model = meta_model(config.description)
+        plan = language_plan(model, config.family)
+        model = language_stage(model, config.family, 0, config.num_layers)
+        with _flag(flags["tp"], sizes["tp"]):
+            check_division(model, plan, sizes["tp"], num_experts=config.num_experts)
 
     def flops(self, config: HfLanguageConfig, work: TextWork, context: FlopsContext) -> Flops:
         """Number of operations of some work, output layer included."""

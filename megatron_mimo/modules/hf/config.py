@@ -43,6 +43,11 @@ class HfTowerConfig:
         """Number of attention heads of a layer."""
         return int(self.fields.get("num_attention_heads") or self.fields["num_heads"])
 
+    @property
+    def num_key_value_heads(self) -> int:
+        """Number of heads of keys and values of a layer."""
+        return int(self.fields.get("num_key_value_heads") or self.num_attention_heads)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfEncoderConfig:

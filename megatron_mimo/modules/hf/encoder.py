@@ -10,7 +10,12 @@ from megatron_mimo.modules.hf.config import HfEncoderConfig
 from megatron_mimo.modules.hf.cut import encoder_only, materialise, meta_model
 from megatron_mimo.modules.hf.dtypes import cast
 from megatron_mimo.modules.hf.rows import in_order, rows_of
-from megatron_mimo.modules.hf.tensor_parallel import divide, hook_gradients, tower_plan
+from megatron_mimo.modules.hf.tensor_parallel import (
+    divide,
+    divide_heads,
+    hook_gradients,
+    tower_plan,
+)
 from megatron_mimo.modules.stage import ModuleStage
 from megatron_mimo.runtime.megatron_core import transformer_config
 from megatron_mimo.weights.initial import Draw
@@ -47,6 +52,7 @@ class HfEncoder(ModuleStage):
         plan = tower_plan(model, architecture.family)
         model = encoder_only(model)
         divide(model, plan, pg.tp)
+        divide_heads(model, architecture.family.tower_heads, pg.tp)
         cast(model, vision.wide, context.params_dtype)
         materialise(model)
         self.model = model

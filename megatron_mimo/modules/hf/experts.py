@@ -26,19 +26,9 @@ def divide_experts(language: nn.Module, pg: ProcessGroupCollection) -> None:
     """
     if pg.ep.size() == 1:
         return
-    if pg.expt_tp.size() != pg.tp.size():
-        raise ValueError(
-            f"--llm-expt-tp {pg.expt_tp.size()} with --llm-tp {pg.tp.size()} and --llm-ep "
-            f"{pg.ep.size()}: the experts of a model of transformers are divided as its other "
-            f"layers are; set --llm-expt-tp {pg.tp.size()}"
-        )
-    for name, experts in expert_layers(language):
+    assert pg.expt_tp.size() == pg.tp.size(), "the adapter refuses other sizes"
+    for _, experts in expert_layers(language):
         number: Any = experts.num_experts
-        if number % pg.ep.size():
-            raise ValueError(
-                f"{number} experts of {name} do not divide by --llm-ep {pg.ep.size()}: choose "
-                f"another"
-            )
         own = number // pg.ep.size()
         for weight, parameter in list(experts.named_parameters(recurse=False)):
             piece = nn.Parameter(parameter.data[:own], requires_grad=parameter.requires_grad)

@@ -18,7 +18,6 @@ class Family:
         model_type: Value of `model_type` in config.json.
         model_class: Name of the class in transformers.
         tower: Path of the vision encoder.
-        tower_layers: Path of the encoder's layers.
         projector: Paths of what maps the encoder's output to the width of the language model.
         image_token: Field of config.json with the number of the token that a row replaces.
         facts: Names of the integers of images that the language model's forward takes, such as
@@ -28,10 +27,13 @@ class Family:
             positions are those in the document alone.
         deepstack: Name of the field of `vision_config` that lists the layers whose features enter
             the first layers of the language model as well; "" without any.
-        packs: Whether several documents may share a sequence: all of its layers keep them apart.
+        image_blocks: Whether tokens of an image can see later ones of it in layers with a window;
+            `use_bidirectional_attention` of a model says so.
         plan: Styles of tensor parallelism that transformers' plans leave out, by path, with `*` for
             the number of a layer.
         tower_plan: The same of the encoder.
+        tower_heads: Path of the encoder's attention layers whose `num_heads` is the number of heads
+            that a rank computes; "" where they read it from the shape.
         refused: Field of `text_config` -> reason for which a value other than 0, False or None of
             it cannot be divided into pipeline stages.
     """
@@ -39,16 +41,16 @@ class Family:
     model_type: str
     model_class: str
     tower: str = "model.vision_tower"
-    tower_layers: str = "encoder.layers"
     projector: tuple[str, ...] = ("model.multi_modal_projector",)
     image_token: str = "image_token_id"
     facts: tuple[str, ...] = ()
     has_token_types: bool = False
     position_parts: int = 1
     deepstack: str = ""
-    packs: bool = True
+    image_blocks: bool = False
     plan: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     tower_plan: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    tower_heads: str = ""
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def row_parts(self, description: Mapping[str, Any]) -> int:
@@ -70,13 +72,22 @@ _DENSE: Mapping[str, str] = {
     f"{LAYERS}.mlp.up_proj": "colwise",
     f"{LAYERS}.mlp.down_proj": "rowwise",
 }
+_QWEN_BLOCKS = "model.visual.blocks.*"
 _QWEN: Mapping[str, Any] = {
     "tower": "model.visual",
-    "tower_layers": "blocks",
     "facts": ("image_grid_thw",),
     "has_token_types": True,
     "position_parts": 4,
+    "tower_heads": f"{_QWEN_BLOCKS}.attn",
+    "tower_plan": {
+        f"{_QWEN_BLOCKS}.attn.qkv": "fused_qkv_colwise",
+        f"{_QWEN_BLOCKS}.attn.proj": "rowwise",
+        f"{_QWEN_BLOCKS}.mlp.linear_fc1": "colwise",
+        f"{_QWEN_BLOCKS}.mlp.linear_fc2": "rowwise",
+    },
 }
+_PIXTRAL = "model.vision_tower.transformer.layers.*"
+_SIGLIP = "model.vision_tower.encoder.layers.*"
 _SHARED = "layers use what other layers have computed"
 
 FAMILIES: Mapping[str, Family] = {
@@ -87,6 +98,7 @@ FAMILIES: Mapping[str, Family] = {
             model_class="Gemma4ForConditionalGeneration",
             projector=("model.embed_vision",),
             has_token_types=True,
+            image_blocks=True,
             refused={
                 "hidden_size_per_layer_input": "every layer reads embeddings of its own",
                 "num_kv_shared_layers": _SHARED,
@@ -95,20 +107,25 @@ FAMILIES: Mapping[str, Family] = {
         Family(
             model_type="mistral3",
             model_class="Mistral3ForConditionalGeneration",
-            tower_layers="transformer.layers",
+            tower_heads=f"{_PIXTRAL}.attention",
+            tower_plan={
+                **{f"{_PIXTRAL}.attention.{name}_proj": "colwise" for name in "qkv"},
+                f"{_PIXTRAL}.attention.o_proj": "rowwise",
+                f"{_PIXTRAL}.feed_forward.gate_proj": "colwise",
+                f"{_PIXTRAL}.feed_forward.up_proj": "colwise",
+                f"{_PIXTRAL}.feed_forward.down_proj": "rowwise",
+            },
         ),
         Family(
             model_type="qwen3_5",
             model_class="Qwen3_5ForConditionalGeneration",
             projector=("model.visual.merger",),
-            packs=False,
             **_QWEN,
         ),
         Family(
             model_type="qwen3_5_moe",
             model_class="Qwen3_5MoeForConditionalGeneration",
             projector=("model.visual.merger",),
-            packs=False,
             **_QWEN,
         ),
         Family(
@@ -131,6 +148,12 @@ FAMILIES: Mapping[str, Family] = {
             model_type="llava_onevision",
             model_class="LlavaOnevisionForConditionalGeneration",
             projector=("model.multi_modal_projector", "model.image_newline"),
+            tower_plan={
+                **{f"{_SIGLIP}.self_attn.{name}_proj": "colwise" for name in "qkv"},
+                f"{_SIGLIP}.self_attn.out_proj": "rowwise",
+                f"{_SIGLIP}.mlp.fc1": "colwise",
+                f"{_SIGLIP}.mlp.fc2": "rowwise",
+            },
         ),
     )
 }

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from megatron_mimo.modules.hf.cut import (
 )
 from megatron_mimo.modules.hf.dtypes import cast
 from megatron_mimo.modules.hf.experts import divide_experts
+from megatron_mimo.modules.hf.packing import LENGTHS, divide_documents, packed_arguments
 from megatron_mimo.modules.hf.rows import features_of
 from megatron_mimo.modules.hf.tensor_parallel import divide, hook_gradients, language_plan
 from megatron_mimo.modules.language.adapter import PART
@@ -75,6 +75,7 @@ class HfLanguage(ModuleStage):
         )
         stage = pg.pp.rank()
         model = language_stage(whole, architecture.family, bounds[stage], bounds[stage + 1])
+        self._has_linear_attention = divide_documents(model.get_submodule(LANGUAGE))
         divide_experts(model.get_submodule(LANGUAGE), pg)
         divide(model, plan, pg.tp, num_experts=architecture.num_experts)
         cast(model, architecture.wide, context.params_dtype)
@@ -151,9 +152,12 @@ class HfLanguage(ModuleStage):
         whole = self.model
         arguments = self.arguments(input_ids, rows, facts) | {"use_cache": False}
         if documents is not None:
-            arguments["position_ids"] = self._packed_positions(
-                input_ids, position_ids, documents, arguments
+            assert position_ids is not None
+            arguments |= packed_arguments(
+                whole, self.architecture.family, documents, position_ids, arguments
             )
+            if self._has_linear_attention:
+                arguments[LENGTHS] = documents.lengths
         if not self.pre_process:
             assert hidden is not None
             received = whole.get_submodule(LANGUAGE).embed_tokens
@@ -193,37 +197,3 @@ class HfLanguage(ModuleStage):
     def _image_token(self) -> int:
         token: int = getattr(self.model.config, self.architecture.family.image_token)
         return token
-
-    def _packed_positions(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None,
-        documents: PackedSegments,
-        arguments: Mapping[str, Any],
-    ) -> Tensor:
-        """Positions that begin anew with each document, by which the model keeps them apart.
-
-        Returns:
-            int64 [1, S], or [4, 1, S] where tokens have positions in an image too: those in the
-            document, then time, row and column.
-        """
-        assert position_ids is not None
-        if self.architecture.family.position_parts == 1:
-            return position_ids
-        parts = []
-        start = 0
-        grids = iter(arguments.get("image_grid_thw", ()))
-        types = arguments["mm_token_type_ids"]
-        for length in documents.lengths:
-            ids, kinds = input_ids[:, start : start + length], types[:, start : start + length]
-            begins = (kinds.diff(dim=1, prepend=kinds.new_zeros(1, 1)) == 1).sum()
-            own = [next(grids) for _ in range(int(begins))]
-            if own:
-                found, _ = self.model.model.get_rope_index(
-                    ids, mm_token_type_ids=kinds, image_grid_thw=torch.stack(own)
-                )
-            else:
-                found = torch.arange(length, device=ids.device).expand(3, 1, -1)
-            parts.append(found)
-            start += length
-        return torch.cat([position_ids[None], torch.cat(parts, dim=-1)])

@@ -25,7 +25,9 @@ from megatron_mimo.modules.hf.family import PLAN_HELP, Family
 Plan = Mapping[str, str]
 """Path of a module or weight, with `*` for numbers -> name of a style of transformers."""
 
-_LOCAL = ("colwise", "packed_colwise")
+_LOCAL = ("colwise", "packed_colwise", "fused_qkv_colwise")
+# Number of layers of equal size that lie end to end in a weight, each of which is divided.
+_FUSED = {"packed_colwise": 2, "fused_qkv_colwise": 3}
 
 
 def language_plan(model: Any, family: Family) -> Plan:
@@ -45,6 +47,33 @@ def tower_plan(model: Any, family: Family) -> Plan:
     return {**found, **family.tower_plan}
 
 
+def check_division(model: nn.Module, plan: Plan, size: int, *, num_experts: int = 0) -> None:
+    """Refuse a tensor-parallel size that `divide` would refuse.
+
+    Args:
+        model: Model or stage with shapes alone.
+        plan: Styles of its layers.
+        size: Tensor-parallel size.
+        num_experts: Number of experts of a layer; 0 without any.
+
+    Raises:
+        ValueError: A weight would silently be wrong or copied, or does not divide; names it.
+    """
+    if size == 1:
+        return
+    styles = dict(_styles(model, plan))
+    _require_covered(model, styles, max(num_experts, 1))
+    for path, style in styles.items():
+        for weight in _weights(model, path):
+            whole = model.get_parameter(weight)
+            axis = _axis(whole, weight.rpartition(".")[2], style)
+            if axis is not None and whole.size(axis) % (_FUSED.get(style, 1) * size):
+                raise ValueError(
+                    f"{weight}: {whole.size(axis)} does not divide by a tensor-parallel size of "
+                    f"{size}: choose another"
+                )
+
+
 def divide(model: nn.Module, plan: Plan, group: dist.ProcessGroup, *, num_experts: int = 0) -> None:
     """Keep this rank's shards of a model without memory, and divide the layers' computation.
 
@@ -59,28 +88,33 @@ def divide(model: nn.Module, plan: Plan, group: dist.ProcessGroup, *, num_expert
     """
     if group.size() == 1:
         return
-    styles = dict(_styles(model, plan))
-    _require_covered(model, styles, max(num_experts, 1))
+    check_division(model, plan, group.size(), num_experts=num_experts)
     done: dict[int, nn.Parameter] = {}
-    for path, style in styles.items():
-        module = model.get_submodule(path) if not _is_weight(model, path) else None
-        weights = (
-            [path]
-            if module is None
-            else [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
-        )
-        for weight in weights:
+    for path, style in dict(_styles(model, plan)).items():
+        for weight in _weights(model, path):
             _shard(model, weight, style, group, done)
-        if module is not None:
-            _INSTALL[style](module, group)
+        if not _is_weight(model, path):
+            _INSTALL[style](model.get_submodule(path), group)
+
+
+def divide_heads(model: nn.Module, path: str, group: dist.ProcessGroup) -> None:
+    """Let attention layers count this rank's heads, where they do not read them from shapes.
+
+    Args:
+        model: Divided model.
+        path: Path of the layers, with `*` for numbers; "" for none.
+        group: Tensor-parallel group.
+    """
+    pattern = _pattern(path)
+    for name, module in model.named_modules():
+        if path and pattern.match(name):
+            heads: Any = module.num_heads
+            module.num_heads = heads // group.size()
 
 
 def _styles(model: nn.Module, plan: Plan) -> Iterator[tuple[str, str]]:
     """Path in the model -> its style, of what the model holds."""
-    patterns = [
-        (re.compile(re.escape(path).replace(r"\*", r"\d+") + "$"), style)
-        for path, style in plan.items()
-    ]
+    patterns = [(_pattern(path), style) for path, style in plan.items()]
     held = {name for name, module in model.named_modules() if not _elsewhere(module)}
     weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for path in sorted(held | weights):
@@ -92,6 +126,18 @@ def _styles(model: nn.Module, plan: Plan) -> Iterator[tuple[str, str]]:
                         f"{PLAN_HELP}"
                     )
                 yield path, style
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    return re.compile(re.escape(path).replace(r"\*", r"\d+") + "$")
+
+
+def _weights(model: nn.Module, path: str) -> list[str]:
+    """The weight of a path, or those of the module there."""
+    if _is_weight(model, path):
+        return [path]
+    module = model.get_submodule(path)
+    return [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
 
 
 def _elsewhere(module: nn.Module) -> bool:
@@ -149,12 +195,7 @@ def _shard(
     axis = _axis(whole, name, style)
     if axis is None:
         return
-    stride = 2 if style == "packed_colwise" else 1
-    if whole.size(axis) % (stride * group.size()):
-        raise ValueError(
-            f"{path}: {whole.size(axis)} does not divide by a tensor-parallel size of "
-            f"{group.size()}: choose another"
-        )
+    stride = _FUSED.get(style, 1)
     pieces = [
         part.chunk(group.size(), axis)[group.rank()] for part in whole.data.chunk(stride, axis)
     ]
@@ -167,7 +208,7 @@ def _shard(
 
 
 def _axis(weight: Tensor, name: str, style: str) -> int | None:
-    if style in ("colwise", "packed_colwise", "colwise_gather_output"):
+    if style in (*_LOCAL, "colwise_gather_output"):
         return max(weight.dim() - 2, 0)
     if style == "rowwise":
         return None if name == "bias" else weight.dim() - 1
@@ -262,6 +303,7 @@ def hook_gradients(model: nn.Module) -> None:
 _INSTALL: Mapping[str, Callable[[Any, dist.ProcessGroup], None]] = {
     "colwise": _colwise,
     "packed_colwise": _colwise,
+    "fused_qkv_colwise": _colwise,
     "colwise_gather_output": _gathered,
     "rowwise": _rowwise,
     "embedding_rowwise": _embedding,

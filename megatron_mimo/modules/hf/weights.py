@@ -22,6 +22,7 @@ from megatron_mimo.weights.shards import is_expert, shard_spans, sharded_axis
 
 PIECE = 16 * 2**20
 """Bytes of memory of the pieces in which a weight is read."""
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,12 +258,29 @@ def _placed(spans: Spans, most: int | None = None) -> Iterator[tuple[int, int, i
             at += last - first
 
 
+def stored_dtype(description: Mapping[str, Any]) -> str | None:
+    """Name of the dtype of weights that a config.json says; None if it does not.
+
+    Raises:
+        ValueError: It is none that weights are trained in.
+    """
+    text = description.get("text_config") or {}
+    for section, where in ((description, ""), (text, "text_config.")):
+        for name in ("dtype", "torch_dtype"):
+            said = section.get(name)
+            if said is None:
+                continue
+            if said not in DTYPES:
+                raise ValueError(f"{where}{name} is {said!r}, expected {', '.join(DTYPES)}")
+            return str(said)
+    return None
+
+
 def wide_weights(
     folder: WeightFolder, description: Mapping[str, Any], model: Any
 ) -> tuple[str, ...]:
     """Names of the weights that a folder stores in float32 although it is in another dtype."""
-    said = description.get("dtype") or description.get("torch_dtype")
-    if said in (None, "float32"):
+    if stored_dtype(description) in (None, "float32"):
         return ()
     return tuple(
         name
