@@ -8,6 +8,7 @@ from megatron_mimo.config.sections import (
     ModelSection,
     TrainConfig,
 )
+from megatron_mimo.config.watch_config import WatchConfig
 from megatron_mimo.settings import check_settings
 
 
@@ -26,6 +27,7 @@ def check(config: TrainConfig) -> None:
     _check_images(config.model)
     _check_prompt(config.model)
     _check_folders(config.checkpoints, config.data.readers.save)
+    _check_services(config.watching, config.checkpoints.save.root)
     _check_first_weights(config.checkpoints, llm_only=config.grids.llm_only)
 
 
@@ -76,6 +78,17 @@ def _check_folders(checkpoints: CheckpointSection, positions: str | None) -> Non
         raise ValueError(
             f"--dataloader-save {positions} is the folder of --save, whose checkpoints say where "
             f"the data stands anyway: name another folder, or leave it out"
+        )
+
+
+def _check_services(watching: WatchConfig, save: str | None) -> None:
+    """Refuse a service that has no folder for its own files."""
+    services = watching.services
+    folders = services.wandb_save_dir, save, watching.tensorboard_dir
+    if services.wandb_project is not None and not any(folders):
+        raise ValueError(
+            f"--wandb-project {services.wandb_project} without a folder for W&B's own files: add "
+            f"--wandb-save-dir, --save or --tensorboard-dir"
         )
 
 

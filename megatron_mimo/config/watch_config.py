@@ -5,18 +5,20 @@ one.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import arg
 
+from megatron_mimo.config.services_config import ServicesConfig
 from megatron_mimo.settings import (
     Derived,
     Folder,
     MoreThan,
     Number,
     OnlyWith,
+    Part,
     Real,
     Switch,
     Within,
@@ -26,6 +28,7 @@ from megatron_mimo.settings.ranges import MOST_ITERATIONS
 from megatron_mimo.topology import Layout
 
 _Ranks = Annotated[str, arg(metavar="{dp-replica,all,LIST}")]
+_CURVES = "--tensorboard-dir", "--wandb-project", "--mlflow-experiment"
 _TRACES = OnlyWith("--timeline-profile", "--profile")
 
 
@@ -74,6 +77,7 @@ class WatchConfig:
         profile_ranks: Ranks that --profile traces, as for --timeline-ranks.
         peak_tflops: Largest number of dense TFLOP/s that a GPU reaches, for the utilisation (MFU);
             left out: by the name of the GPU, for 16-bit training.
+        services: Services that record the curves as well.
         traces: Ranks and iterations that are traced; None: none. They follow from the grids.
     """
 
@@ -90,7 +94,8 @@ class WatchConfig:
     profile_step_start: Annotated[int, Within(1, MOST_ITERATIONS), _TRACES] = 10
     profile_step_end: Annotated[int, Within(2, MOST_ITERATIONS + 1), _TRACES] = 12
     profile_ranks: Annotated[_Ranks, OnlyWith("--profile")] = "0"
-    peak_tflops: Annotated[Real, MoreThan(0, 1e6), OnlyWith("--tensorboard-dir")] = None
+    peak_tflops: Annotated[Real, MoreThan(0, 1e6), OnlyWith(*_CURVES)] = None
+    services: Part[ServicesConfig] = field(default_factory=ServicesConfig)
     traces: Derived[TraceConfig | None] = None
 
     def __post_init__(self) -> None:
@@ -104,7 +109,7 @@ class WatchConfig:
     @property
     def measures(self) -> bool:
         """Whether ranks measure their steps and report at each log interval."""
-        return self.tensorboard_dir is not None
+        return self.tensorboard_dir is not None or self.services.are_any
 
 
 def watch_config(watching: WatchConfig, layout: Layout, train_iters: int) -> WatchConfig:

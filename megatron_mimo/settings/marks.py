@@ -20,6 +20,7 @@ Number = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
 Real = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
 Folder = Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")]
 File = Annotated[str | None, arg(metavar="PATH", help_behavior_hint="")]
+Name = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
 # The config of a part, whose fields are flags of the section around it.
 Part = Annotated[T, arg(name="")]
 # A setting that is not a flag, because it follows from flags of several parts.

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_mimo.watch.tags import METRICS_FILE, TAGS
+from megatron_mimo.watch.tags import METRICS_FILE, TAGS, VS_SAMPLES
 
 _EVENTS = "events.out.tfevents."
-_VS_SAMPLES = " vs samples"
 Curve = Mapping[int, float]
 """Iteration -> value, iterations ascending; nan where it was not finite."""
 
@@ -178,7 +177,7 @@ def _event_entries(path: Path) -> Iterator[_Entry]:
     for event in LegacyEventFileLoader(str(path)).Load():
         values: dict[str, float] = {}
         for value in event.summary.value:
-            if value.tag.endswith(_VS_SAMPLES):
+            if value.tag.endswith(VS_SAMPLES):
                 continue
             if value.HasField("simple_value"):
                 values[value.tag] = float(value.simple_value)

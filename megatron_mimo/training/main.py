@@ -131,6 +131,7 @@ def _train(
     from megatron_mimo.training.loop import train
     from megatron_mimo.training.setup import build_trainer
     from megatron_mimo.watch.metrics import MetricsLogger
+    from megatron_mimo.watch.services.courier import start_services
 
     # Before a folder is made or a file is written; disks of several machines may differ.
     world = dist.group.WORLD
@@ -156,10 +157,12 @@ def _train(
     metrics = None
     if context.rank == resolved.layout.logging_rank:
         # Before the model: a full disk should not cost the time to build one.
+        save = None if resolved.save is None else resolved.save.root
         metrics = MetricsLogger(
             resolved.train_iters,
             resolved.watch.tensorboard_dir,
-            save=None if resolved.save is None else resolved.save.root,
+            save=save,
+            services=start_services(resolved.watch, save),
         )
     trainer = build_trainer(resolved, context)
     if metrics is not None:

@@ -17,10 +17,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatron_mimo.runtime.output import LastingFile
+from megatron_mimo.watch.tags import VS_SAMPLES
 
 # TensorBoard finds event files by the first words of the name.
 EVENTS, UNDONE = "events.out.tfevents.", "events.out.undone."
-VS_SAMPLES = " vs samples"
 _LENGTH, _CHECKSUM = struct.Struct("<Q"), 4  # Around the bytes of each event.
 
 

@@ -1,4 +1,4 @@
-"""Megatron's log line, TensorBoard scalars and metrics.jsonl, written by one rank."""
+"""Megatron's log line, metrics.jsonl, and scalars for TensorBoard and services, by one rank."""
 
 import json
 import logging
@@ -14,9 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_mimo.checkpoint.progress import Progress as RunProgress
 from megatron_mimo.runtime.output import LastingFile, named_errors, require_folder, unwritable
-from megatron_mimo.watch.event_file import VS_SAMPLES, EventFile, undo_events
+from megatron_mimo.watch.event_file import EventFile, undo_events
+from megatron_mimo.watch.services.courier import Courier
 from megatron_mimo.watch.start_record import STARTS_FILE, StartRecord
-from megatron_mimo.watch.tags import METRICS_FILE, TAGS
+from megatron_mimo.watch.tags import METRICS_FILE, TAGS, over_samples
 
 if TYPE_CHECKING:
     from megatron_mimo.watch.experts import LayerLoad
@@ -98,6 +99,7 @@ class MetricsLogger:
         tensorboard_dir: Folder for event files and metrics.jsonl; None for no event files.
         stream: Stream for log lines; None for standard output.
         save: Folder of --save, for metrics.jsonl where `tensorboard_dir` is None; None for no file.
+        services: Further services that get the scalars of the event files.
 
     Raises:
         ValueError: The folder cannot be written to.
@@ -110,7 +112,9 @@ class MetricsLogger:
         stream: TextIO | None = None,
         *,
         save: str | None = None,
+        services: Sequence[Courier] = (),
     ) -> None:
+        self._services = services
         self._train_iters = train_iters
         self._where = f"--tensorboard-dir {tensorboard_dir}"
         self._events: EventFile | None = None
@@ -162,13 +166,16 @@ class MetricsLogger:
             )
 
     def log_start(self, start: StartRecord) -> None:
-        """Write the record of this start of the run, beside metrics.jsonl.
+        """Write the record of this start of the run, beside metrics.jsonl, and begin in services.
 
         Raises:
             RuntimeError: The record cannot be written, for instance to a full disk.
+            ValueError: A service begins no run.
         """
         self._start_line = start.to_json() + "\n"
         self._write_start()
+        for service in self._services:
+            service.open(start)
 
     def _write_start(self) -> None:
         if self._starts is None:
@@ -233,6 +240,8 @@ class MetricsLogger:
                 self._events.close()
             if self._file is not None:
                 self._file.close()
+        for service in self._services:
+            service.close()
 
     def _open(self, folder: Path, *, with_events: bool) -> None:
         require_folder(self._where.split()[0], folder)
@@ -272,12 +281,13 @@ class MetricsLogger:
             self._file.append((json.dumps(strict, allow_nan=False) + "\n").encode())
 
     def _write_scalars(self, scalars: dict[str, float], iteration: int, samples: int) -> None:
+        for service in self._services:
+            service.add_scalars(scalars, iteration, samples)
         if self._events is None:
             return
         with named_errors(f"metrics to {self._where}"):
             self._events.add_scalars(scalars, iteration)
-            by_samples = {f"{tag}{VS_SAMPLES}": value for tag, value in scalars.items()}
-            self._events.add_scalars(by_samples, samples)
+            self._events.add_scalars(over_samples(scalars), samples)
 
 
 def _tagged(values: Mapping[str, Any]) -> dict[str, float]:

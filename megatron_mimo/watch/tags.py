@@ -1,8 +1,9 @@
-"""Names of a run's curves, in metrics.jsonl and in TensorBoard."""
+"""Names of a run's curves, in metrics.jsonl, in TensorBoard and in services."""
 
 from collections.abc import Mapping
 
 METRICS_FILE = "metrics.jsonl"
+VS_SAMPLES = " vs samples"
 TAGS: Mapping[str, str] = {
     "lm_loss": "lm loss",
     "learning_rate": "learning-rate",
@@ -16,3 +17,8 @@ TAGS: Mapping[str, str] = {
     "lm_loss_validation_ppl": "lm loss validation ppl",
 }
 """Field of metrics.jsonl -> TensorBoard tag; every other field is its own tag."""
+
+
+def over_samples(scalars: Mapping[str, float]) -> dict[str, float]:
+    """The same values under the tags of their curves over consumed samples."""
+    return {f"{tag}{VS_SAMPLES}": value for tag, value in scalars.items()}
