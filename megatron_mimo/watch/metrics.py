@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from megatron_mimo.checkpoint.progress import Progress as RunProgress
 from megatron_mimo.runtime.output import LastingFile, named_errors, require_folder, unwritable
 from megatron_mimo.watch.event_file import EventFile, undo_events
-from megatron_mimo.watch.services.courier import Courier
+from megatron_mimo.watch.services.courier import Courier, end_services
 from megatron_mimo.watch.start_record import STARTS_FILE, StartRecord
 from megatron_mimo.watch.tags import METRICS_FILE, TAGS, over_samples
 
@@ -240,8 +240,7 @@ class MetricsLogger:
                 self._events.close()
             if self._file is not None:
                 self._file.close()
-        for service in self._services:
-            service.close()
+        end_services(self._services)
 
     def _open(self, folder: Path, *, with_events: bool) -> None:
         require_folder(self._where.split()[0], folder)

@@ -20,6 +20,7 @@ from megatron_mimo.watch.start_record import StartRecord
 
 logger = logging.getLogger(__name__)
 
+END_S = CLOSE_S + 10
 _START_S = 120.0
 _MOST_BYTES = 16 << 20
 _PROGRAM = "megatron_mimo.watch.services.recorder"
@@ -107,10 +108,23 @@ def start_services(watching: WatchConfig, save: str | None) -> "list[Courier]":
     return couriers
 
 
+def end_services(couriers: "Sequence[Courier]") -> None:
+    """Hand over what is left, and wait until the services have it, for a minute at most.
+
+    Args:
+        couriers: Services of a run that has ended well.
+    """
+    deadline = time.monotonic() + END_S
+    for courier in couriers:
+        courier.end()
+    for courier in couriers:
+        courier.wait(deadline)
+
+
 class Courier:
     """Hands curves to a process that records them in a service.
 
-    After `open` no method raises, and none but `close` waits: what the process does not take at
+    After `open` no method raises, and none but `wait` waits: what the process does not take at
     once is kept and offered again with the next values. When it fails, or has ended, a warning
     says so, once.
 
@@ -187,27 +201,35 @@ class Courier:
             seconds=time.time(),
             scalars=dict(scalars),
         )
+        is_over = self._is_over()
         for answer in self._hear():
             self._tell(answer)
-        self._notice_the_end()
+        if is_over:
+            self._note_the_end()
 
-    def close(self) -> None:
-        """Hand over what is left, and wait until the service has it, for a minute at most."""
-        if self._has_ended:
-            return
-        self._send(kind="close")
-        deadline = time.monotonic() + CLOSE_S + 10
+    def end(self) -> None:
+        """Tell the process that the run has ended well; it then does what is left to do."""
+        if not self._has_ended:
+            self._send(kind="close")
+
+    def wait(self, deadline: float) -> None:
+        """Wait until the process has ended, and end it where that takes too long.
+
+        Args:
+            deadline: Time of `time.monotonic` until which it may take.
+        """
         while not self._has_ended and time.monotonic() < deadline:
+            is_over = self._is_over()
             for answer in self._await(deadline):
-                if answer["kind"] == "closed":
-                    self._has_ended = True
+                self._has_ended |= answer["kind"] == "closed"
                 self._tell(answer)
-            self._notice_the_end()
+            if is_over:
+                self._note_the_end()
         if not self._has_ended:
             logger.warning(
                 "%s: the process that records there did not end within %.0f s of the run's end and "
                 "is ended; the service may lack the last values",
-                *(self._title, CLOSE_S + 10),
+                *(self._title, END_S),
             )
             self._process.kill()
         self._process.wait()
@@ -215,13 +237,17 @@ class Courier:
     def _wait_for(self, kind: str) -> None:
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
+            is_over = self._is_over()
             for answer in self._await(deadline):
                 if answer["kind"] == "refused":
-                    raise ValueError(answer["text"])
+                    text = answer["text"]
+                    raise ValueError(
+                        text if text.startswith("--") else f"{self._flag}: {self._title}: {text}"
+                    )
                 self._tell(answer)
                 if answer["kind"] == kind:
                     return
-            if self._process.poll() is not None:
+            if is_over:
                 raise ValueError(
                     f"{self._flag}: the process that records in {self._title} {self._end}; train "
                     f"without the flag, or run `{Path(sys.executable).name} -m {_PROGRAM}` to see "
@@ -275,13 +301,17 @@ class Courier:
         return self._hear()
 
     def _tell(self, answer: dict[str, Any]) -> None:
-        if answer["kind"] == "warning":
+        if answer["kind"] in ("warning", "refused"):
             logger.warning("%s: %s", self._title, answer["text"])
         elif answer["kind"] == "opened":
             logger.info("%s", answer["text"])
 
-    def _notice_the_end(self) -> None:
-        if self._has_ended or self._process.poll() is None:
+    def _is_over(self) -> bool:
+        """Whether the process has ended; ask before answers are read, so that none is missed."""
+        return self._process.poll() is not None
+
+    def _note_the_end(self) -> None:
+        if self._has_ended:
             return
         self._has_ended = True
         logger.warning(

@@ -1,6 +1,6 @@
 """MLflow."""
 
-import importlib.util
+import importlib
 import json
 import logging
 import os
@@ -59,7 +59,11 @@ class MlflowService:
         self._entities: Any = entities
         try:
             if uri.partition(":")[0].partition("+")[0] in _DATABASES:
-                _require_database_packages()
+                importlib.import_module("sqlalchemy")
+                importlib.import_module("alembic")
+        except ImportError as error:
+            raise missing(_FLAG, "mlflow", error) from error
+        try:
             self._client: Any = mlflow.MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(self._experiment)
             self._experiment_id: str = (
@@ -68,7 +72,10 @@ class MlflowService:
                 else found.experiment_id
             )
         except ImportError as error:
-            raise missing(_FLAG, "mlflow", error) from error
+            raise Refused(
+                f"{_FLAG}: MLflow needs a package for {self._shown} that is not installed: "
+                f"{one_line(error)}; install it, or name another --mlflow-tracking-uri"
+            ) from error
         # MLflow passes on errors of requests, of sqlalchemy and of database drivers.
         except Exception as error:
             raise self._refused("cannot be reached, or lets nobody in", error) from error
@@ -129,12 +136,6 @@ class MlflowService:
             f"MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; --mlflow-tracking-uri "
             f"sqlite:///mlflow.db needs no server"
         )
-
-
-def _require_database_packages() -> None:
-    for package in ("sqlalchemy", "alembic"):
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"No module named '{package}'")
 
 
 def _without_password(uri: str) -> str:

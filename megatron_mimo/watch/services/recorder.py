@@ -191,6 +191,10 @@ def main() -> None:
     except Refused as error:
         answer(kind="refused", text=str(error))
         sys.exit(2)
+    # Such as a package that is installed in part.
+    except Exception as error:
+        answer(kind="refused", text=f"recording failed: {type(error).__name__}: {one_line(error)}")
+        raise
     if not failed:
         answer(kind="closed")
 

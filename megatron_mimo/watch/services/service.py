@@ -7,6 +7,8 @@ from typing import Any, Protocol
 CLOSE_S = 50.0
 """Seconds that a service may take for what is left when a run ends."""
 
+_LONGEST_TEXT = 300
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
@@ -92,9 +94,17 @@ class Service(Protocol):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line that is not too long for a terminal."""
+    """What an error says, on one line that is not too long for a terminal.
+
+    Of errors over an error of the system, such as a refused connection, that one says most.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            error = cause
+        cause = cause.__cause__ or cause.__context__
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]} ..."
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} ..."
 
 
 def missing(flag: str, extra: str, error: ImportError) -> Refused:
