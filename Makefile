@@ -38,6 +38,9 @@ LMMS := $(LMMS_FOLDER)/.fetched
 # shows the page of `chat --web`.
 WEB := .cache/web/packages/.fetched
 
+# What the extras `wandb` and `mlflow` add, whose own files tests read back.
+SERVICES := .cache/services/packages/.fetched
+
 # Beside the environment, each in a folder of its own.
 define FETCH
 if [ -n "$(UV)" ]; then pip="$(UV) pip install --python $(BIN)/python"; \
@@ -51,8 +54,8 @@ PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal
 TEST_BUDGET_S := 1500
 TEST_CI_BUDGET_S := 2000
 
-.PHONY: install transformer-engine triton-kernels lmms-eval web-packages demo demo-short test test-ci \
-  test-all test-faults lint docs bench bench-results clean help
+.PHONY: install transformer-engine triton-kernels lmms-eval web-packages service-packages demo \
+  demo-short test test-ci test-all test-faults lint docs bench bench-results clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -98,22 +101,28 @@ $(WEB): constraints-web.txt | $(INSTALLED)
 	@rm -rf $(@D); $(FETCH); if fetch --only-binary :all: -r $<; then touch $@; else \
 	  echo "warning: gradio was not fetched: the test of the chat page will fail" >&2; fi
 
+service-packages: $(SERVICES)  ## Fetch W&B and MLflow, which tests record in (135 MB)
+
+$(SERVICES): constraints-services.txt | $(INSTALLED)
+	@rm -rf $(@D); $(FETCH); if fetch --only-binary :all: -r $<; then touch $@; else \
+	  echo "warning: W&B and MLflow were not fetched: tests over them will fail" >&2; fi
+
 demo: $(INSTALLED)  ## Train a small vision-language model on two grids, 4 ranks (about 5 minutes)
 	@$(BIN)/megatron-mimo demo $(DEMO_FLAGS)
 
 demo-short: $(INSTALLED)  ## The demo for a few iterations: that it runs, not what it learns
 	@$(BIN)/megatron-mimo demo --train-iters 20 --out runs/demo-short $(DEMO_FLAGS)
 
-test: $(INSTALLED) $(TE) $(KERNELS) $(LMMS)  ## Run the tests that find nearly everything (about 15 minutes on two cores)
+test: $(INSTALLED) $(TE) $(KERNELS) $(LMMS) $(SERVICES)  ## Run the tests that find nearly everything (about 15 minutes on two cores)
 	@$(PYTEST) -m "not slow" --processor-budget $(TEST_BUDGET_S) $(PYTEST_FLAGS)
 
-test-ci: $(INSTALLED) $(TE) $(KERNELS) $(LMMS) $(WEB)  ## The same, and a slice of the slow ones: SLICE=3 asks for one
+test-ci: $(INSTALLED) $(TE) $(KERNELS) $(LMMS) $(WEB) $(SERVICES)  ## The same, and a slice of the slow ones: SLICE=3 asks for one
 	@$(PYTEST) --slow-slice $(SLICE) --processor-budget $(TEST_CI_BUDGET_S) $(PYTEST_FLAGS)
 
-test-all: $(INSTALLED) $(TE) $(KERNELS) $(LMMS) $(WEB)  ## Run every test, and properties on all their examples (for a release)
+test-all: $(INSTALLED) $(TE) $(KERNELS) $(LMMS) $(WEB) $(SERVICES)  ## Run every test, and properties on all their examples (for a release)
 	@$(PYTEST) --hypothesis-profile full $(PYTEST_FLAGS)
 
-test-faults: $(INSTALLED) $(TE) $(KERNELS) $(LMMS) $(WEB)  ## Plant faults one by one and see that the tests find them: FAULTS="NAME ..."
+test-faults: $(INSTALLED) $(TE) $(KERNELS) $(LMMS) $(WEB) $(SERVICES)  ## Plant faults one by one and see that the tests find them: FAULTS="NAME ..."
 	@$(BIN)/python -m tests.faults $(FAULTS)
 
 lint: $(INSTALLED)  ## Check style, types and which package imports which

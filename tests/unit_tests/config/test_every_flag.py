@@ -26,6 +26,7 @@ ENERGON = "--dataset-provider energon --data-path d"
 IMAGE = "data.inputs.encoder.config"
 FIXED = "--no-dynamic-resolution --img-h 16 --img-w 16"
 TRACE = "--timeline-profile --timeline-dir d"
+WANDB, MLFLOW = "--wandb-project p --save d", "--mlflow-experiment e"
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +223,13 @@ ROWS = (
     Row("--profile-step-end 50", "watch.traces.end", TRACE),
     Row("--profile-ranks all", "watch.traces.profile_ranks", f"{TRACE} --profile --llm-dp 2", 3),
     Row("--peak-tflops 5", "watch.peak_tflops", "--tensorboard-dir d"),
+    Row("--wandb-project p", "watch.services.wandb_project", "--save d"),
+    Row("--wandb-exp-name n", "watch.services.wandb_exp_name", WANDB),
+    Row("--wandb-entity e", "watch.services.wandb_entity", WANDB),
+    Row("--wandb-save-dir e", "watch.services.wandb_save_dir", WANDB),
+    Row("--mlflow-experiment e", "watch.measures"),
+    Row("--mlflow-run-name n", "watch.services.mlflow_run_name", MLFLOW),
+    Row("--mlflow-tracking-uri u", "watch.services.mlflow_tracking_uri", MLFLOW),
     # runtime
     Row("--device cuda", "run.initialize.device"),
     Row("--distributed-timeout-minutes 5", "run.initialize.timeout_minutes"),

@@ -45,6 +45,8 @@ FLAGS = """
     log-interval tensorboard-dir save-activations save-activations-step
     timeline-profile timeline-dir timeline-ranks profile profile-step-start profile-step-end
     profile-ranks peak-tflops
+    wandb-project wandb-exp-name wandb-entity wandb-save-dir
+    mlflow-experiment mlflow-run-name mlflow-tracking-uri
     device distributed-timeout-minutes allow-missing-kernels
 """.split()
 
