@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import megatron_mimo
 from megatron_mimo.config.watch_config import WatchConfig
 from megatron_mimo.runtime.output import require_folder
 from megatron_mimo.watch.services.service import CLOSE_S
@@ -135,7 +134,7 @@ class Courier:
     def __init__(self, choice: ServiceChoice) -> None:
         self._title, self._flag = choice.title, choice.flag
         # Where this package lies may be known to this process only.
-        paths = [os.environ.get("PYTHONPATH", ""), str(Path(megatron_mimo.__file__).parents[1])]
+        paths = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[3])]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", _PROGRAM],
             stdin=subprocess.PIPE,

@@ -34,6 +34,7 @@ _GLANCE_S = 1.0
 _RETRY_S = 10.0
 _MOST_WAITING = 10_000
 _ORPHAN_S = 15.0
+_NICE = 10  # Steps of the ranks of this machine come first.
 Answer = Callable[..., None]
 
 
@@ -174,6 +175,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     inbox = Inbox(0, os.getppid())
+    os.nice(_NICE)
     answers = os.dup(1)
     # What the packages print would mix with answers, or with the rank's own lines.
     nothing = os.open(os.devnull, os.O_RDWR)
