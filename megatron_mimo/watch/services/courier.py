@@ -54,8 +54,7 @@ def chosen_services(watching: WatchConfig, save: str | None) -> list[ServiceChoi
     flags, folder = watching.services, watching.tensorboard_dir or save
     chosen = []
     if flags.wandb_project is not None:
-        own = flags.wandb_save_dir or save or watching.tensorboard_dir
-        assert own is not None  # `resolve` has seen to it.
+        _, own = _folder_of_wandb(watching, save)
         chosen.append(
             ServiceChoice(
                 name="wandb",
@@ -97,14 +96,26 @@ def start_services(watching: WatchConfig, save: str | None) -> "list[Courier]":
     Raises:
         ValueError: A service cannot be used; the message is one line that says what to do.
     """
-    folder = watching.services.wandb_save_dir
-    if folder is not None:
-        require_folder("--wandb-save-dir", Path(folder))
+    if watching.services.wandb_project is not None:
+        # W&B itself would go on in a temporary folder.
+        flag, folder = _folder_of_wandb(watching, save)
+        require_folder(flag, Path(folder))
     # They import their packages side by side.
     couriers = [Courier(choice) for choice in chosen_services(watching, save)]
     for courier in couriers:
         courier.wait_until_ready()
     return couriers
+
+
+def _folder_of_wandb(watching: WatchConfig, save: str | None) -> tuple[str, str]:
+    """Flag and folder of W&B's own files."""
+    folders = {
+        "--wandb-save-dir": watching.services.wandb_save_dir,
+        "--save": save,
+        "--tensorboard-dir": watching.tensorboard_dir,
+    }
+    # `resolve` has seen to it that there is one.
+    return next((flag, folder) for flag, folder in folders.items() if folder is not None)
 
 
 def end_services(couriers: "Sequence[Courier]") -> None:

@@ -92,7 +92,12 @@ class Recorder:
         # What begins anew is another run, also in the same folder.
         if kept is not None and (start.iteration == 0 or kept.identity != self._service.identity):
             kept = None
-        run_id, text = self._service.open(start, None if kept is None else kept.id)
+        try:
+            run_id, text = self._service.open(start, None if kept is None else kept.id)
+        except Refused as error:
+            if kept is None:
+                raise
+            raise Refused(f"{error}; without {self._path}, a new run is begun") from error
         last = 0 if kept is None else kept.iteration
         self._kept = KeptId(id=run_id, identity=self._service.identity, iteration=last)
         self._first = last + 1
@@ -226,20 +231,26 @@ def _record(inbox: Inbox, answer: Answer) -> bool:
             elif recorder is not None and kind == "row":
                 recorder.add(Row(**message))
             elif recorder is not None and kind == "close":
-                _end_within(CLOSE_S + 5)
+                _end_within(CLOSE_S + 5, answer)
                 recorder.close(failed=False)
                 return False
         if recorder is not None and is_open:
             recorder.deliver()
     if recorder is not None and is_open:
-        _end_within(_ORPHAN_S)
+        _end_within(_ORPHAN_S, answer)
         recorder.close(failed=True)
     return True
 
 
-def _end_within(seconds: float) -> None:
+def _end_within(seconds: float, answer: Answer) -> None:
     """End this process after a while, whatever a service is waiting for."""
-    timer = threading.Timer(seconds, os._exit, (1,))
+
+    def end() -> None:
+        answer(kind="warning", text="took too long at the end of the run; the last values are lost")
+        answer(kind="closed")
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
 

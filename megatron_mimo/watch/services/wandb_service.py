@@ -125,7 +125,13 @@ class WandbService:
 
     def close(self, *, failed: bool) -> None:
         """See `Service.close`."""
-        self._run.finish(exit_code=1 if failed else 0)
+        where = self._run.settings.sync_dir
+        try:
+            self._run.finish(exit_code=1 if failed else 0)
+        except Exception as error:
+            raise RuntimeError(
+                f"{one_line(error)}; `wandb sync {where}` sends what is missing"
+            ) from error
 
 
 def _require_space(folder: str) -> None:
