@@ -218,16 +218,24 @@ def arguments_of(name: str, text: Text, model: Any) -> dict[str, Any]:
 
 
 def oracle(
-    name: str, steps: int, batch: int, *, frozen: str = "", **changes: Any
+    name: str, steps: int, batch: int, *, frozen: str = "", model: Any = None, **changes: Any
 ) -> "tuple[list[list[float]], dict[str, Tensor], Any]":
     """Loss and norm of each step by transformers and torch's AdamW.
+
+    Args:
+        name: Name of the family.
+        steps: Number of steps.
+        batch: Number of samples of a step.
+        frozen: Beginning of the names of weights that do not train; "" for none.
+        model: Model to train; None for that of `build`.
+        changes: Changes of its `text_config`.
 
     Returns:
         The curve, every gradient of the first step before clipping, and the trained model.
     """
     import torch
 
-    model = build(name, **changes)
+    model = build(name, **changes) if model is None else model
     trains = {}
     for path, parameter in model.named_parameters():
         if frozen and path.startswith(frozen):
@@ -262,6 +270,11 @@ def oracle(
     return points, first, model
 
 
+def called(function: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """A function's result; `run_ranks` passes arguments by position alone."""
+    return function(*arguments, **named)
+
+
 def runner_of(
     folder: str,
     chosen: Layout,
@@ -287,7 +300,7 @@ def runner_of(
     from megatron_mimo.model.config import Frozen
     from megatron_mimo.model.mimo import BuildConfig
     from megatron_mimo.modules.language import ExecutionConfig
-    from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
+    from megatron_mimo.optim.config import AdamConfig, LossScaleConfig, ScheduleConfig
     from megatron_mimo.runtime import Device
     from megatron_mimo.training.foreign import load_folder
     from megatron_mimo.training.runner import StepConfig, build_runner
@@ -315,6 +328,8 @@ def runner_of(
             beta2=BETAS[1],
             eps=EPS,
             clip_grad=CLIP,
+            # As far as gradients of these models reach without an overflow.
+            loss_scale=LossScaleConfig(initial=2.0**12) if dtype == "float16" else None,
         ),
         ScheduleConfig(style="constant", warmup_samples=0, decay_samples=1000),
         StepConfig(placeholder_ids={"encoder": IMAGE}),
@@ -325,14 +340,14 @@ def runner_of(
 
 
 def curve(
-    folder: str, name: str, chosen: Layout, steps: int, batch: int, *, frozen: Any = ()
+    folder: str, name: str, chosen: Layout, steps: int, batch: int, **build: Any
 ) -> list[list[float]]:
-    """(loss, gradient norm) of each step, on every rank."""
+    """(loss, gradient norm) of each step, on every rank; other arguments are `runner_of`'s."""
     import torch.distributed as dist
 
     from megatron_mimo.training.step import train_step
 
-    runner = runner_of(folder, chosen, frozen=frozen)
+    runner = runner_of(folder, chosen, **build)
     loader = Steps(name, chosen, dist.get_rank(), batch=batch)
     points = []
     for step in range(steps):
@@ -357,6 +372,35 @@ def losses_without_rows(folder: str, name: str, chosen: Layout, batch: int) -> t
         loader = Steps(name, chosen, dist.get_rank(), batch=batch)
         losses.append(train_step(runner, loader, 1, batch).agreed_loss)
     return losses[0], losses[1]
+
+
+def heads(folder: str, name: str, chosen: Layout, batch: int) -> dict[str, Any]:
+    """What a rank has of embedding and output layer, after a step.
+
+    Returns:
+        "marks": name of each such weight -> whether it is `shared`, and `shared_embedding`;
+        "point": loss and norm of the step; "weight": sum of the weight's elements.
+    """
+    import torch.distributed as dist
+
+    from megatron_mimo.training.step import train_step
+
+    runner = runner_of(folder, chosen)
+    metrics = train_step(runner, Steps(name, chosen, dist.get_rank(), batch=batch), 1, batch)
+    found = {
+        path: weight
+        for replica in runner.model.replicas
+        for path, weight in replica.module.named_parameters()
+        if path.endswith(("embed_tokens.weight", "lm_head.weight"))
+    }
+    return {
+        "marks": {
+            path: (getattr(one, "shared", False), getattr(one, "shared_embedding", False))
+            for path, one in found.items()
+        },
+        "point": [metrics.agreed_loss, metrics.update.grad_norm],
+        "weight": [one.double().sum().item() for one in found.values()],
+    }
 
 
 def first_gradients(

@@ -120,25 +120,20 @@ def part_of(path: str, family: Family) -> str:
 def test_every_gradient_of_the_first_step(
     case: tuple[str, str], run_ranks: Callable[..., list], plain: Any
 ) -> None:
-    from tests.hf.steps import first_gradients
+    from tests.hf.steps import called, first_gradients
 
     name, where = case
     row = ROWS[where]
     folder, _, wanted = plain(name, 1)
     sizes = UNEVEN.get(name.split()[0], "1,1,2")
-    found = run_ranks(
-        row.layout.world_size,
-        first_gradients,
-        folder,
-        name,
-        row.layout,
-        BATCH,
-        frozen=row.frozen,
-        overrides=(f"language.stage_layers={sizes}",) if row.uneven else (),
-        build=row.build,
-        timeout=120,
+    named = {
+        "frozen": row.frozen,
+        "overrides": (f"language.stage_layers={sizes}",) if row.uneven else (),
+        "build": row.build,
         **row.loader,
-    )
+    }
+    arguments = (folder, name, row.layout, BATCH)
+    found = run_ranks(row.layout.world_size, called, first_gradients, arguments, named, timeout=120)
     trains = {
         path: gradient
         for path, gradient in wanted.items()
@@ -194,3 +189,22 @@ def test_the_loss_depends_on_the_encoder(
     for whole, without in found:
         assert whole == pytest.approx(curve[0][0], rel=1e-5)
         assert abs(without - whole) > 1e-3 * whole
+
+
+@pytest.mark.parametrize("name", slow_but(["gemma4", "qwen3_vl", "qwen3_vl moe"], "gemma4"))
+def test_a_tied_head_is_a_marked_copy_on_the_last_stage(
+    name: str, run_ranks: Callable[..., list], plain: Any
+) -> None:
+    from tests.hf.steps import heads
+
+    folder, curve, _ = plain(name, 1)
+    chosen = beside({}, {"pp": 2})
+    encoder, first, last = run_ranks(chosen.world_size, heads, folder, name, chosen, BATCH)
+    embedding, head = "model.model.language_model.embed_tokens.weight", "model.lm_head.weight"
+    # megatron-core leaves out of the norm what is `shared`.
+    assert encoder["marks"] == {}
+    assert first["marks"] == {embedding: (False, True)}
+    assert last["marks"] == {head: (True, True)}
+    for found in (encoder, first, last):
+        assert found["point"] == pytest.approx(curve[0], rel=1e-5)
+    assert first["weight"] == last["weight"]
