@@ -54,6 +54,20 @@ def written(name: str, folder: str) -> None:
     build(name).save_pretrained(folder)
 
 
+def written_shorter(name: str, folder: str) -> None:
+    """In bfloat16, with the weights that published folders have in float32."""
+    import torch
+
+    from tests.hf.models import build
+
+    model = build(name)
+    for path, weight in model.named_parameters():
+        if not path.endswith("A_log"):
+            weight.data = weight.data.to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder)
+
+
 def steps(runner: Any, loader: Any, first: int, number: int) -> list[list[float]]:
     """(loss, gradient norm) of each step."""
     from megatron_mimo.training.step import train_step
@@ -66,9 +80,10 @@ def steps(runner: Any, loader: Any, first: int, number: int) -> list[list[float]
 
 
 def straight(
-    name: str, folder: str, chosen: Layout, root: str
+    name: str, folder: str, chosen: Layout, root: str, dtype: str = "float32"
 ) -> tuple[list[list[float]], list[Any], list[Any]]:
     """Curve after a save, and the state at the save and at the end of a run that never stops."""
+    import torch
     import torch.distributed as dist
 
     from megatron_mimo.checkpoint.checkpointer import Checkpointer
@@ -77,7 +92,7 @@ def straight(
     from tests.hf.steps import Steps, runner_of
     from tests.integration.state import parts_of
 
-    runner = runner_of(folder, chosen)
+    runner = runner_of(folder, chosen, dtype=getattr(torch, dtype))
     loader = Steps(name, chosen, dist.get_rank(), batch=BATCH)
     steps(runner, loader, 0, BEFORE)
     checkpoints = Checkpointer(runner, SaveConfig(root=Path(root)), {})
@@ -88,9 +103,10 @@ def straight(
 
 
 def resumed(
-    name: str, folder: str, chosen: Layout, root: str
+    name: str, folder: str, chosen: Layout, root: str, dtype: str = "float32"
 ) -> tuple[list[list[float]], list[Any], list[Any]]:
     """The same of a run that begins with what `straight` has saved."""
+    import torch
     import torch.distributed as dist
 
     from megatron_mimo.checkpoint.checkpointer import load
@@ -98,7 +114,7 @@ def resumed(
     from tests.hf.steps import Steps, runner_of
     from tests.integration.state import parts_of
 
-    runner = runner_of(folder, chosen)
+    runner = runner_of(folder, chosen, dtype=getattr(torch, dtype))
     loaded = load(runner, LoadConfig(root=Path(root)))
     assert loaded is not None and loaded.progress.iteration == BEFORE
     loader = Steps(name, chosen, dist.get_rank(), batch=BATCH)
@@ -153,6 +169,42 @@ def test_a_run_goes_on(
         assert later_points == points
         for one, other in zip(last, later_last, strict=True):
             assert np.array_equal(one.values, other.values), one.key
+
+
+@pytest.mark.slow
+def test_so_does_a_run_in_bfloat16_with_weights_in_float32(
+    run_ranks: Callable[..., list], tmp_path: Path
+) -> None:
+    import numpy as np
+
+    from tests.integration.state import assemble
+
+    name, folder, root = "qwen3_5", str(tmp_path / "folder"), str(tmp_path / "run")
+    run_ranks(1, written_shorter, name, folder)
+    first, second = LAYOUTS["llm tp 2 pp 2"], LAYOUTS["llm dp 2"]
+    arguments = (root, "bfloat16")
+    started = run_ranks(first.world_size, straight, name, folder, first, *arguments, timeout=120)
+    again = run_ranks(first.world_size, resumed, name, folder, first, *arguments, timeout=120)
+    assert [points for points, _, _ in again] == [points for points, _, _ in started]
+    other = run_ranks(second.world_size, resumed, name, folder, second, *arguments, timeout=120)
+    wanted, found = (assemble(state for _, state, _ in ranks) for ranks in (started, other))
+    assert found.keys() == wanted.keys()
+    for key, values in wanted.items():
+        assert np.array_equal(found[key], values), key
+    assert stored_dtypes(root) == {"A_log": {"float32"}, "in_proj_a.weight": {"bfloat16"}}
+
+
+def stored_dtypes(root: str) -> dict[str, set[str]]:
+    """Dtypes of two kinds of weights in the checkpoint."""
+    from megatron_mimo.weights.torch_dist import describe
+
+    (folder,) = Path(root).glob("iter_*")
+    found: dict[str, set[str]] = {}
+    for key, tensor in describe(folder).tensors.items():
+        for kind in ("A_log", "in_proj_a.weight"):
+            if key.startswith("llm.") and key.endswith(f"linear_attn.{kind}"):
+                found.setdefault(kind, set()).add(str(tensor.dtype).removeprefix("torch."))
+    return found
 
 
 def assert_close(curve: list[list[float]], curves: list[list[list[float]]]) -> None:
