@@ -35,9 +35,14 @@ _QWEN_VISION = {
 }
 
 
-def gemma4(*, moe: bool = False, layers: int = 6, **changes: Any) -> Any:
+def gemma4(*, moe: bool = False, sound: bool = False, layers: int = 6, **changes: Any) -> Any:
     """Sliding and full attention, images that see themselves both ways, capped logits, tied."""
-    from transformers import Gemma4Config, Gemma4TextConfig, Gemma4VisionConfig
+    from transformers import (
+        Gemma4AudioConfig,
+        Gemma4Config,
+        Gemma4TextConfig,
+        Gemma4VisionConfig,
+    )
 
     text = _TEXT | {
         "vocab_size_per_layer_input": VOCAB,
@@ -74,7 +79,11 @@ def gemma4(*, moe: bool = False, layers: int = 6, **changes: Any) -> Any:
     return Gemma4Config(
         text_config=Gemma4TextConfig(**(text | changes)),
         vision_config=vision,
-        audio_config=None,
+        audio_config=Gemma4AudioConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, output_proj_dims=32
+        )
+        if sound
+        else None,
         image_token_id=IMAGE,
         video_token_id=251,
         audio_token_id=252,

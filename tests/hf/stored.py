@@ -58,6 +58,11 @@ def _transposed(weights: "dict[str, Tensor]") -> "dict[str, Tensor]":
     }
 
 
+def _with_more_layers(weights: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """Layers that predict further tokens, which the model does not read."""
+    return weights | {"mtp.fc.weight": weights["model.language_model.norm.weight"].clone()}
+
+
 def _with_head(weights: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """A tied head beside the embedding."""
     embedding = weights["model.language_model.embed_tokens.weight"]
@@ -67,12 +72,14 @@ def _with_head(weights: "dict[str, Tensor]") -> "dict[str, Tensor]":
 FORMS: Mapping[str, tuple[str, Callable[..., Any] | None]] = {
     "gemma4, by transformers": ("gemma4", None),
     "gemma4 moe, by transformers": ("gemma4 moe", None),
+    "gemma4 with sound, by transformers": ("gemma4 with sound", None),
     "llava_onevision, by transformers": ("llava_onevision", None),
     "llava_onevision, old names": ("llava_onevision", _before_5),
     "mistral3, by transformers": ("mistral3", None),
     "mistral3, old names": ("mistral3", _before_5),
     "mistral3, new names": ("mistral3", _as_they_are),
     "qwen3_5, by transformers": ("qwen3_5", None),
+    "qwen3_5, with more layers": ("qwen3_5", _with_more_layers),
     "qwen3_5 moe, by transformers": ("qwen3_5 moe", None),
     "qwen3_5 moe, by expert": ("qwen3_5 moe", _by_expert),
     "qwen3_5 moe, new names": ("qwen3_5 moe", _as_they_are),
@@ -93,7 +100,8 @@ def write(form: str, folder: Path, *, dtype: str = "float32") -> None:
     from megatron_mimo.weights.folder import write_folder
 
     name, change = FORMS[form]
-    model = build(name).to(getattr(torch, dtype))
+    family, _, sound = name.partition(" with ")
+    model = build(family, **({"sound": True} if sound else {})).to(getattr(torch, dtype))
     if change is None:
         # Several files, and an index of them.
         model.save_pretrained(folder, max_shard_size="100KB")

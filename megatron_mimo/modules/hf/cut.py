@@ -92,9 +92,20 @@ def language_stage(model: Any, family: Family, first: int, last: int) -> Any:
     return model
 
 
-def encoder_only(model: Any) -> Any:
-    """Cut a model in place to its encoder and projector; returns the model."""
-    model.model.language_model = None
+def encoder_only(model: Any, family: Family) -> Any:
+    """Cut a model in place to its encoder of images and projector.
+
+    Args:
+        model: The whole model.
+        family: Record of its family.
+
+    Returns:
+        The model; an encoder of sound, which nothing here trains, is not in it either.
+    """
+    kept = {path.split(".")[1] for path in (family.tower, *family.projector)}
+    for name, _ in list(model.model.named_children()):
+        if name not in kept:
+            setattr(model.model, name, None)
     setattr(model, HEAD, None)
     return model
 

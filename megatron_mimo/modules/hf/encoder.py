@@ -50,7 +50,7 @@ class HfEncoder(ModuleStage):
         self._dtype = context.params_dtype
         model = meta_model(vision.description)
         plan = tower_plan(model, architecture.family)
-        model = encoder_only(model)
+        model = encoder_only(model, architecture.family)
         divide(model, plan, pg.tp)
         divide_heads(model, architecture.family.tower_heads, pg.tp)
         cast(model, vision.wide, context.params_dtype)
