@@ -80,7 +80,7 @@ def _boxes(
         return
     # Several weights end to end: in the whole one, shards of other ranks lie between their parts.
     for place in product(*map(range, data.shape[:axis])):
-        at = [first + index for first, index in zip(origin, place, strict=False)]
+        at = [first + index for first, index in zip(origin[:axis], place, strict=True)]
         parts = data[place].split([last - first for first, last in spans])
         for (first, _), part in zip(spans, parts, strict=True):
             offset = [*at, first, *origin[axis + 1 :]]

@@ -174,8 +174,9 @@ def fill(
     """
     stored = stored_weights(folder, meta_model(description))
     for name, tensor in stage_tensors(module):
-        # A tied head that stands alone on its stage, of a folder that has the embedding alone.
-        _fill_one(folder, stored.get(name) or stored[EMBEDDING_WEIGHT], tensor, tp, ep)
+        # A tied head on a stage of its own is the embedding.
+        source = EMBEDDING_WEIGHT if name == HEAD_WEIGHT and name not in stored else name
+        _fill_one(folder, stored[source], tensor, tp, ep)
 
 
 def stage_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
