@@ -309,7 +309,7 @@ def _images(value: Any, name: str) -> list[str | bytes]:
         if isinstance(one, dict):
             # The path beside bytes is the author's.
             image = one.get("bytes") if one.get("bytes") is not None else one.get("path")
-            if image is None:
+            if image is None or image == "":
                 raise ValueError(f"its {name} has neither bytes nor a path")
         if image is not None and image != "":
             found.append(image)
@@ -402,10 +402,12 @@ def _letter(value: Any, choices: Sequence[str], column: Column) -> str:
 
 def _conversation(value: Any, name: str, inputs: Inputs) -> tuple[tuple[Turn, ...], list[int]]:
     """Turns, and the numbers of the images that they name; none where they name none."""
-    entries = _transposed(value) if isinstance(value, dict) else value
+    entries = _transposed(value, name) if isinstance(value, dict) else value
     if not entries:
         raise ValueError(f"its {name} is {'null' if entries is None else 'empty'}: expected turns")
-    keys = {key for entry in entries for key in entry or ()}
+    if None in entries:
+        raise ValueError(f"its {name} has a turn that is null")
+    keys = {key for entry in entries for key in entry}
     if {"user", "assistant"} <= keys:
         # A round in each entry, as the_cauldron has them.
         rounds = [(role, entry[role]) for entry in entries for role in ("user", "assistant")]
@@ -425,16 +427,17 @@ def _conversation(value: Any, name: str, inputs: Inputs) -> tuple[tuple[Turn, ..
     return parse_conversation(content, inputs, {}).turns, order
 
 
-def _transposed(value: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def _transposed(value: Mapping[str, Sequence[Any] | None], name: str) -> list[dict[str, Any]]:
     """A list of objects, of an object of lists."""
-    names = list(value)
-    rows = zip(*(value[name] or () for name in names), strict=True)
-    return [dict(zip(names, row, strict=True)) for row in rows]
+    columns = [of_field or () for of_field in value.values()]
+    if len({*map(len, columns)}) > 1:
+        raise ValueError(f"its {name} has lists of different lengths in {', '.join(value)}")
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _parts(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Parts of a message that is a list of them."""
-    content = (entry or {}).get("content")
+    content = entry.get("content")
     return [part for part in content if part] if isinstance(content, list) else []
 
 

@@ -67,7 +67,7 @@ def read_rows(path: Path, names: Sequence[str]) -> Iterator[Row | Unreadable]:
         names: Columns to read.
 
     Raises:
-        ValueError: It cannot be opened, or is compressed in a way that pyarrow cannot undo.
+        ValueError: It cannot be opened.
     """
     with _opened(path) as file:
         batches = _of_parquet(file, path, names) if _is_parquet(path) else _of_arrow(file, names)

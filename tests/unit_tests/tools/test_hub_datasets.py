@@ -24,8 +24,11 @@ from megatron_mimo.data.config import DataConfig
 from megatron_mimo.data.inputs import ENCODER
 from megatron_mimo.data.samples.media import MediaFolder
 from megatron_mimo.data.samples.sample import EncodedSample, RawSample, try_encode
+from megatron_mimo.data.text.clean import MalformedError
 from megatron_mimo.data.text.tokenizer import ByteTokenizer
 from megatron_mimo.media.images import ImageInput, decode_image
+from megatron_mimo.tools.data import table_files
+from megatron_mimo.tools.data.columns import Column, find_roles, to_sample
 from megatron_mimo.tools.data.hub_folder import splits_of
 from megatron_mimo.tools.data.prepare import PrepareConfig, survey_samples
 from megatron_mimo.tools.data.sources import Found, Problem
@@ -556,6 +559,53 @@ def test_a_few_rows_are_in_memory_at_a_time(tmp_path: Path) -> None:
 
 
 # -- anything --------------------------------------------------------------------------------------
+
+
+FILLED: tuple[dict[str, Any], ...] = (
+    {"image": {"bytes": picture(), "path": "a"}, "question": "a", "answer": "b", "id": 3},
+    {"image": [{"bytes": picture(), "path": "a"}], "question": "a", "answers": [{"answer": "b"}]},
+    {"images": [{"bytes": picture()}], "query": "a", "answer": ["b"], "answers": {"answer": ["b"]}},
+    {"question": "a", "choices": ["a", "b"], "answer": 1, "label": 2.5},
+    {"question": "a", "options": ["a", "b"], "label": ["B"], "task": "c"},
+    {"images": [{"path": "a.png"}], "texts": [{"user": "a", "assistant": "b"}]},
+    {"image": picture(), "texts": {"user": ["a", "b"], "assistant": ["c", "d"]}},
+    {"image": "a.png", "conversations": [{"from": "human", "value": "a"}]},
+    {
+        "images": [{"bytes": picture()}],
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "index": 0, "text": None}]},
+            {"role": "assistant", "content": [{"type": "text", "index": None, "text": "a"}]},
+        ],
+    },
+)
+
+
+def with_nulls(value: Any, rng: random.Random) -> Any:
+    """The same value with some of its parts, at any depth, null or left out."""
+    if rng.random() < 0.1:
+        return None
+    if isinstance(value, dict):
+        return {key: with_nulls(part, rng) for key, part in value.items()}
+    if isinstance(value, list):
+        return [with_nulls(part, rng) for part in value if rng.random() < 0.9]
+    return rng.choice((-1, 7)) if isinstance(value, int) and rng.random() < 0.2 else value
+
+
+@examples(500)
+@given(st.integers(0, 2**63).map(random.Random))
+def test_nulls_anywhere_are_a_sample_or_a_reason(rng: random.Random) -> None:
+    filled = rng.choice(FILLED)
+    columns = [
+        Column(name, table_files._form(pa.infer_type([filled[name]])), "") for name in filled
+    ]
+    roles = find_roles(columns, {}, "a.parquet")
+    row = {name: with_nulls(value, rng) for name, value in filled.items()}
+    try:
+        sample = to_sample(row, roles, INPUTS)
+    except (ValueError, MalformedError) as error:
+        assert str(error).startswith(("its ", "has a json", "it has ", "the question has")), error
+    else:
+        assert all(isinstance(image, bytes | str) and image for image in sample.images)
 
 
 @examples(100)
