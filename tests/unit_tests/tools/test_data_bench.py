@@ -2,8 +2,10 @@
 
 import io
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -93,6 +95,34 @@ def test_the_slow_stage_is_named(
     path = dataset(tmp_path / "data", SLOW[stage])
     flags = ("--shuffle-buffer-size", "0", "--seq-length", "400000")
     assert bench(capsys, path, "--samples", "6", *flags)["limit"] == stage
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"),
+    [
+        ("pack", "megatron_mimo.data.loader.sequences.plan_round"),
+        ("collate", "megatron_mimo.data.loader.stream_loader.collate_packed"),
+    ],
+)
+def test_a_delay_counts_for_the_stage_that_has_it(
+    stage: str,
+    step: str,
+    digits: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No data make these two slow, so that a delay is added to what each of them calls."""
+    undelayed, delays = resolve_name(step), []
+
+    def delayed(*args: Any) -> Any:
+        delays.append(0.02)
+        time.sleep(0.02)
+        return undelayed(*args)
+
+    monkeypatch.setattr(step, delayed)
+    flags = ("--seq-length", "128", "--packing-buffer-size", "10")
+    found = bench(capsys, digits, "--samples", str(SAMPLES), *flags)
+    assert found["stage_seconds"][stage] >= sum(delays) > 0
 
 
 def test_what_is_said(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
