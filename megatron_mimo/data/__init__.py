@@ -14,7 +14,6 @@ if TYPE_CHECKING:
         MockItems,
         OneRunItems,
         PackedInput,
-        placeholders,
     )
     from megatron_mimo.data.loader.batch import (
         Microbatch,
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
     from megatron_mimo.data.role import DataRole, SourceRole, data_role
     from megatron_mimo.data.samples.sample import RawSample
     from megatron_mimo.data.text.conversation import Turn
-    from megatron_mimo.data.text.prompt import check_prompt_format
-    from megatron_mimo.data.text.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
+    from megatron_mimo.data.text.prompt import tokenizer_for
+    from megatron_mimo.data.text.tokenizer import ByteTokenizer, Tokenizer
 
 __all__ = [
     "BrokenItemError",
@@ -59,11 +58,9 @@ __all__ = [
     "Turn",
     "build_eval_loader",
     "build_list_loader",
-    "build_tokenizer",
     "build_train_loader",
-    "check_prompt_format",
     "data_role",
-    "placeholders",
+    "tokenizer_for",
 ]
 
 _HOMES = {
@@ -77,7 +74,6 @@ _HOMES = {
         "MockItems",
         "OneRunItems",
         "PackedInput",
-        "placeholders",
     ),
     "role": ("DataRole", "SourceRole", "data_role"),
     "loader.batch": ("Microbatch", "StepData", "StepLoader", "TextBatch"),
@@ -90,8 +86,8 @@ _HOMES = {
     "loader.trace": ("SampleTrace",),
     "samples.sample": ("RawSample",),
     "text.conversation": ("Turn",),
-    "text.prompt": ("check_prompt_format",),
-    "text.tokenizer": ("ByteTokenizer", "Tokenizer", "build_tokenizer"),
+    "text.prompt": ("tokenizer_for",),
+    "text.tokenizer": ("ByteTokenizer", "Tokenizer"),
 }
 
 

@@ -15,7 +15,7 @@ from megatron_mimo.config.flags import from_values
 from megatron_mimo.config.model_file import HUGGING_FACE, table_size
 from megatron_mimo.config.resolve import Resolved, resolve
 from megatron_mimo.config.sections import TrainConfig
-from megatron_mimo.data import Tokenizer, build_tokenizer, check_prompt_format, placeholders
+from megatron_mimo.data import Tokenizer, tokenizer_for
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.data.text.tokenizer import read_image_tokens
 from megatron_mimo.media.images.input import tag_type
@@ -111,8 +111,7 @@ def read_run(
     if tokenizer_model is not None:
         flags["tokenizer_model"] = tokenizer_model
     resolved = resolve(from_values(flags, where), 1)
-    tokenizer = build_tokenizer(resolved.model.tokenizer_model, placeholders(resolved.data.inputs))
-    check_prompt_format(resolved.data, tokenizer)
+    tokenizer = tokenizer_for(resolved.data, resolved.model.tokenizer_model)
     return Run(
         path=path,
         is_checkpoint=is_checkpoint,

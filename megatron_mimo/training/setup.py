@@ -20,11 +20,9 @@ from megatron_mimo.data import (
     StepLoader,
     Tokenizer,
     build_eval_loader,
-    build_tokenizer,
     build_train_loader,
-    check_prompt_format,
     data_role,
-    placeholders,
+    tokenizer_for,
 )
 from megatron_mimo.data.loader.share import SharedLoader, build_reading_group
 from megatron_mimo.data.loader.stream_loader import StreamLoader
@@ -78,8 +76,7 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
             checkpoint is damaged or of another model.
     """
     model, data = resolved.model, resolved.data
-    tokenizer = build_tokenizer(model.tokenizer_model, placeholders(data.inputs))
-    check_prompt_format(data, tokenizer)
+    tokenizer = tokenizer_for(data, model.tokenizer_model)
     roles = [data_role(resolved.layout, rank) for rank in range(resolved.layout.world_size)]
     role = roles[context.rank]
     readers = build_reading_group(roles, context.rank)

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.inputs import Layout
+from megatron_mimo.data.inputs import Layout, placeholders
 from megatron_mimo.data.text.chat_template import ChatTemplate, Span, write_chat
 from megatron_mimo.data.text.conversation import Turn
 from megatron_mimo.data.text.parts import template_of
 from megatron_mimo.data.text.placeholders import require_no_tokens, write_inline
-from megatron_mimo.data.text.tokenizer import ByteTokenizer, Spelled, Tokenizer
+from megatron_mimo.data.text.tokenizer import ByteTokenizer, Spelled, Tokenizer, build_tokenizer
 
 # Module -> how each of its items is written, in the order of its placeholders.
 Layouts = Mapping[str, Sequence[Layout]]
@@ -211,6 +211,21 @@ def _written(layout: Layout, token: int, marks: Mapping[str, list[int]]) -> list
     for piece in layout:
         tokens += [token] * piece if isinstance(piece, int) else marks[piece]
     return tokens
+
+
+def tokenizer_for(config: DataConfig, path: str | None) -> Tokenizer:
+    """The tokenizer that writes the prompts of the settings.
+
+    Args:
+        config: Prompt format and kinds of items.
+        path: Path to the folder of a Hugging Face tokenizer; None for the byte tokenizer.
+
+    Raises:
+        ValueError: The folder has no tokenizer, or this does not support the settings.
+    """
+    tokenizer = build_tokenizer(path, placeholders(config.inputs))
+    check_prompt_format(config, tokenizer)
+    return tokenizer
 
 
 def check_prompt_format(config: DataConfig, tokenizer: Tokenizer) -> None:

@@ -21,9 +21,8 @@ from megatron_mimo.config.sections import (
     TrainConfig,
 )
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.inputs import placeholders
-from megatron_mimo.data.text.prompt import check_prompt_format
-from megatron_mimo.data.text.tokenizer import Tokenizer, build_tokenizer
+from megatron_mimo.data.text.prompt import tokenizer_for
+from megatron_mimo.data.text.tokenizer import Tokenizer
 from megatron_mimo.modules.families import adapter_of
 from megatron_mimo.settings import File, Number, Switch, Within
 from megatron_mimo.settings.ranges import MOST_SAMPLES
@@ -119,9 +118,7 @@ def settings(path: str, train: TrainConfig) -> tuple[DataConfig, Tokenizer]:
     )
     resolved = resolve(needed, world_size=1)
     model, data = resolved.model, resolved.data
-    tokenizer = build_tokenizer(model.tokenizer_model, placeholders(data.inputs))
-    check_prompt_format(data, tokenizer)
-    return data, tokenizer
+    return data, tokenizer_for(data, model.tokenizer_model)
 
 
 def _of_one_stage(model: ModelSection, folder: str | None) -> ModelSection:

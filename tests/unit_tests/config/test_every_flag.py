@@ -330,7 +330,7 @@ class _Noting:
             mock.patch.object(main, "LeaveRequest", self._leave_request),
             mock.patch.object(main, "gc"),
             mock.patch.object(setup, "build_runner", self._build_runner),
-            mock.patch.object(setup, "build_tokenizer", self._build_tokenizer),
+            mock.patch.object(setup, "tokenizer_for", self._tokenizer_for),
             mock.patch.object(setup, "SampleTrace", self._sample_trace),
             mock.patch.object(setup, "load_nemotron", self._load("nemotron")),
             mock.patch.object(setup, "load_vision", self._load("vision")),
@@ -377,7 +377,7 @@ class _Noting:
         self.found["runner"] = {"build": build, "config": config}
         return MagicMock()
 
-    def _build_tokenizer(self, folder: str | None, placeholders: dict[str, str]) -> Any:
+    def _tokenizer_for(self, config: Any, folder: str | None) -> Any:
         from megatron_mimo.data import ByteTokenizer
 
         self.found["tokenizer"] = {"folder": folder}

@@ -144,16 +144,12 @@ def read_tokenizer(resolved: Resolved, vocab_size: int | None) -> tuple["Tokeniz
     Raises:
         ValueError: The tokenizer is missing, or cannot write the prompts.
     """
-    from megatron_mimo.data import build_tokenizer, check_prompt_format, placeholders
+    from megatron_mimo.data import tokenizer_for
 
-    data = resolved.data
+    data, path = resolved.data, resolved.model.tokenizer_model
     if vocab_size is not None:
-        return build_tokenizer(None, placeholders(data.inputs)), replace(
-            data, prompt_format="plain"
-        )
-    tokenizer = build_tokenizer(resolved.model.tokenizer_model, placeholders(data.inputs))
-    check_prompt_format(data, tokenizer)
-    return tokenizer, data
+        data, path = replace(data, prompt_format="plain"), None
+    return tokenizer_for(data, path), data
 
 
 def build(
