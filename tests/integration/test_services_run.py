@@ -1,13 +1,13 @@
 """Whole runs that record in W&B and MLflow, offline, compared with TensorBoard tag by tag."""
 
 import json
-import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +113,7 @@ def test_every_tag_is_that_of_tensorboard_also_after_a_start_in_the_middle(tmp_p
     assert '"train-iters": "12"' in in_mlflow(tmp_path).config["changed after iteration 4"]
 
 
-def services(process: subprocess.Popen[str]) -> Iterator[psutil.Process]:
+def services(process: subprocess.Popen[bytes]) -> Iterator[psutil.Process]:
     """Processes that record for a run, and what they have started."""
     for child in psutil.Process(process.pid).children(recursive=True):
         line = " ".join(child.cmdline())
@@ -121,24 +121,36 @@ def services(process: subprocess.Popen[str]) -> Iterator[psutil.Process]:
             yield child
 
 
-def wait_for_iteration(process: subprocess.Popen[str], number: int) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith(f" iteration {number:8d}/"):
-            return
-    pytest.fail("the run has ended")
+def last_iteration(folder: Path) -> int:
+    """The last one that a run has logged; 0 before the first."""
+    path = folder / "tb/metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return int(json.loads(lines[-1])["iteration"]) if lines else 0
+
+
+@contextmanager
+def training(folder: Path, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A run that has logged its first iterations and goes on; what it says is in `said`."""
+    with (
+        (folder / "said").open("wb") as said,
+        subprocess.Popen(
+            command(folder, "--train-iters", "100000", *flags),
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        ) as process,
+    ):
+        try:
+            while last_iteration(folder) < 4:
+                assert process.poll() is None, (folder / "said").read_text()
+                time.sleep(0.2)
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_killed_rank_leaves_no_process_and_a_run_that_has_failed(tmp_path: Path) -> None:
-    flags = "--train-iters", "100000"
-    with subprocess.Popen(
-        command(tmp_path, *flags),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        wait_for_iteration(process, 4)
+    with training(tmp_path) as process:
         started = list(services(process))
         recorder = next(one for one in started if "recorder" in " ".join(one.cmdline()))
         assert len(started) >= 3
@@ -147,8 +159,6 @@ def test_a_killed_rank_leaves_no_process_and_a_run_that_has_failed(tmp_path: Pat
         rank = recorder.parent()
         assert rank is not None
         rank.kill()
-        assert process.stdout is not None
-        process.stdout.read()
         assert process.wait(timeout=60) == 1
         _, alive = psutil.wait_procs(started, timeout=20)
         assert not alive
@@ -160,37 +170,20 @@ def test_a_killed_rank_leaves_no_process_and_a_run_that_has_failed(tmp_path: Pat
 def test_a_database_that_is_locked_for_a_while_stops_no_run_and_lacks_nothing(
     tmp_path: Path,
 ) -> None:
-    with subprocess.Popen(
-        command(tmp_path, "--train-iters", "100000", "--exit-signal-handler"),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        wait_for_iteration(process, 4)
-        recorder = next(services(process))
-        rank = recorder.parent()
+    with training(tmp_path, "--exit-signal-handler") as process:
+        rank = next(services(process)).parent()
         assert rank is not None
         with sqlite3.connect(tmp_path / "mlflow.db", timeout=30) as database:
             database.execute("BEGIN EXCLUSIVE")
-            last = wait_for_seconds(process, tmp_path, 45)
-        os.kill(rank.pid, signal.SIGTERM)
-        said = process.communicate(timeout=120)[1]
-    assert last > 20
-    assert process.returncode == 0, said
+            before = last_iteration(tmp_path)
+            while "MLflow: takes no curves" not in (tmp_path / "said").read_text():
+                assert process.poll() is None
+                time.sleep(0.2)
+            during = last_iteration(tmp_path)
+        rank.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0
+    said = (tmp_path / "said").read_text()
+    assert during - before >= 10
     assert said.count("MLflow: takes no curves at iteration") == 1
-    assert "database is locked" in said and "lacks" not in said
+    assert "database is locked" in said and "MLflow: lacks" not in said
     check_equal(in_mlflow(tmp_path).curves, in_tensorboard(tmp_path))
-
-
-def wait_for_seconds(process: subprocess.Popen[str], folder: Path, seconds: float) -> int:
-    """Let the run go on for a while; returns the last iteration that it has logged."""
-    assert process.stdout is not None
-    os.set_blocking(process.stdout.fileno(), False)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        process.stdout.read()
-        time.sleep(0.2)
-    os.set_blocking(process.stdout.fileno(), True)
-    lines = (folder / "tb/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return int(json.loads(lines[-1])["iteration"])

@@ -29,6 +29,7 @@ _FOREIGN = {
     *("label", "ntasks-per-node"),  # srun
     "model",  # lmms-eval
     *("local-dir", "repo-type"),  # hf
+    "backend-store-uri",  # MLflow
     *("apply-layernorm-1p", "no-build-isolation", "pid"),  # Megatron-LM, pip, py-spy
 }
 _ONE_RANK = "examples/mimo/train_hetero.py"
