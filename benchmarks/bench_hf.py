@@ -16,7 +16,7 @@ computed on both on the other.
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,8 @@ class Ours:
                 mine.append(sample.image)
         grids = [sample.image.get("image_grid_thw") for sample in self._samples]
         if grids[0] is not None:
-            text.facts["image_grid_thw"] = torch.cat([grid for grid in grids if grid is not None])
+            grid = torch.cat([one for one in grids if one is not None])
+            text = replace(text, facts={"image_grid_thw": grid})
         images = ProcessedImages(
             names=tuple(mine[0]),
             tensors=tuple(torch.cat([image[name] for image in mine]) for name in mine[0]),

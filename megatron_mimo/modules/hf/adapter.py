@@ -111,7 +111,7 @@ class HfEncoderAdapter(SourceAdapter[HfEncoderConfig, TowerWork]):
         model = meta_model(config.vision.description)
         plan = tower_plan(model, config.family)
         with _flag(flags["tp"], sizes["tp"]):
-            check_division(encoder_only(model), plan, sizes["tp"])
+            check_division(encoder_only(model, config.family), plan, sizes["tp"])
 
     def check_stages(self, config: HfEncoderConfig, number: int) -> None:
         """Refuse several stages.
