@@ -4,6 +4,7 @@ The layers stay in a list of full length: those of other stages are identities, 
 has the number by which the model chooses its mask, its rotary embedding and its name.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -51,7 +52,11 @@ def meta_model(description: str) -> Any:
 
     kind = getattr(transformers, family_from(description).model_class)
     with torch.device("meta"):
-        return kind._from_config(whole_config(description), dtype=torch.float32)
+        return kind._from_config(
+            # Models keep their configuration, and change it.
+            deepcopy(whole_config(description)),
+            dtype=torch.float32,
+        )
 
 
 def is_tied(model: Any) -> bool:

@@ -75,7 +75,7 @@ class HfLanguage(ModuleStage):
         )
         stage = pg.pp.rank()
         model = language_stage(whole, architecture.family, bounds[stage], bounds[stage + 1])
-        self._has_linear_attention = divide_documents(model.get_submodule(LANGUAGE))
+        divide_documents(model.get_submodule(LANGUAGE))
         divide_experts(model.get_submodule(LANGUAGE), pg)
         divide(model, plan, pg.tp, num_experts=architecture.num_experts)
         cast(model, architecture.wide, context.params_dtype)
@@ -156,8 +156,7 @@ class HfLanguage(ModuleStage):
             arguments |= packed_arguments(
                 whole, self.architecture.family, documents, position_ids, arguments
             )
-            if self._has_linear_attention:
-                arguments[LENGTHS] = documents.lengths
+            arguments[LENGTHS] = documents.lengths
         if not self.pre_process:
             assert hidden is not None
             received = whole.get_submodule(LANGUAGE).embed_tokens

@@ -2,7 +2,8 @@
 
 Layers of attention see by positions where a document begins. What they do not see is done here:
 positions in images, masks by images, and linear attention, whose state goes on to the next
-document where no kernel stops it.
+document where no kernel stops it. Attention itself runs on each document alone: with a mask over
+the whole sequence it would compute all pairs of its tokens, and drop most of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,22 +16,65 @@ from megatron_mimo.kernels.packed import PackedSegments
 from megatron_mimo.modules.hf.family import Family
 
 LENGTHS = "document_lengths"
-"""Name of the argument of forward by which layers of linear attention get lengths."""
+"""Name of the argument of forward by which layers get the lengths of documents."""
+_ATTENTION = "megatron_mimo_documents"
 
 
-def divide_documents(language: nn.Module) -> bool:
-    """Let every layer of linear attention run on one document after the other.
+def divide_documents(language: Any) -> None:
+    """Let every layer of attention run on one document after the other.
 
     Args:
         language: Language model; its layers then read the argument `LENGTHS` where it is given.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    for layer in _linear_attention(language):
+        layer.forward = _PerDocument(layer.forward)
+    if language.config._attn_implementation != "sdpa":
+        return  # Kernels for packed sequences read where documents begin from positions.
+    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+    language.config._attn_implementation = _ATTENTION
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention by torch's kernels, on each document alone where there are several.
+
+    Args:
+        module: Layer of attention.
+        query: Queries [B, heads, S, width].
+        key: Keys [B, heads, S, width].
+        value: Values [B, heads, S, width].
+        attention_mask: Mask [B, 1, S, S]; None for a causal one.
+        arguments: Further arguments of `sdpa_attention_forward`, and `LENGTHS`.
 
     Returns:
-        Whether there are such layers, so that the argument has to be given.
+        Output [B, S, heads, width], and no weights.
     """
-    found = list(_linear_attention(language))
-    for layer in found:
-        layer.forward = _PerDocument(layer.forward)
-    return bool(found)
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    lengths = arguments.pop(LENGTHS, None)
+    if lengths is None:
+        whole: Tensor = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **arguments
+        )[0]
+        return whole, None
+    pieces, start = [], 0
+    for length in lengths:
+        here = slice(start, start + length)
+        mask = None if attention_mask is None else attention_mask[..., here, here]
+        queries, keys, values = query[:, :, here], key[:, :, here], value[:, :, here]
+        pieces.append(sdpa_attention_forward(module, queries, keys, values, mask, **arguments)[0])
+        start += length
+    return torch.cat(pieces, dim=1), None
 
 
 def _linear_attention(language: nn.Module) -> Iterator[Any]:
