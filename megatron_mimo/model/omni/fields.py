@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_mimo.media.images import ImageConfig, ImageInput
 from megatron_mimo.modules.gpt.config import GptConfig
+from megatron_mimo.modules.hf.config import HfEncoderConfig, HfLanguageConfig
 from megatron_mimo.modules.hybrid.config import HybridConfig
 from megatron_mimo.modules.projector.config import ProjectorConfig
 from megatron_mimo.modules.radio.config import RadioConfig, RadioModuleConfig
@@ -170,6 +171,9 @@ FAMILIES: Mapping[type[Any], str | None] = {
     RadioModuleConfig: None,
     HybridConfig: None,
     GptConfig: "a dense decoder as its language model, which is a hybrid of Mamba-2 and attention",
+    # Runs of these become folders of the model that they began from.
+    HfEncoderConfig: "the encoder of another model",
+    HfLanguageConfig: "the language model of another model",
 }
 """Architecture of a module -> what the class would need to have it; None for those that it has."""
 
