@@ -166,14 +166,24 @@ class Steps:
         from megatron_mimo.data.reading.stream import IndexedStream
         from megatron_mimo.data.samples.sample import EncodedSample
 
-        config = DataConfig(
+        # A lane takes its documents one after the other, as it takes samples of one microbatch.
+        singles = DataConfig(
             seed=1,
             seq_length=length,
-            micro_batch_size=micro,
-            global_batch_size=batch // documents,
-            packing_buffer_size=None if documents == 1 else documents,
+            micro_batch_size=micro * documents,
+            global_batch_size=batch,
             inputs={"encoder": Images(name)},
         )
+        config = singles
+        if documents > 1:
+            config = replace(
+                singles,
+                provider="energon",  # Others do not pack; nothing is read from the path.
+                path="dataset",
+                micro_batch_size=1,
+                global_batch_size=batch // documents,
+                packing_buffer_size=documents,
+            )
         texts = samples(name)
 
         def make(index: int) -> EncodedSample:
@@ -187,11 +197,8 @@ class Steps:
             )
 
         role = data_role(chosen, rank)
-        # A lane takes its documents one after the other, as it takes samples of one microbatch.
-        singles = replace(config, micro_batch_size=documents, global_batch_size=batch)
-        drawn = config if documents == 1 else singles
         streams: dict[int, Any] = {
-            lane: IndexedStream(make, lane, role.num_lanes, drawn) for lane in role.lanes
+            lane: IndexedStream(make, lane, role.num_lanes, singles) for lane in role.lanes
         }
         if documents > 1:
             streams = {lane: Joined(stream, documents) for lane, stream in streams.items()}
@@ -283,6 +290,7 @@ def runner_of(
     overrides: Any = (),
     dtype: str = "float32",
     recompute: bool = False,
+    length: int = LENGTH,
 ) -> Any:
     """This rank's runner with the weights of a folder.
 
@@ -293,6 +301,7 @@ def runner_of(
         overrides: Values of `--override`.
         dtype: Dtype of the run.
         recompute: Whether the language model computes its layers again in the backward.
+        length: Number of tokens of a sequence.
     """
     import torch
 
@@ -317,7 +326,7 @@ def runner_of(
             seed=1,
             init="megatron",
             vocab_size=found.vocab_size,
-            seq_length=LENGTH,
+            seq_length=length,
             sequence_parallel=False,
         ),
         AdamConfig(
@@ -411,6 +420,7 @@ def first_gradients(
     *,
     frozen: Any = (),
     overrides: Any = (),
+    length: int = LENGTH,
     build: Mapping[str, Any] = MappingProxyType({}),
     **loader: Any,
 ) -> "dict[str, Tensor]":
@@ -423,6 +433,7 @@ def first_gradients(
         batch: Number of samples of the step.
         frozen: Names of parts that do not train.
         overrides: Values of `--override`.
+        length: Number of tokens of a sequence.
         build: Other arguments of `runner_of`.
         loader: Other arguments of `Steps`.
     """
@@ -432,8 +443,9 @@ def first_gradients(
     from megatron_mimo.optim.mimo_optimizer import finalize_gradients
     from megatron_mimo.training.step import agree
 
-    runner = runner_of(folder, chosen, frozen=frozen, overrides=overrides, **build)
-    data = Steps(name, chosen, dist.get_rank(), batch=batch, **loader).next_step()
+    runner = runner_of(folder, chosen, frozen=frozen, overrides=overrides, length=length, **build)
+    rank = dist.get_rank()
+    data = Steps(name, chosen, rank, batch=batch, length=length, **loader).next_step()
     agreement = agree(runner, data, "the first step")
     for replica in runner.model.replicas:
         replica.zero_grad()
