@@ -161,7 +161,8 @@ class HfLanguage(ModuleStage):
             assert hidden is not None
             received = whole.get_submodule(LANGUAGE).embed_tokens
             assert isinstance(received, Received)
-            received.hidden = hidden.transpose(0, 1)
+            # Contiguous, as what an embedding gives: some layers take a view of it.
+            received.hidden = hidden.transpose(0, 1).contiguous()
         if not self.post_process:
             output: Tensor = whole.model(**arguments).last_hidden_state
             return output.transpose(0, 1)
