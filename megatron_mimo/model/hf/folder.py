@@ -61,10 +61,6 @@ def read_hf(folder: WeightFolder) -> HfFolder:
             f"{where}: quantization_config is there, only weights that are not quantized are "
             f"supported"
         )
-    try:
-        dtype = stored_dtype(found)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
     text = describe(found)
     whole = whole_config(text)
     language = whole.get_text_config()
@@ -90,7 +86,7 @@ def read_hf(folder: WeightFolder) -> HfFolder:
         seq_length=int(getattr(language, "max_position_embeddings", 4096)),
         image_token_id=image_token_id,
         ends=_ends(folder.path),
-        dtype=dtype,
+        dtype=stored_dtype(found),
     )
 
 

@@ -22,7 +22,6 @@ from megatron_mimo.weights.shards import is_expert, shard_spans, sharded_axis
 
 PIECE = 16 * 2**20
 """Bytes of memory of the pieces in which a weight is read."""
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,19 +259,10 @@ def _placed(spans: Spans, most: int | None = None) -> Iterator[tuple[int, int, i
 
 
 def stored_dtype(description: Mapping[str, Any]) -> str | None:
-    """Name of the dtype of weights that a config.json says; None if it does not.
-
-    Raises:
-        ValueError: It is none that weights are trained in.
-    """
-    text = description.get("text_config") or {}
-    for section, where in ((description, ""), (text, "text_config.")):
-        for name in ("dtype", "torch_dtype"):
-            said = section.get(name)
-            if said is None:
-                continue
-            if said not in DTYPES:
-                raise ValueError(f"{where}{name} is {said!r}, expected {', '.join(DTYPES)}")
+    """Name of the dtype of weights that a config.json says, maybe of its text alone, or None."""
+    for section in (description, description.get("text_config") or {}):
+        said = section.get("dtype") or section.get("torch_dtype")
+        if said is not None:
             return str(said)
     return None
 
