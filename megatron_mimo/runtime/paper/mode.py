@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from megatron_mimo.runtime.paper.contents import Contents
 from megatron_mimo.runtime.paper.memory import DeviceBytes
 from megatron_mimo.runtime.paper.traffic import Traffic
 
@@ -18,17 +19,20 @@ _HOST = torch.device("cpu")
 class PaperMode(TorchDispatchMode):
     """Sees every operation of a paper rank, in forward, in backward and in the optimizer.
 
-    Numbers that are read back from the device are ones: finite, positive, and true.
+    Numbers that are read back from the device are ones: finite, positive, and true; but integers
+    that follow from the data and from sizes are what they are.
 
     Attributes:
         traffic: What was exchanged; replace it to begin anew.
         memory: What is held on the device.
+        contents: What is in its integers, where it is known.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.traffic = Traffic()
         self.memory = DeviceBytes()
+        self.contents = Contents()
 
     def __torch_dispatch__(
         self,
@@ -40,14 +44,22 @@ class PaperMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             self.traffic.record(func._opname, args)
+            self.contents.forget(args)
             return _send_nothing(func, args, kwargs)
         if func is _aten._local_scalar_dense.default and args[0].is_meta:
-            return _one(args[0].dtype)
+            known = self.contents.of(args[0])
+            return _one(args[0].dtype) if known is None else known.item()
         if func is _aten._to_copy.default and _leaves(args[0], kwargs.get("device")):
-            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            known = self.contents.of(args[0])
+            dtype = kwargs.get("dtype") or args[0].dtype
+            return torch.ones(args[0].shape, dtype=dtype) if known is None else known.to(dtype)
         if func is _aten.copy_.default and _leaves(args[1], args[0].device):
-            return args[0].fill_(1)
-        result = func(*args, **kwargs)
+            known = self.contents.of(args[1])
+            return args[0].fill_(1) if known is None else args[0].copy_(known)
+        result = self.contents.ahead(func, args, kwargs)
+        if result is None:
+            result = func(*self.contents.choose(func, args), **kwargs)
+            self.contents.after(func, args, kwargs, result)
         self.memory.see(result)
         return result
 
