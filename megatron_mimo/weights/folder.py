@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -24,7 +25,7 @@ _TEMPLATES = "additional_chat_templates"
 class WeightFolder:
     """Reads a folder tensor by tensor; a tensor is read only when it is requested.
 
-    Use it in a `with` statement.
+    Files with weights may be absent as long as none of them is asked for. Use it in a `with` statement.
 
     Args:
         path: Path to the folder.
@@ -45,7 +46,6 @@ class WeightFolder:
         self._prefix = ""
         self._beside: Mapping[str, str] = {}
         self._files: dict[str, Any] = {}
-        self._where = dict(self._locate())
 
     def __enter__(self) -> "WeightFolder":
         return self
@@ -90,6 +90,16 @@ class WeightFolder:
         }
         part._where |= {ours: self._where[at] for ours, at in beside.items() if at in self._where}
         return part
+
+    @cached_property
+    def _where(self) -> dict[str, str]:
+        """Each tensor's name -> its file."""
+        return dict(self._locate())
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is any file with weights."""
+        return any(self.path.glob("*.safetensors"))
 
     @property
     def names(self) -> frozenset[str]:
@@ -150,7 +160,6 @@ class WeightFolder:
         return self._file(self._where[name]).get_slice(self.full_name(name))
 
     def _locate(self) -> Iterator[tuple[str, str]]:
-        """Each tensor's name and file."""
         index = self.path / _INDEX
         if not index.exists():
             for name in self._file(_SINGLE).keys():

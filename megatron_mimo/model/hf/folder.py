@@ -47,6 +47,9 @@ class HfFolder:
 def read_hf(folder: WeightFolder) -> HfFolder:
     """Read the architecture that a folder holds.
 
+    Weights are looked at only for those that are stored in float32 although the folder is in
+    another dtype; a folder without any, of which a run on paper is to be made, has none of them.
+
     Raises:
         ValueError: The folder holds another kind of model, or one with unsupported parts; the
             message names the field.
@@ -71,7 +74,7 @@ def read_hf(folder: WeightFolder) -> HfFolder:
             f"{where}: {family.image_token} is {image_token_id!r}, expected a token from 0 to "
             f"{language.vocab_size - 1}"
         )
-    wide = wide_weights(folder, found, meta_model(text))
+    wide = wide_weights(folder, found, meta_model(text)) if folder.has_weights else ()
     tower = HfTowerConfig(description=text, wide=wide)
     return HfFolder(
         path=folder.path,

@@ -2,8 +2,9 @@
 
 Models read some of their integers back, or choose elements by them: the sides of images, the places
 of image tokens, positions. Such tensors have a twin on the host, with the same content, for as long
-as they live. Every operation on integers and truth values whose inputs are all known is done on the
-twins too; what comes of floating-point numbers stays unknown.
+as they live. Every operation whose inputs are all known is done on the twins too. What comes from
+weights and pixels stays unknown; floating-point numbers are known where they come from integers of
+the device, as the weights of averages over positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 _aten = torch.ops.aten
 _HOST, _DEVICE = torch.device("cpu"), torch.device("meta")
+# Elements of the largest tensor that is known: a mask of 8,192 tokens by as many.
+_MOST = 2**26
 # Operators that take truth values in the place of numbers of elements.
 _CHOOSING = ("index", "index_put", "index_put_", "_index_put_impl_")
 
@@ -76,16 +79,26 @@ class Contents:
             result: Its result on the device.
         """
         made = _tensors(result)
-        if not made or not all(tensor.is_meta and _is_whole(tensor) for tensor in made):
+        if not made or not all(tensor.is_meta for tensor in made):
             return
-        seeded = torch.Tag.nondeterministic_seeded in func.tags
-        if seeded or not self._knows(args, kwargs):
+        if not self._follows(func, args, kwargs, made):
             if func._schema.is_mutable:
                 self.forget(result)
             return
         found = self._on_host(func, args, kwargs)
         for tensor, twin in zip(made, _tensors(found), strict=True):
             self._twins[tensor] = twin
+
+    def _follows(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], made: Sequence[Tensor]
+    ) -> bool:
+        """Whether what was made is known from here on."""
+        if torch.Tag.nondeterministic_seeded in func.tags or not self._knows(args, kwargs):
+            return False
+        of_device = any(tensor.is_meta for tensor in _tensors((args, kwargs)))
+        return all(
+            (of_device or _is_whole(tensor)) and tensor.numel() <= _MOST for tensor in made
+        )
 
     def _made(self, twin: Tensor) -> Tensor:
         tensor = torch.empty_strided(twin.shape, twin.stride(), dtype=twin.dtype, device=_DEVICE)
