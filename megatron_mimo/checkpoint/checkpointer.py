@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from megatron_mimo.checkpoint import folder as folders
+from megatron_mimo.checkpoint.base import describe_adapters, require_same
 from megatron_mimo.checkpoint.collectives import check_whole, compare, listed, on_first_rank
 from megatron_mimo.checkpoint.config import LoadConfig, ReaderConfig, SaveConfig
 from megatron_mimo.checkpoint.loader_file import lanes_text, read_lanes
@@ -99,6 +100,7 @@ class Checkpointer:
         self._config = config
         self._readers = readers
         self._flags = dict(flags)
+        self._lora: dict[str, Any] | None = None
         self._group = dist.new_group(backend="gloo", group_desc="checkpoints")
         self._writer = ShardedWriter(dist.get_rank())
         self._copy = HostCopy()
@@ -136,6 +138,9 @@ class Checkpointer:
             progress.iteration,
             root,
         )
+        if self._lora is None:
+            # Once: the weights beside adapters do not change.
+            self._lora = _adapters(self._state)
         parts = self._what()
         contents = Contents(
             parts=self._copied(parts) if self._config.in_background else parts,
@@ -240,6 +245,8 @@ class Checkpointer:
                 name: _sizes(grid) for name, grid in self._state.topology.layout.modules.items()
             },
         }
+        if self._lora is not None:
+            common["lora"] = self._lora
         if not self._config.without_optimizer:
             common["optimizer"] = {
                 "step": self._state.optimizer.num_updates,
@@ -292,6 +299,7 @@ def load(state: TrainState, config: LoadConfig, *, trust: bool = False) -> Loade
     start = time.perf_counter()
     check_whole(folder, control)
     common = read_common(folder, trust=trust)
+    require_same(common.get("lora"), _adapters(state), folder)
     progress = _progress(common, folder)
     logger.info(
         "loading distributed checkpoint from %s at iteration %d", folder.parent, progress.iteration
@@ -340,6 +348,13 @@ def load(state: TrainState, config: LoadConfig, *, trust: bool = False) -> Loade
         time.perf_counter() - start,
     )
     return Loaded(progress, {"lanes": read_lanes(folder, trust=trust)})
+
+
+def _adapters(state: TrainState) -> dict[str, Any] | None:
+    """What a checkpoint says of the adapters of a run; None where it has none. Collective."""
+    if state.model.lora is None:
+        return None
+    return describe_adapters(state.model.lora, state.model.replicas, state.topology.control)
 
 
 def _progress(common: Mapping[str, Any], folder: Path) -> Progress:

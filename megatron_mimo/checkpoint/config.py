@@ -80,11 +80,14 @@ class FirstWeightsConfig:
             replaces it.
         load_vision_from: Megatron checkpoint whose vision encoder to begin with, its root or one
             iteration's folder; a checkpoint of --load replaces it.
+        load_base: Checkpoint of a run without adapters, its root or one iteration's folder, whose
+            weights --lora-rank adapts; they replace those of --load-hf.
     """
 
     load_hf: Folder = None
     load_nemotron_checkpoint: Folder = None
     load_vision_from: Folder = None
+    load_base: Annotated[Folder, OnlyWith("--lora-rank")] = None
 
     def __post_init__(self) -> None:
         given = [
@@ -96,6 +99,8 @@ class FirstWeightsConfig:
             )
             if path is not None
         ]
+        if self.load_base is not None and self.load_hf is None:
+            given.append(f"--load-base {self.load_base}")
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)}: expected at most one of them")
 

@@ -8,7 +8,7 @@ translates. Both embed patches with pixels in the order (channel, y, x), so no w
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from megatron_mimo.checkpoint import folder as folders
 from megatron_mimo.checkpoint.collectives import check_whole, compare, listed, on_first_rank
 from megatron_mimo.checkpoint.sharded_files import read
 from megatron_mimo.checkpoint.start import weights_of
-from megatron_mimo.checkpoint.tensors import reads
+from megatron_mimo.checkpoint.tensors import Replica, base_reads
 from megatron_mimo.modules.language.adapter import STORED_PREFIX
 from megatron_mimo.modules.radio.adapter import STORED_PREFIXES
 from megatron_mimo.optim.train_state import TrainState
@@ -91,8 +91,41 @@ def load_nemotron(state: TrainState, path: Path, *, trust: bool = False) -> None
         ValueError: There is no checkpoint, or it lacks tensors of the model; the message lists
             them.
     """
-    wanted = _PREFIXES if state.topology.layout.sources else (_LANGUAGE,)
-    _load(state, path, "--load-nemotron-checkpoint", wanted, roots=("",), trust=trust)
+    fill_nemotron(
+        state.model.replicas,
+        path,
+        state.topology.control,
+        text_alone=not state.topology.layout.sources,
+        trust=trust,
+    )
+    # The optimizer has copies of the initial weights.
+    state.optimizer.refresh_main_params()
+
+
+def fill_nemotron(
+    replicas: Iterable[Replica],
+    path: Path,
+    control: dist.ProcessGroup,
+    *,
+    text_alone: bool,
+    trust: bool = False,
+) -> None:
+    """As `load_nemotron`, for modules without an optimizer.
+
+    Args:
+        replicas: Modules on this rank.
+        path: Path to a root with a tracker, or to the folder of one iteration.
+        control: Group of the ranks.
+        text_alone: Whether the language model is the only module of the run.
+        trust: Whether files may run code.
+
+    Raises:
+        ValueError: There is no checkpoint, or it lacks tensors of the model; the message lists
+            them.
+    """
+    wanted = (_LANGUAGE,) if text_alone else _PREFIXES
+    flag = "--load-nemotron-checkpoint"
+    _load(replicas, path, control, flag, wanted, roots=("",), trust=trust)
 
 
 def load_vision(state: TrainState, path: Path, *, trust: bool = False) -> None:
@@ -108,19 +141,24 @@ def load_vision(state: TrainState, path: Path, *, trust: bool = False) -> None:
         ValueError: There is no checkpoint, or it lacks tensors of the vision encoder; the message
             lists them.
     """
-    _load(state, path, "--load-vision-from", (_VISION,), roots=("model.", ""), trust=trust)
+    replicas, control = state.model.replicas, state.topology.control
+    roots = ("model.", "")
+    _load(replicas, path, control, "--load-vision-from", (_VISION,), roots=roots, trust=trust)
+    # The optimizer has copies of the initial weights.
+    state.optimizer.refresh_main_params()
 
 
 def _load(
-    state: TrainState,
+    replicas: Iterable[Replica],
     path: Path,
+    control: dist.ProcessGroup,
     flag: str,
     modules: tuple[str, ...],
     *,
     roots: tuple[str, ...],
     trust: bool,
 ) -> None:
-    start, control = time.perf_counter(), state.topology.control
+    start = time.perf_counter()
     folder: Path = on_first_rank(control, lambda: weights_of(path, flag))
     # Our checkpoints have one, Megatron's have none.
     if on_first_rank(control, (folder / folders.CHECKSUMS).is_file):
@@ -132,15 +170,13 @@ def _load(
     foreign = {module: _is_foreign(tensors, f"{flag} {folder}", module) for module in modules}
     wanted = [
         _found(part, tensors, foreign=foreign[module])
-        for replica in state.model.replicas
-        for part in reads(replica)
+        for replica in replicas
+        for part in base_reads(replica)
         for module in modules
         if part.key.startswith(module)
     ]
     _require(wanted, tensors, f"{flag} {folder}", modules, control)
     read([replace(part, key=root + part.key) for part in wanted], described, trust=trust)
-    # The optimizer has copies of the initial weights.
-    state.optimizer.refresh_main_params()
     logger.info(
         "loaded %s of %s [ %.1f s ]",
         ", ".join(f"{root}{module}*" for module in modules),

@@ -40,6 +40,7 @@ def check_start(
     for flag, path in (
         ("--load-nemotron-checkpoint", first.load_nemotron_checkpoint),
         ("--load-vision-from", first.load_vision_from),
+        ("--load-base", first.load_base),
     ):
         if path is not None:
             weights_of(Path(path), flag)

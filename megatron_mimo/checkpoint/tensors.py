@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from megatron_mimo.checkpoint.marks import is_marked, marked_tensor
 from megatron_mimo.checkpoint.rectangles import rectangles
+from megatron_mimo.modules.lora.apply import ADAPTERS, LoraTree, lora_adapters
 from megatron_mimo.optim.state import ParamState
+from megatron_mimo.weights.shards import full_shape, shard_spans, sharded_axis
 
 # Prefix and names of the optimizer's tensors, as in megatron-core.
 OPTIMIZER_PREFIX = "optimizer.state."
@@ -49,6 +51,10 @@ class Replica(Protocol):
     @property
     def prefixes(self) -> Mapping[str, str]:
         """Beginning of a weight's name in the stage -> its beginning in checkpoints."""
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Beginnings of the names in the stage of weights that a checkpoint leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,14 @@ class LocalTensor:
 
 def local_tensors(replica: Replica) -> list[LocalTensor]:
     """Every weight and buffer of a module on this rank that a checkpoint has, in module order."""
+    found = [
+        local for local in base_tensors(replica) if not local.name.startswith(replica.left_out)
+    ]
+    return found + list(_lora_tensors(replica))
+
+
+def base_tensors(replica: Replica) -> list[LocalTensor]:
+    """Every weight and buffer of a module on this rank but those of adapters, in module order."""
     metadata = {"dp_cp_group": replica.groups.pg_collection.dp_cp}
     for module in replica.module.modules():
         # megatron-core looks for a global group where a module has none.
@@ -121,6 +135,36 @@ def local_tensors(replica: Replica) -> list[LocalTensor]:
         boxes = tuple(_boxes(entry, replica.prefixes))
         found.append(LocalTensor(name, data.detach(), data.requires_grad, boxes))
     return found
+
+
+def _lora_tensors(replica: Replica) -> Iterator[LocalTensor]:
+    """The weights of adapters, each a tensor of its own whatever the layout."""
+    groups = replica.groups.pg_collection
+    rank, size, replica_number = groups.tp.rank(), groups.tp.size(), groups.dp_cp.rank()
+    for path, adapter in lora_adapters(replica.module):
+        for name, weight in adapter.named_parameters():
+            whole, axis = full_shape(weight, size), sharded_axis(weight)
+            spans = [(0, whole[0])]
+            if axis is not None:
+                spans = shard_spans(whole[axis], weight, tp_rank=rank, tp_size=size)
+            boxes, start = [], 0
+            for first, last in spans:
+                shape, offset = list(weight.shape), [0, 0]
+                shape[axis or 0], offset[axis or 0] = last - first, first
+                boxes.append(
+                    Stored(
+                        key=stored_key(f"{ADAPTERS}.{path}.{name}", replica.prefixes),
+                        global_shape=tuple(whole),
+                        offset=tuple(offset),
+                        shape=tuple(shape),
+                        start=start,
+                        is_main=axis is not None or rank == 0,
+                        replica=replica_number,
+                    )
+                )
+                start += math.prod(shape)
+            local = f"{ADAPTERS}.{path}.{name}"
+            yield LocalTensor(local, weight.detach(), weight.requires_grad, tuple(boxes))
 
 
 def writes(replica: Replica, states: Mapping[int, ParamState]) -> list[ShardedTensor]:
@@ -185,6 +229,15 @@ def reads(replica: Replica) -> list[ShardedTensor]:
     ]
 
 
+def base_reads(replica: Replica) -> list[ShardedTensor]:
+    """As `reads`, of all weights [...] but those of adapters."""
+    return [
+        _tensor(box, local.data.view(-1), box.start)
+        for local in base_tensors(replica)
+        for box in local.stored
+    ]
+
+
 def stored_key(name: str, prefixes: Mapping[str, str]) -> str:
     """The key of a name in one of our modules.
 
@@ -221,6 +274,8 @@ def _sharded(
     for name, tensor in marked.items():
         result[f"{prefix}{name}"] = marked_tensor(f"{prefix}{name}", tensor, pg)
     for name, child in module.named_children():
+        if isinstance(child, LoraTree):
+            continue
         result |= _sharded(child, f"{prefix}{name}.", pg, metadata)
     return result
 

@@ -32,11 +32,13 @@ class WholeModule:
         module: The module.
         groups: Its groups.
         prefixes: Beginning of a weight's name in the module -> its beginning in checkpoints.
+        left_out: Beginnings of the names of weights that the checkpoint does not have.
     """
 
     module: nn.Module
     groups: SoloGroups
     prefixes: Mapping[str, str]
+    left_out: tuple[str, ...] = ()
 
 
 def load_whole(folder: Path, modules: Sequence[WholeModule], *, trust: bool = False) -> None:

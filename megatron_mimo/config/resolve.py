@@ -32,6 +32,7 @@ from megatron_mimo.config.learning_rate import (
     in_samples,
 )
 from megatron_mimo.config.loop_config import EvaluationConfig, LengthConfig, StopConfig
+from megatron_mimo.config.lora import adapters, check_base
 from megatron_mimo.config.model_file import Folder, read_folder
 from megatron_mimo.config.sections import (
     GridSection,
@@ -51,6 +52,7 @@ from megatron_mimo.model.hf import HfFolder
 from megatron_mimo.model.omni.config import OmniConfig, is_hybrid
 from megatron_mimo.modules.families import language_adapter, source_adapter
 from megatron_mimo.modules.language import ExecutionConfig
+from megatron_mimo.modules.lora.config import Lora
 from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
 from megatron_mimo.topology import Layout
 
@@ -72,6 +74,7 @@ class Resolved:
         architecture: Architecture of every module.
         execution: Recomputation, grouping and fusing in the language model.
         freeze: Names of the parts of modules that do not train.
+        lora: Adapters that train in place of weights; None for none.
         folder: Model of the folder of --load-hf; None without one.
         data: Settings of the data.
         adam: Settings of the optimizer, with the scale of the loss.
@@ -86,6 +89,7 @@ class Resolved:
     architecture: ModelConfig
     execution: ExecutionConfig
     freeze: Frozen
+    lora: Lora | None
     folder: Folder | None
     data: DataConfig
     adam: AdamConfig
@@ -191,6 +195,8 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     filled = _fill_defaults(config, layout, folder, architecture)
     check_sequence(layout, architecture, filled)
     freeze = frozen_parts(filled.model, architecture, layout.modules)
+    lora = adapters(filled.model.lora, architecture, freeze, layout.modules)
+    check_base(lora, filled.checkpoints.first_weights, filled.model.init)
     data = _data(filled, architecture, freeze)
     check_mock_items(data)
     data.num_microbatches(layout.num_lanes)
@@ -203,6 +209,7 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
         architecture=architecture,
         execution=language_execution(filled.model, architecture),
         freeze=freeze,
+        lora=lora,
         folder=folder,
         data=data,
         adam=replace(training.adam, loss_scale=scaling),

@@ -20,6 +20,7 @@ from megatron_mimo.config.loop_config import EvaluationConfig, LengthConfig, Sto
 from megatron_mimo.config.watch_config import WatchConfig
 from megatron_mimo.data.source import SourceConfig
 from megatron_mimo.model.reduce import ReduceConfig
+from megatron_mimo.modules.lora.config import LoraConfig
 from megatron_mimo.optim.config import AdamConfig, LossScaleConfig, ScheduleConfig
 from megatron_mimo.settings import (
     Choice,
@@ -165,6 +166,7 @@ class ModelSection:
         fp16: Whether parameters, activations and rows are float16, with scaled losses.
         fp32: Whether parameters, activations and rows are float32, as without --bf16 and --fp16.
         scaling: Scale of the loss in float16.
+        lora: Adapters that train in place of weights.
         init: Kind of initial weights: "megatron" draws from each rank's random stream,
             "topology-invariant" draws each parameter from (seed, name), whatever the layout.
     """
@@ -211,6 +213,7 @@ class ModelSection:
     fp16: Annotated[Switch, InsteadOf("--bf16")] = False
     fp32: Annotated[Switch, InsteadOf("--bf16", "--fp16")] = False
     scaling: Part[LossScaleConfig] = field(default_factory=LossScaleConfig)
+    lora: Part[LoraConfig] = field(default_factory=LoraConfig)
     init: Literal["megatron", "topology-invariant"] = "megatron"
 
 

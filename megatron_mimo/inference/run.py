@@ -41,6 +41,10 @@ TRAINING_ONLY = frozenset(
         "init",
     }
 )
+# Those by which a run with adapters finds the weights that it did not change.
+_OF_BASE = frozenset(
+    {"training-stage", "freeze-vit", "freeze-lm", "freeze-projection", "freeze", "init"}
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +156,12 @@ def _of_model(saved: Mapping[str, Any]) -> dict[str, Any]:
         for flag in declared(TrainConfig)
         if flag.path[0] == "model" and "scaling" not in flag.path
     }
-    names = (names - TRAINING_ONLY) | {"llm-only", "load-hf"}
+    if saved.get("lora_rank") is None:
+        names -= TRAINING_ONLY
+    else:
+        names -= TRAINING_ONLY - _OF_BASE | {"load-lora"}
+        names |= {"seed", "load-base", "load-nemotron-checkpoint"}
+    names |= {"llm-only", "load-hf"}
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in saved.items()

@@ -146,22 +146,40 @@ class ModelConfig:
             if name in frozen and place.module == module
         )
 
+    def of_module[T](self, module: str, by_part: Mapping[str, T]) -> dict[str, T]:
+        """What belongs to the parts of a module, by their names within it.
+
+        Args:
+            module: Name of the module.
+            by_part: Values by the names of parts of the model.
+        """
+        return {
+            place.part: by_part[name]
+            for name, place in self._places()
+            if name in by_part and place.module == module
+        }
+
     def trains(self, module: str, frozen: Frozen) -> bool:
         """Whether any part of a module trains; arguments and errors are those of `frozen_in`."""
         config = self.modules[module]
         return adapter_of(config).trains(config, self.frozen_in(module, frozen))
 
-    def prefixes(self) -> Mapping[str, Mapping[str, str]]:
+    def prefixes(self, *, lora: bool = False) -> Mapping[str, Mapping[str, str]]:
         """Module -> beginning of a weight's name in it -> its beginning in checkpoints.
 
         Where modules of one family would share names, those of each stand under the module's.
+
+        Args:
+            lora: Whether the modules have adapters of low rank.
         """
         found = {
             name: adapter_of(config).prefixes(config, name) for name, config in self.modules.items()
         }
         uses = Counter(stored for prefixes in found.values() for stored in prefixes.values())
+        beside = {module: {"lora.": f"lora.{module}."} if lora else {} for module in found}
         return {
-            module: {
+            module: beside[module]
+            | {
                 own: stored if uses[stored] == 1 else f"{module}.{stored}"
                 for own, stored in prefixes.items()
             }

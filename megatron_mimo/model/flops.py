@@ -7,7 +7,8 @@ from typing import Self
 from megatron_mimo.model.config import Frozen, ModelConfig
 from megatron_mimo.modules.adapter import FlopsContext
 from megatron_mimo.modules.families import adapter_of
-from megatron_mimo.modules.flops import Flops, Work
+from megatron_mimo.modules.flops import Flops, LoraLayers, Work
+from megatron_mimo.modules.lora.config import Lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ def model_flops(
     *,
     vocab_size: int,
     seq_length: int,
+    lora: Lora | None = None,
 ) -> ModelFlops:
     """Operations of a training step, module by module.
 
@@ -84,10 +86,12 @@ def model_flops(
         work: Work of the step.
         vocab_size: Number of tokens of the vocabulary, V.
         seq_length: Number of positions of a sequence, S.
+        lora: Adapters that train in place of weights; None for none.
 
     Raises:
         ValueError: The model has no such part.
     """
+    adapters = {} if lora is None else lora.targets
     rows_train = any(config.trains(name, frozen) for name in config.sources)
     found = {}
     for name, module in config.modules.items():
@@ -98,6 +102,11 @@ def model_flops(
             vocab_size=vocab_size,
             seq_length=seq_length,
             rows_train=rows_train,
+            lora={
+                part: LoraLayers(rank=lora.rank, layers=layers)
+                for part, layers in config.of_module(name, adapters).items()
+                if lora is not None
+            },
         )
         found[name] = adapter.flops(module, work.modules.get(name, adapter.work_type()), context)
     return ModelFlops(found)

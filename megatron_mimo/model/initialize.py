@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_mimo.weights.initial import Draw
+from megatron_mimo.modules.lora.apply import lora_adapters
+from megatron_mimo.weights.initial import Draw, Uniform
 from megatron_mimo.weights.names import separate_name, table_name
 from megatron_mimo.weights.shards import full_shape, is_expert, take_shard
 
@@ -50,6 +51,28 @@ def initialize_topology_invariant(
         draw.fill(full, _generator(seed, f"{name}.{drawn_by}"))
         shard = take_shard(full, parameter, tp_rank=group.rank(), tp_size=group.size())
         parameter.copy_(shard)
+
+
+@torch.no_grad()
+def initialize_lora(
+    module: nn.Module, *, name: str, seed: int, tp_group: dist.ProcessGroup
+) -> None:
+    """Draw each adapter's first factor from (seed, its name) alone; the second stays zero.
+
+    As peft draws it: `kaiming_uniform_(a=sqrt(5))`, between the roots of one over the inputs.
+
+    Args:
+        module: Module with adapters.
+        name: Prefix of the adapters' names, unique among modules.
+        seed: Seed of the run.
+        tp_group: Tensor-parallel group of the module.
+    """
+    for path, adapter in lora_adapters(module):
+        first, size = adapter.lora_A, tp_group.size()
+        full = torch.empty(full_shape(first, size), dtype=torch.float32)
+        bound = adapter.fan_in**-0.5
+        Uniform(-bound, bound).fill(full, _generator(seed, f"{name}.lora.{path}"))
+        first.copy_(take_shard(full, first, tp_rank=tp_group.rank(), tp_size=size))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from megatron_mimo.model.config import Frozen, ModelConfig, ReduceConfig, unknown
 from megatron_mimo.model.flow import gradient_flow
-from megatron_mimo.model.initialize import initialize_topology_invariant
+from megatron_mimo.model.initialize import initialize_lora, initialize_topology_invariant
 from megatron_mimo.modules.adapter import BuildContext, ModuleConfig
 from megatron_mimo.modules.families import adapter_of
 from megatron_mimo.modules.language import ExecutionConfig
+from megatron_mimo.modules.lora.apply import add_lora, base_names
+from megatron_mimo.modules.lora.config import Lora
 from megatron_mimo.modules.stage import ModuleStage
 from megatron_mimo.runtime import Device, seed_everything
 from megatron_mimo.schedule.graph import GradientFlow
@@ -38,6 +40,7 @@ class BuildConfig:
         sequence_parallel: Whether the language model's tp ranks divide the sequence among them.
         execution: Recomputation, grouping and fusing in the language model.
         reduce: Times at which its data-parallel ranks exchange gradients and weights.
+        lora: Adapters that train in place of weights; None for none.
     """
 
     params_dtype: torch.dtype
@@ -48,6 +51,7 @@ class BuildConfig:
     sequence_parallel: bool
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     reduce: ReduceConfig = field(default_factory=ReduceConfig)
+    lora: Lora | None = None
 
 
 class ModuleReplica:
@@ -58,6 +62,9 @@ class ModuleReplica:
         module: Stage without the wrapper for data parallelism.
         config: Architecture of the module.
         prefixes: Beginning of a weight's name in the stage -> its beginning in checkpoints.
+        left_out: Beginnings of the names of weights that checkpoints leave out, as a run with
+            adapters does not change them.
+        trains: Whether the module trains on this rank, or would with adapters of other layers.
         ddp: Wrapper with the gradient buffers; None when no part of the module trains.
     """
 
@@ -68,12 +75,19 @@ class ModuleReplica:
         config: ModuleConfig,
         prefixes: Mapping[str, str],
         reduce: ReduceConfig | None = None,
+        left_out: tuple[str, ...] = (),
+        *,
+        adapted: bool = False,
     ) -> None:
         self.groups = groups
         self.module = module
         self.config = config
         self.prefixes = prefixes
+        self.left_out = left_out
         self.ddp = _wrap(groups, module, reduce or ReduceConfig())
+        # Experts' balance has gradients in all stages of a module with adapters, or in none.
+        self.trains = adapted or self.ddp is not None
+        self.train()
 
     @property
     def name(self) -> str:
@@ -121,7 +135,7 @@ class ModuleReplica:
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation; a frozen module stays in evaluation."""
-        (self.ddp or self.module).train(mode and self.ddp is not None)
+        (self.ddp or self.module).train(mode and self.trains)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +151,7 @@ class MimoModel:
         row_dtype: Dtype of rows.
         device: Device of the tensors.
         sharding: Positions of a sequence that each rank of the language model holds.
+        lora: Adapters that train in place of weights; None for none.
     """
 
     modules: Mapping[str, ModuleReplica]
@@ -147,6 +162,7 @@ class MimoModel:
     row_dtype: torch.dtype
     device: torch.device
     sharding: SequenceSharding
+    lora: Lora | None = None
 
     @property
     def target(self) -> ModuleReplica | None:
@@ -195,7 +211,7 @@ def build_model(
         tp=target.tp,
         sequence_parallel=build.sequence_parallel and target.tp > 1,
     )
-    prefixes, built = config.prefixes(), {}
+    prefixes, built = config.prefixes(lora=build.lora is not None), {}
     # The language model comes last.
     for name in (*sources, target.name):
         groups, architecture = topology.modules.get(name), config.modules[name]
@@ -220,9 +236,18 @@ def build_model(
                 f"{type(module).__name__}: expected a ModuleStage"
             )
         _initialize(module, name, build, groups)
+        left_out: tuple[str, ...] = ()
+        if build.lora is not None:
+            left_out = _add_lora(module, name, config, frozen, build, groups)
         reduce = build.reduce if name == target.name else None
         built[name] = ModuleReplica(
-            groups, module.to(device.torch), architecture, prefixes[name], reduce
+            groups,
+            module.to(device.torch),
+            architecture,
+            prefixes[name],
+            reduce,
+            left_out,
+            adapted=build.lora is not None and bool(config.of_module(name, build.lora.targets)),
         )
     return MimoModel(
         modules={name: built[name] for name in topology.modules},
@@ -233,6 +258,7 @@ def build_model(
         row_dtype=build.params_dtype,
         device=device.torch,
         sharding=sharding,
+        lora=build.lora,
     )
 
 
@@ -280,12 +306,28 @@ def _initialize(module: ModuleStage, name: str, build: BuildConfig, groups: Modu
         )
 
 
+def _add_lora(
+    module: ModuleStage,
+    name: str,
+    config: ModelConfig,
+    frozen: Frozen,
+    build: BuildConfig,
+    groups: ModuleGroups,
+) -> tuple[str, ...]:
+    """Give a module its adapters; the beginnings of names that a checkpoint leaves out."""
+    lora, group = build.lora, groups.pg_collection.tp
+    assert lora is not None
+    targets = config.of_module(name, lora.targets)
+    add_lora(module, lora, targets, group)
+    initialize_lora(module, name=name, seed=build.seed, tp_group=group)
+    return base_names(module, config.frozen_in(name, frozen) | targets.keys())
+
+
 def _wrap(
     groups: ModuleGroups, module: ModuleStage, reduce: ReduceConfig
 ) -> DistributedDataParallel | None:
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trainable:
-        module.eval()
         return None
     dp_size = groups.pg_collection.dp_cp.size()
     bucket_size = _bucket_size(reduce, sum(map(torch.numel, trainable)), dp_size)

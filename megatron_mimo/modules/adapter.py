@@ -10,9 +10,10 @@ methods that build.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
-from megatron_mimo.modules.flops import Flops, Work
+from megatron_mimo.modules.flops import Flops, Linear, LoraLayers, Work
 from megatron_mimo.modules.language.config import ExecutionConfig
 from megatron_mimo.modules.projector.config import ProjectorConfig
 
@@ -101,6 +102,7 @@ class FlopsContext:
         vocab_size: Number of tokens of the vocabulary, V.
         seq_length: Number of positions of a sequence, S.
         rows_train: Whether a source trains, so that a language model computes gradients of rows.
+        lora: Part of the module -> the adapters that train in place of its weights.
     """
 
     row_width: int
@@ -108,6 +110,22 @@ class FlopsContext:
     seq_length: int
     frozen: frozenset[str] = frozenset()
     rows_train: bool = True
+    lora: Mapping[str, LoraLayers] = MappingProxyType({})
+
+    def trains(self, part: str) -> bool:
+        """Whether a part has gradients, of its weights or of adapters."""
+        return part not in self.frozen
+
+    def linear(self, part: str, *, backward: bool) -> "Linear":
+        """The count of a part's linear layers.
+
+        Args:
+            part: Name of the part.
+            backward: Whether their inputs have gradients.
+        """
+        lora = self.lora.get(part)
+        weight = self.trains(part) and lora is None
+        return Linear(weight=weight, inputs=backward, lora=lora)
 
 
 class ModuleAdapter[C: ModuleConfig, W: Work](ABC):
@@ -165,6 +183,20 @@ class ModuleAdapter[C: ModuleConfig, W: Work](ABC):
         result of `trains`, which is right for a module whose last stage has no part of its own.
         """
         return self.trains(config, frozen)
+
+    def linear_layers(
+        self, config: C, row_width: int
+    ) -> Mapping[str, Mapping[str, tuple[int, int]]]:
+        """Layers that may have adapters of low rank: part -> name -> widths of input and output.
+
+        A name is the last of a layer's path in the part, `shared_experts.` in front for those of
+        shared experts; layers of the same name have adapters together. By default there are none.
+
+        Args:
+            config: Architecture of the module.
+            row_width: Width of the language model, H.
+        """
+        return {}
 
     # Building
 

@@ -122,6 +122,52 @@ def product(rows: int, inner: int, outer: int, *, weight: bool, inputs: bool) ->
     return Flops(forward, forward * (weight + inputs))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraLayers:
+    """Adapters of low rank that train in place of the weights of a part.
+
+    Attributes:
+        rank: Rank of each.
+        layers: Names of the layers that have one.
+    """
+
+    rank: int
+    layers: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Linear:
+    """Counts operations of linear layers, with those of their adapters.
+
+    Attributes:
+        weight: Whether backward computes gradients of the layers' own weights.
+        inputs: Whether backward computes gradients of their inputs.
+        lora: Adapters that train in place of the weights; None without any.
+    """
+
+    weight: bool
+    inputs: bool
+    lora: LoraLayers | None = None
+
+    def __call__(self, name: str, rows: int, inner: int, outer: int, *, parts: int = 1) -> Flops:
+        """Number of operations of a layer on so many rows.
+
+        Args:
+            name: Name of the layer.
+            rows: Number of rows.
+            inner: Width of an input row.
+            outer: Width of an output row.
+            parts: Number of layers of other programs that it is, each with an adapter.
+        """
+        flops = product(rows, inner, outer, weight=self.weight, inputs=self.inputs)
+        if self.lora is None or name not in self.lora.layers:
+            return flops
+        rank = self.lora.rank
+        flops += product(rows, inner, parts * rank, weight=True, inputs=self.inputs)
+        # Of each output, the product with its own part.
+        return flops + product(rows, rank, outer, weight=True, inputs=True)
+
+
 def attention(pairs: int, width: int, *, backward: bool) -> Flops:
     """Number of operations of scores and of weighted values; backward has both gradients.
 

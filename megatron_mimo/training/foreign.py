@@ -3,17 +3,21 @@
 import logging
 import time
 
+from megatron_mimo.model.config import ModelConfig
 from megatron_mimo.model.hf.weights import Places as HfPlaces
 from megatron_mimo.model.hf.weights import load_hf
 from megatron_mimo.model.mimo import ModuleReplica
 from megatron_mimo.model.omni.config import is_omni
+from megatron_mimo.model.omni.lora import peft_layers, peft_tables
 from megatron_mimo.model.omni.weights import Places, describe_carried, load_omni
 from megatron_mimo.modules.hf.encoder import HfEncoder
 from megatron_mimo.modules.hf.language import HfLanguage
 from megatron_mimo.modules.language.module import LanguageModule
+from megatron_mimo.modules.lora.exchange import fill_lora
 from megatron_mimo.modules.radio.module import RadioModule
 from megatron_mimo.optim.train_state import TrainState
 from megatron_mimo.weights.folder import WeightFolder
+from megatron_mimo.weights.peft import read_peft
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +73,51 @@ def _load_omni(state: TrainState, folder: WeightFolder) -> str:
         language_place=_place(language),
     )
     return describe_carried(carried)
+
+
+def load_adapters(state: TrainState, architecture: ModelConfig, path: str) -> None:
+    """Load adapters that peft has written; each rank keeps its own shards.
+
+    Args:
+        state: State of this rank, freshly built, with adapters.
+        architecture: Architecture of every module.
+        path: Path to the folder.
+
+    Raises:
+        ValueError: The folder is damaged, or has other adapters than the run; the message names
+            the first.
+    """
+    flag, lora = f"--load-lora {path}", state.model.lora
+    assert lora is not None
+    try:
+        tables = peft_tables(architecture, text_alone=not state.topology.layout.sources)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
+    found = read_peft(path)
+    for what, stored, wanted in (
+        ("--lora-rank", found.rank, lora.rank),
+        ("--lora-alpha", found.alpha, lora.alpha),
+        ("--lora-rslora", found.rslora, lora.rslora),
+    ):
+        if stored != wanted:
+            raise ValueError(f"{flag} has {what} {stored}, this run {wanted}: give the same")
+    layers = peft_layers(architecture, lora, tables)
+    faults = [f"no adapter of {layer}" for layer in sorted(layers - found.tensors.keys())]
+    faults += [f"an adapter of {layer}" for layer in sorted(found.tensors.keys() - layers)]
+    if faults:
+        more = f", and {len(faults) - 1} more such layers" if len(faults) > 1 else ""
+        raise ValueError(
+            f"{flag} has {faults[0]}{more}, unlike this run: give --lora-targets for the layers of "
+            f"the folder"
+        )
+    try:
+        for replica in state.model.replicas:
+            group = replica.groups.pg_collection.tp
+            fill_lora(replica.module, tables[replica.name], found.tensors, group)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
+    state.optimizer.refresh_main_params()
+    logger.info("loaded the adapters of %d layers of %s", len(layers), path)
 
 
 def _place(replica: ModuleReplica | None) -> Places:

@@ -153,6 +153,8 @@ def _train(
     few = few_microbatches(target.flag("pp"), target.pp, resolved.data.num_microbatches(lanes))
     if few is not None and context.rank == resolved.layout.logging_rank:
         logger.warning("%s", few)
+    if resolved.lora is not None:
+        logger.info("%s", resolved.lora.describe(resolved.architecture.parts, resolved.freeze))
     require_folders(resolved, context)
     metrics = None
     if context.rank == resolved.layout.logging_rank:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from megatron_mimo.checkpoint.base import load_base
 from megatron_mimo.checkpoint.checkpointer import Checkpointer, Loaded, load
 from megatron_mimo.checkpoint.config import FirstWeightsConfig
 from megatron_mimo.checkpoint.foreign import load_nemotron, load_vision
@@ -28,15 +29,17 @@ from megatron_mimo.data.loader.share import SharedLoader, build_reading_group
 from megatron_mimo.data.loader.stream_loader import StreamLoader
 from megatron_mimo.model.flops import model_flops
 from megatron_mimo.model.mimo import BuildConfig
+from megatron_mimo.model.omni.lora import require_plain_scales
 from megatron_mimo.optim.train_state import TrainState
 from megatron_mimo.runtime import RuntimeContext
 from megatron_mimo.runtime.peak import peak_tflops
 from megatron_mimo.settings import values
-from megatron_mimo.training.foreign import load_folder
+from megatron_mimo.training.foreign import load_adapters, load_folder
 from megatron_mimo.training.loop import Checkpoints, LoopConfig
 from megatron_mimo.training.runner import StepConfig, StepRunner, build_runner
 from megatron_mimo.watch.observe import Observer, Speed
 from megatron_mimo.watch.usage import UsageMeter
+from megatron_mimo.weights.folder import WeightFolder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,9 +104,14 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
     loader.prepare_ahead(runner.inputs.prepare)
     checkpoints = _build_checkpoints(resolved, runner)
     trust = resolved.config.checkpoints.trust_checkpoint
-    loaded = None if resolved.load is None else load(runner, resolved.load, trust=trust)
-    if loaded is None:
+    if resolved.lora is not None:
+        # A checkpoint has the adapters alone.
         _load_first_weights(runner, resolved.first_weights, trust=trust)
+    loaded = None if resolved.load is None else load(runner, resolved.load, trust=trust)
+    if loaded is None and resolved.lora is None:
+        _load_first_weights(runner, resolved.first_weights, trust=trust)
+    if loaded is None and (path := resolved.model.lora.load) is not None:
+        _load_adapters(runner, resolved, path)
     _restore_readers(loader, resolved, runner, loaded)
     progress = Progress(0, 0) if loaded is None else loaded.progress
     loop = LoopConfig(
@@ -142,6 +150,7 @@ def build_config(resolved: Resolved, vocab_size: int) -> BuildConfig:
         sequence_parallel=bool(resolved.grids.sequence_parallel),
         execution=resolved.execution,
         reduce=resolved.reduce,
+        lora=resolved.lora,
     )
 
 
@@ -236,6 +245,7 @@ def build_observer(
                 work,
                 vocab_size=vocab_size,
                 seq_length=seq_length,
+                lora=resolved.lora,
             ),
             tokens_per_step=resolved.global_batch_size * seq_length,
             peak_tflops=(
@@ -254,10 +264,24 @@ def _skipped(runner: StepRunner, source: StreamLoader | None) -> Callable[[], in
     return lambda: source.skips.skipped_of(target.place.dp)
 
 
+def _load_adapters(state: TrainState, resolved: Resolved, path: str) -> None:
+    """Load the adapters of --load-lora, beside the weights that the run begins with."""
+    if resolved.first_weights.load_hf is not None:
+        assert resolved.lora is not None
+        with WeightFolder(resolved.first_weights.load_hf) as folder:
+            require_plain_scales(folder, resolved.architecture, resolved.lora)
+    load_adapters(state, resolved.architecture, path)
+
+
 def _load_first_weights(state: TrainState, first: FirstWeightsConfig, *, trust: bool) -> None:
     """Load initial weights that another program or run has written, where a flag names them."""
-    if first.load_hf is not None:
+    if first.load_hf is not None and first.load_base is None:
         load_folder(state, first.load_hf)
+    if first.load_base is not None:
+        replicas, control = state.model.replicas, state.topology.control
+        load_base(replicas, Path(first.load_base), control, trust=trust)
+        # The optimizer has copies of the initial weights.
+        state.optimizer.refresh_main_params()
     if first.load_nemotron_checkpoint is not None:
         load_nemotron(state, Path(first.load_nemotron_checkpoint), trust=trust)
     if first.load_vision_from is not None:

@@ -1,6 +1,6 @@
 """Correspondence of one weight here with one or several elsewhere: entries of a table of names."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,10 @@ class Entry:
     join: Callable[[Sequence[Tensor]], Tensor] = _only
     split: Callable[[Tensor], tuple[Tensor, ...]] = _alone
     blocks: int = 1
+
+
+type Tables = Mapping[str, Sequence[Entry]]
+"""Part of a module -> its weights, with their names in another format."""
 
 
 def interleaved_qkv(ours: str, theirs: tuple[str, ...], *, groups: int, head_dim: int) -> Entry:

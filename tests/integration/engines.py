@@ -80,6 +80,7 @@ def small_parts(
     recompute=None,
     reduce=None,
     init="topology-invariant",
+    lora=None,
 ):
     """Architecture, what is frozen, and how to build."""
     import torch
@@ -89,6 +90,7 @@ def small_parts(
     from megatron_mimo.model.config import Frozen, ReduceConfig
     from megatron_mimo.model.mimo import BuildConfig
     from megatron_mimo.modules.language import ExecutionConfig
+    from megatron_mimo.modules.lora.config import Lora
 
     architecture = model_config(
         provider,
@@ -109,6 +111,7 @@ def small_parts(
             recompute_modules=recompute[1:] if recompute else (),
         ),
         reduce=ReduceConfig(**(reduce or {})),
+        lora=lora and Lora(**lora),
     )
     return architecture, freeze or Frozen(), build
 

@@ -110,20 +110,21 @@ def loader_of(case: Case, chosen: Layout, rank: int) -> Any:
     return StreamLoader(streams, data_of(case, chosen), role, ByteTokenizer())
 
 
-def train_in_strict_groups(case: Case) -> Found:
+def train_in_strict_groups(case: Case, **model: Any) -> Found:
     """As `train`, in groups that go wrong where NCCL's do; see `tests.strict`."""
     from tests.strict.install import StrictDevice, strict_groups
 
     with strict_groups():
-        return train(case, StrictDevice("cpu"))
+        return train(case, StrictDevice("cpu"), **model)
 
 
-def runner_of(case: Case, device: Any = None) -> Any:
+def runner_of(case: Case, device: Any = None, **model: Any) -> Any:
     """This rank's runner of a case.
 
     Args:
         case: The run.
         device: Device of the ranks; None for a host.
+        model: Further arguments of `small_runner`.
     """
     from megatron_mimo.model.config import Frozen
 
@@ -146,21 +147,28 @@ def runner_of(case: Case, device: Any = None) -> Any:
             "num_buckets": 5 if case.overlap else None,
         },
         device=device,
+        **model,
     )
 
 
-def train(case: Case, device: Any = None) -> Found:
+def train(
+    case: Case, device: Any = None, *, begin: Callable[[Any], None] | None = None, **model: Any
+) -> Found:
     """What this rank finds; a curve on the ranks of the language model's last stage only.
 
     Args:
         case: The run.
         device: Device of the ranks; None for a host.
+        begin: What is done to the runner before the first step; None for nothing.
+        model: Further arguments of `small_runner`.
     """
     import torch.distributed as dist
 
     from megatron_mimo.training.step import evaluate, train_step
 
-    engine = runner_of(case, device)
+    engine = runner_of(case, device, **model)
+    if begin is not None:
+        begin(engine)
     loader = loader_of(case, case.layout, dist.get_rank())
     points: list[list[float]] = []
     loads: list[list[float]] = []

@@ -90,8 +90,13 @@ def convert(source: str, target: str, *more: str) -> tuple[int, str]:
     return code, errors.getvalue()
 
 
-def of_transformers(folder: str) -> dict[str, Any]:
-    """What plain transformers makes of images and a conversation, and what it answers."""
+def of_transformers(folder: str, adapters: str | None = None) -> dict[str, Any]:
+    """What plain transformers makes of images and a conversation, and what it answers.
+
+    Args:
+        folder: Folder of the model.
+        adapters: Folder of adapters that peft loads onto it; None for none.
+    """
     import torch
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -99,6 +104,10 @@ def of_transformers(folder: str) -> dict[str, Any]:
     processor: Any = AutoProcessor.from_pretrained(folder)
     model, loaded = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not any(loaded.values()), loaded
+    if adapters is not None:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, adapters)
     images = [Image.fromarray(image) for image in pictures(SIZES)]
     text = processor.apply_chat_template(BEFORE, tokenize=False, add_generation_prompt=True)
     inputs = processor(images=images[:2], text=text, return_tensors="pt")

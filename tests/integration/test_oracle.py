@@ -1,7 +1,7 @@
 """Training from a `nemotron_h_omni` folder equals plain transformers with torch's AdamW."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,23 @@ def data_config(folder: str) -> Any:
 
 def oracle(folder: str, trained: str) -> list[list[float]]:
     """Plain transformers and torch, one sample after the other."""
-    import torch
+    model = begin(folder)
+    frozen = ("audio", "sound", "video")
+    trains = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not any(part in name for part in frozen)
+    }
+    assert len(trains) > 50
+    points = list(follow(model, list(trains.values()), folder))
+    model.save_pretrained(trained)
+    return points
 
+
+def begin(folder: str) -> Any:
+    """A random model of transformers, saved."""
     from megatron_mimo.data import ByteTokenizer
-    from tests.unit_tests.model.omni.peer import theirs_of, write_omni
+    from tests.unit_tests.model.omni.peer import write_omni
 
     model = write_omni(
         folder,
@@ -92,24 +105,26 @@ def oracle(folder: str, trained: str) -> list[list[float]]:
     )
     model.config.image_token_id = model.image_token_id = ByteTokenizer().placeholder_ids["encoder"]
     model.save_pretrained(folder)
+    return model
+
+
+def follow(model: Any, trains: list[Any], folder: str) -> Iterator[list[float]]:
+    """(loss, gradient norm) of each step of torch's AdamW, whose gradients stand until the next."""
+    import torch
+
+    from tests.unit_tests.model.omni.peer import theirs_of
+
     raw, ready = samples(), encoded(data_config(folder))
-    frozen = ("audio", "sound", "video")
-    trains = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if not any(part in name for part in frozen)
-    }
-    assert len(trains) > 50
-    matrices = [parameter for parameter in trains.values() if parameter.dim() > 1]
-    vectors = [parameter for parameter in trains.values() if parameter.dim() == 1]
+    matrices = [parameter for parameter in trains if parameter.dim() > 1]
+    vectors = [parameter for parameter in trains if parameter.dim() == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}],
         lr=LR,
         betas=BETAS,
         eps=EPS,
     )
-    points = []
     for step in range(STEPS):
+        optimizer.zero_grad()
         chosen = [(step * GLOBAL_BATCH_SIZE + i) % len(raw) for i in range(GLOBAL_BATCH_SIZE)]
         targets = {i: ready[i].target_tokens for i in set(chosen)}
         whole = sum(targets[i] for i in chosen)
@@ -125,15 +140,14 @@ def oracle(folder: str, trained: str) -> list[list[float]]:
             loss = theirs_of(model, ids, labels, images).loss * targets[i] / whole
             loss.backward()
             total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(list(trains.values()), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(trains, CLIP)
         optimizer.step()
-        optimizer.zero_grad()
-        points.append([total, norm.item()])
-    model.save_pretrained(trained)
-    return points
+        yield [total, norm.item()]
 
 
-def engine_of(chosen: Layout, folder: str, *, refresh: bool = True) -> tuple[Any, Any]:
+def engine_of(
+    chosen: Layout, folder: str, *, refresh: bool = True, lora: Any = None
+) -> tuple[Any, Any]:
     """A rank's engine with the folder's weights, and what of it is saved."""
     import torch
 
@@ -164,6 +178,7 @@ def engine_of(chosen: Layout, folder: str, *, refresh: bool = True) -> tuple[Any
             vocab_size=omni.vocab_size,
             seq_length=SEQ_LENGTH,
             sequence_parallel=True,
+            lora=lora,
         ),
         AdamConfig(
             lr=LR,

@@ -31,6 +31,7 @@ TOOLS = {
     "pytest-timeout": "plugin of pytest: the setting `timeout` in pyproject.toml",
     "pytest-xdist": "plugin of pytest: tests run side by side",
     "torchvision": "transformers' image processor imports it, which tests compare pixels with",
+    "accelerate": "peft imports it, which tests compare adapters with",
     "ruff": "command of `make lint`",
     "mypy": "command of `make lint`",
     "types-PyYAML": "types that mypy reads",

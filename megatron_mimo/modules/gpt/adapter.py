@@ -1,12 +1,12 @@
 """Adapter of the dense decoder."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from megatron_mimo.modules.adapter import BuildContext, Division, FlopsContext
 from megatron_mimo.modules.flops import Flops, TextWork
 from megatron_mimo.modules.gpt.config import GptConfig
-from megatron_mimo.modules.gpt.flops import gpt_flops
+from megatron_mimo.modules.gpt.flops import attention_outputs, gpt_flops
 from megatron_mimo.modules.language.adapter import PART, LanguageAdapter
 
 if TYPE_CHECKING:
@@ -57,6 +57,20 @@ class GptAdapter(LanguageAdapter[GptConfig]):
             Division("pp", PART, "num_layers"),
             Division("tp", PART, "ffn_hidden_size"),
         )
+
+    def linear_layers(
+        self, config: GptConfig, row_width: int
+    ) -> Mapping[str, Mapping[str, tuple[int, int]]]:
+        """The linear layers of attention and MLPs."""
+        width, inner = config.hidden_size, config.ffn_hidden_size
+        return {
+            PART: {
+                "linear_qkv": (width, attention_outputs(config)),
+                "linear_proj": (width, width),
+                "linear_fc1": (width, inner),
+                "linear_fc2": (inner, width),
+            }
+        }
 
     def flops(self, config: GptConfig, work: TextWork, context: FlopsContext) -> Flops:
         """Number of operations of some work, output layer included."""

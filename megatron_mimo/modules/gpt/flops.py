@@ -1,7 +1,7 @@
 """Operations of the dense decoder."""
 
 from megatron_mimo.modules.adapter import FlopsContext
-from megatron_mimo.modules.flops import Flops, TextWork, attention, product
+from megatron_mimo.modules.flops import Flops, TextWork, attention
 from megatron_mimo.modules.gpt.config import GptConfig
 
 
@@ -14,15 +14,19 @@ def gpt_flops(config: GptConfig, work: TextWork, context: FlopsContext) -> Flops
         context: Sizes, and the parts that train.
     """
     tokens, width = work.sequences * context.seq_length, config.hidden_size
-    trains = "language" not in context.frozen
-    backward = trains or context.rows_train
+    backward = context.trains("language") or context.rows_train
+    linear = context.linear("language", backward=backward)
+    heads = width // config.num_attention_heads * config.num_attention_heads
+    qkv, inner = attention_outputs(config), config.ffn_hidden_size
+    layer = linear("linear_qkv", tokens, width, qkv, parts=3)
+    layer += linear("linear_proj", tokens, heads, width)
+    layer += attention(work.document_pairs, heads, backward=backward)
+    layer += linear("linear_fc1", tokens, width, inner)
+    layer += linear("linear_fc2", tokens, inner, width)
+    return linear("", tokens, width, context.vocab_size) + layer * config.num_layers
 
-    def linear(inputs: int, outputs: int) -> Flops:
-        return product(tokens, inputs, outputs, weight=trains, inputs=backward)
 
-    head = width // config.num_attention_heads
-    layer = linear(width, head * (config.num_attention_heads + 2 * config.num_query_groups))
-    layer += linear(head * config.num_attention_heads, width)
-    layer += attention(work.document_pairs, head * config.num_attention_heads, backward=backward)
-    layer += linear(width, 2 * config.ffn_hidden_size)
-    return linear(width, context.vocab_size) + layer * config.num_layers
+def attention_outputs(config: GptConfig) -> int:
+    """Width of queries, keys and values together."""
+    head = config.hidden_size // config.num_attention_heads
+    return head * (config.num_attention_heads + 2 * config.num_query_groups)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_mimo.modules.adapter import BuildContext, Division, Experts, FlopsContext
 from megatron_mimo.modules.flops import Flops, TextWork
 from megatron_mimo.modules.hybrid.config import HybridConfig
-from megatron_mimo.modules.hybrid.flops import hybrid_flops
+from megatron_mimo.modules.hybrid.flops import hybrid_flops, linear_widths
 from megatron_mimo.modules.language.adapter import PART, LanguageAdapter
 
 if TYPE_CHECKING:
@@ -26,6 +26,14 @@ _OF_LAYERS: Mapping[str, tuple[Division, ...]] = {
         Division("ep", PART, "num_moe_experts"),
         Division("expt_tp", PART, "moe_ffn_hidden_size"),
     ),
+}
+
+# Letter of the pattern -> names of its linear layers.
+_LINEAR = {
+    "M": ("in_proj", "out_proj"),
+    "*": ("linear_qkv", "linear_proj"),
+    "-": ("linear_fc1", "linear_fc2"),
+    "E": ("shared_experts.linear_fc1", "shared_experts.linear_fc2"),
 }
 
 
@@ -79,6 +87,14 @@ class HybridAdapter(LanguageAdapter[HybridConfig]):
     def one_stage(self, config: HybridConfig) -> HybridConfig:
         """The same layers without bars."""
         return replace(config, pattern=config.layers)
+
+    def linear_layers(
+        self, config: HybridConfig, row_width: int
+    ) -> Mapping[str, Mapping[str, tuple[int, int]]]:
+        """The linear layers of the pattern's layers; of E layers those of shared experts."""
+        widths = linear_widths(config)
+        names = [name for letter in "M*-E" if letter in config.layers for name in _LINEAR[letter]]
+        return {PART: {name: widths[name] for name in names}}
 
     def flops(self, config: HybridConfig, work: TextWork, context: FlopsContext) -> Flops:
         """Number of operations of some work, output layer included."""

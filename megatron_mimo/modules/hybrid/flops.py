@@ -1,7 +1,7 @@
 """Operations of the hybrid decoder."""
 
 from megatron_mimo.modules.adapter import FlopsContext
-from megatron_mimo.modules.flops import Flops, TextWork, attention, product
+from megatron_mimo.modules.flops import Flops, TextWork, attention
 from megatron_mimo.modules.hybrid.config import HybridConfig
 
 # Chunk of mamba-ssm's kernels in positions, as megatron-core's `MambaMixer` calls them.
@@ -20,29 +20,50 @@ def hybrid_flops(
         chunk: Number of positions of a chunk of a Mamba layer.
     """
     tokens, width = work.sequences * context.seq_length, config.hidden_size
-    trains = "language" not in context.frozen
-    backward = trains or context.rows_train
+    backward = context.trains("language") or context.rows_train
+    linear = context.linear("language", backward=backward)
+    widths = linear_widths(config)
 
-    def linear(inputs: int, outputs: int, through: int = tokens) -> Flops:
-        return product(through, inputs, outputs, weight=trains, inputs=backward)
+    def layer(name: str, parts: int = 1) -> Flops:
+        return linear(name, tokens, *widths[name], parts=parts)
 
-    inner, attended = _mamba_inner(config), config.num_attention_heads * config.kv_channels
-    shared = config.moe_shared_expert_intermediate_size
+    attended = config.num_attention_heads * config.kv_channels
     routed = tokens * config.moe_router_topk
-    states = config.mamba_num_groups * config.mamba_state_dim
     layers = {
-        "M": linear(width, 2 * inner + 2 * states + config.mamba_num_heads)
-        + linear(inner, width)
+        "M": layer("in_proj")
+        + layer("out_proj")
         + _scan(config, work.sequences, context.seq_length, chunk, backward),
-        "*": linear(width, attended + 2 * config.num_query_groups * config.kv_channels)
-        + linear(attended, width)
+        "*": layer("linear_qkv", parts=3)
+        + layer("linear_proj")
         + attention(work.document_pairs, attended, backward=backward),
-        "-": linear(width, 2 * config.ffn_hidden_size),
-        "E": linear(width, config.num_moe_experts)
-        + linear(width, 2 * config.moe_ffn_hidden_size, routed)
-        + linear(width, 2 * shared),
+        "-": layer("linear_fc1") + layer("linear_fc2"),
+        "E": linear("", tokens, width, config.num_moe_experts)
+        + linear("", routed, width, 2 * config.moe_ffn_hidden_size)
+        + layer("shared_experts.linear_fc1")
+        + layer("shared_experts.linear_fc2"),
     }
-    return sum((layers[letter] for letter in config.layers), linear(width, context.vocab_size))
+    output = linear("", tokens, width, context.vocab_size)
+    return sum((layers[letter] for letter in config.layers), output)
+
+
+def linear_widths(config: HybridConfig) -> dict[str, tuple[int, int]]:
+    """Widths of input and output of the linear layers of every kind of layer, by name."""
+    width, inner = config.hidden_size, _mamba_inner(config)
+    attended = config.num_attention_heads * config.kv_channels
+    shared, states = (
+        config.moe_shared_expert_intermediate_size,
+        config.mamba_num_groups * config.mamba_state_dim,
+    )
+    return {
+        "in_proj": (width, 2 * inner + 2 * states + config.mamba_num_heads),
+        "out_proj": (inner, width),
+        "linear_qkv": (width, attended + 2 * config.num_query_groups * config.kv_channels),
+        "linear_proj": (attended, width),
+        "linear_fc1": (width, config.ffn_hidden_size),
+        "linear_fc2": (config.ffn_hidden_size, width),
+        "shared_experts.linear_fc1": (width, shared),
+        "shared_experts.linear_fc2": (shared, width),
+    }
 
 
 def _mamba_inner(config: HybridConfig) -> int:

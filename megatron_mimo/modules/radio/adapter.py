@@ -9,6 +9,8 @@ from megatron_mimo.modules.adapter import BuildContext, Division, FlopsContext, 
 from megatron_mimo.modules.flops import Flops
 from megatron_mimo.modules.radio.config import RadioModuleConfig
 from megatron_mimo.modules.radio.flops import (
+    PROJECTOR,
+    VISION,
     ImageWork,
     image_work,
     projector_flops,
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from megatron_mimo.media.images import PackedImages
     from megatron_mimo.modules.stage import ModuleStage
 
-VISION, PROJECTOR = "vision", "projector"
 # As in a flat checkpoint of a Nemotron vision-language model.
 STORED_PREFIXES: Mapping[str, str] = {
     "vision.": "vision_model.",
@@ -71,11 +72,31 @@ class RadioAdapter(SourceAdapter[RadioModuleConfig, ImageWork]):
             Division("tp", PROJECTOR, "ffn_hidden_size"),
         )
 
+    def linear_layers(
+        self, config: RadioModuleConfig, row_width: int
+    ) -> Mapping[str, Mapping[str, tuple[int, int]]]:
+        """The linear layers of the transformer, and of the projector."""
+        vision, projector = config.vision, config.projector
+        width, inner = vision.hidden_size, vision.ffn_hidden_size
+        return {
+            VISION: {
+                "linear_qkv": (width, 3 * width),
+                "linear_proj": (width, width),
+                "linear_fc1": (width, inner),
+                "linear_fc2": (inner, width),
+            },
+            PROJECTOR: {"linear": (vision.row_size, row_width)}
+            if projector.kind == "affine"
+            else {
+                "linear_fc1": (vision.row_size, projector.ffn_hidden_size),
+                "linear_fc2": (projector.ffn_hidden_size, row_width),
+            },
+        }
+
     def flops(self, config: RadioModuleConfig, work: ImageWork, context: FlopsContext) -> Flops:
         """Number of operations of some work of both parts."""
-        trains, vision_trains = (part not in context.frozen for part in (PROJECTOR, VISION))
-        return vision_flops(config.vision, work, trains=vision_trains) + projector_flops(
-            config, work.rows, context.row_width, trains=trains, vision_trains=vision_trains
+        return vision_flops(config.vision, work, context) + projector_flops(
+            config, work.rows, context.row_width, context
         )
 
     def work(self, config: RadioModuleConfig, packed: "PackedImages") -> ImageWork:

@@ -3,8 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_mimo.modules.flops import Flops, Work, all_pairs, attention, product
+from megatron_mimo.modules.adapter import FlopsContext
+from megatron_mimo.modules.flops import Flops, LoraLayers, Work, all_pairs, attention
 from megatron_mimo.modules.radio.config import RadioConfig, RadioModuleConfig
+
+VISION, PROJECTOR = "vision", "projector"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,24 +39,39 @@ def image_work(lengths: Iterable[int], config: RadioConfig) -> ImageWork:
     )
 
 
-def vision_flops(config: RadioConfig, work: ImageWork, *, trains: bool = True) -> Flops:
+def vision_flops(config: RadioConfig, work: ImageWork, context: FlopsContext) -> Flops:
     """Number of operations of the packed vision transformer."""
-    width, tokens = config.hidden_size, work.patches + work.pieces * config.class_token_len
+    width, inner = config.hidden_size, config.ffn_hidden_size
+    tokens = work.patches + work.pieces * config.class_token_len
+    trains = context.trains(VISION)
     # Pixels have no gradient.
-    patches = product(work.patches, 3 * config.patch_dim**2, width, weight=trains, inputs=False)
-    layer = product(tokens, width, 4 * width, weight=trains, inputs=trains)
-    layer += product(tokens, width, 2 * config.ffn_hidden_size, weight=trains, inputs=trains)
-    layer += attention(work.piece_pairs, width, backward=trains)
-    return patches + layer * config.num_layers
+    patches = context.linear(VISION, backward=False)(
+        "", work.patches, 3 * config.patch_dim**2, width
+    )
+
+    def layer(first: bool) -> Flops:
+        # Where no weight trains, gradients end at the first adapter.
+        below = trains and not (first and VISION in context.lora)
+        adapted = context.lora.get(VISION, LoraLayers(rank=1, layers=frozenset())).layers
+        flops = Flops()
+        for name, inputs, outputs, parts in (
+            ("linear_qkv", width, 3 * width, 3),
+            ("linear_proj", width, width, 1),
+            ("linear_fc1", width, inner, 1),
+            ("linear_fc2", inner, width, 1),
+        ):
+            linear = context.linear(VISION, backward=below)
+            flops += linear(name, tokens, inputs, outputs, parts=parts)
+            below = below or name in adapted
+            if name == "linear_qkv":
+                flops += attention(work.piece_pairs, width, backward=below)
+        return flops
+
+    return patches + layer(True) + layer(False) * (config.num_layers - 1)
 
 
 def projector_flops(
-    config: RadioModuleConfig,
-    rows: int,
-    row_width: int,
-    *,
-    trains: bool = True,
-    vision_trains: bool = True,
+    config: RadioModuleConfig, rows: int, row_width: int, context: FlopsContext
 ) -> Flops:
     """Number of operations of the projector.
 
@@ -61,14 +79,18 @@ def projector_flops(
         config: Architecture of both parts.
         rows: Number of rows.
         row_width: Width of the language model, H.
-        trains: Whether the projector trains.
-        vision_trains: Whether the vision encoder before it trains.
+        context: Parts that train.
     """
     projector, size = config.projector, config.vision.row_size
     inner = projector.ffn_hidden_size
+    vision_trains, trains = context.trains(VISION), context.trains(PROJECTOR)
+    whole = trains and PROJECTOR not in context.lora
     # The norm in front has a weight to train.
-    to_input = vision_trains or (trains and projector.normalization != "none")
+    to_input = vision_trains or (whole and projector.normalization != "none")
+    first = context.linear(PROJECTOR, backward=to_input)
     if projector.kind == "affine":
-        return product(rows, size, row_width, weight=trains, inputs=to_input)
-    first = product(rows, size, inner, weight=trains, inputs=to_input)
-    return first + product(rows, inner, row_width, weight=trains, inputs=trains or vision_trains)
+        return first("linear", rows, size, row_width)
+    adapters = context.lora.get(PROJECTOR)
+    to_second = vision_trains or whole or (adapters is not None and "linear_fc1" in adapters.layers)
+    second = context.linear(PROJECTOR, backward=to_second)
+    return first("linear_fc1", rows, size, inner) + second("linear_fc2", rows, inner, row_width)

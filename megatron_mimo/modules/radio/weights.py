@@ -229,7 +229,7 @@ def load_weights(
         ValueError: A weight is missing, unexpected or of another shape; the message lists them.
     """
     names = names_of(folder)
-    scales = _layer_scales(config, names)
+    scales = layer_scales(config, names)
     fill_module(
         module,
         name_table(config, names),
@@ -244,7 +244,7 @@ def load_weights(
 
 def optional_names(config: RadioConfig, names: Names) -> frozenset[str]:
     """Names of tensors that a folder may hold beside those of `name_table`."""
-    scales = _layer_scales(config, names).values()
+    scales = layer_scales(config, names).values()
     return frozenset({names.mean, names.std, names.summary, *scales})
 
 
@@ -258,7 +258,7 @@ def export_weights(module: nn.Module, config: RadioConfig) -> dict[str, Tensor]:
         module, name_table(config, names), table_name=partial(table_name, module)
     )
     dtype = tensors[names.position].dtype
-    for scale in _layer_scales(config, names).values():
+    for scale in layer_scales(config, names).values():
         tensors[scale] = torch.ones(config.hidden_size, dtype=dtype)
     tensors[names.mean] = torch.tensor(config.pixel_mean).view(-1, 1, 1)
     tensors[names.std] = torch.tensor(config.pixel_std).view(-1, 1, 1)
@@ -279,7 +279,7 @@ def restore_weights(
     tensors = export_module(
         module, name_table(config, names), table_name=partial(table_name, module)
     )
-    yield from as_stored(_unscaled(tensors, _layer_scales(config, names), folder), folder)
+    yield from as_stored(_unscaled(tensors, layer_scales(config, names), folder), folder)
     for name in (names.mean, names.std, names.summary):
         if name in folder.names:
             yield name, folder.tensor(name)
@@ -305,7 +305,7 @@ def _unscaled(
     return unscaled
 
 
-def _layer_scales(config: RadioConfig, names: Names) -> dict[str, str]:
+def layer_scales(config: RadioConfig, names: Names) -> dict[str, str]:
     """Weight -> the scale of its output that `RadioModel` has and the module here lacks."""
     scales: dict[str, str] = {}
     if config.layer_scale:

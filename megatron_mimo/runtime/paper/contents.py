@@ -96,9 +96,7 @@ class Contents:
         if torch.Tag.nondeterministic_seeded in func.tags or not self._knows(args, kwargs):
             return False
         of_device = any(tensor.is_meta for tensor in _tensors((args, kwargs)))
-        return all(
-            (of_device or _is_whole(tensor)) and tensor.numel() <= _MOST for tensor in made
-        )
+        return all((of_device or _is_whole(tensor)) and tensor.numel() <= _MOST for tensor in made)
 
     def _made(self, twin: Tensor) -> Tensor:
         tensor = torch.empty_strided(twin.shape, twin.stride(), dtype=twin.dtype, device=_DEVICE)

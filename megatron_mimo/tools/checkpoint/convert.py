@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from megatron_mimo.config.sections import CustomImport
-from megatron_mimo.settings import Folder
+from megatron_mimo.settings import Folder, Switch
 from megatron_mimo.tools.checkpoint.inspect import (
     Damaged,
     check_sizes,
@@ -49,12 +49,15 @@ class ConvertConfig:
             what the run did not train is carried over.
         tokenizer_model: Folder of the tokenizer in place of the run's, such as where it is now.
         custom_import: Module that the run was started with; its code runs here too.
+        peft: Whether to write the adapters of a run with --lora-rank alone, as a folder of peft;
+            otherwise they are merged into the weights.
     """
 
     to: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")] = None
     hf: Folder = None
     tokenizer_model: Folder = None
     custom_import: CustomImport = ()
+    peft: Switch = False
 
 
 def run_convert(source: str | None, config: ConvertConfig) -> int:
@@ -78,6 +81,10 @@ def run_convert(source: str | None, config: ConvertConfig) -> int:
     origin, target = Path(source), Path(config.to)
     _refuse_to_clobber(target)
     try:
+        if config.peft and (origin / _CONFIG).exists():
+            raise ValueError(
+                f"--peft: --from {origin} is a folder of a model: --peft goes with a checkpoint"
+            )
         if (origin / _CONFIG).exists():
             if config.hf is not None:
                 raise ValueError(
@@ -130,9 +137,10 @@ def _from_checkpoint(checkpoint: Path, origin: Path, config: ConvertConfig, targ
             f"--model-provider {flags['model_provider']}: leave --hf out"
         )
     _check(checkpoint)
-    from megatron_mimo.tools.checkpoint.export import export_run
+    from megatron_mimo.tools.checkpoint.export import export_adapters, export_run
 
-    return export_run(
+    export = export_adapters if config.peft else export_run
+    return export(
         checkpoint,
         target,
         load_hf=config.hf,

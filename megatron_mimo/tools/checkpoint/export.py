@@ -58,6 +58,11 @@ def export_run(
     from megatron_mimo.inference.modules import load_modules
 
     modules = load_modules(run)
+    if run.resolved.lora is not None:
+        from megatron_mimo.modules.lora.apply import merge_lora
+
+        for module in modules.values():
+            merge_lora(module)
     staged = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
@@ -93,6 +98,69 @@ def _model_of(run: "Run") -> "tuple[str, OmniConfig | None]":
     require_hybrid(run.resolved.architecture)
     text, omni = _PRESETS
     return (text, None) if len(run.resolved.layout.modules) == 1 else (omni, omni_config(run))
+
+
+def export_adapters(
+    checkpoint: Path,
+    target: Path,
+    *,
+    load_hf: str | None = None,
+    tokenizer_model: str | None = None,
+    custom_import: Sequence[str] = (),
+) -> str:
+    """Write the adapters of a run as a folder that peft loads onto the exported model.
+
+    Args:
+        checkpoint: Folder of the checkpoint of one iteration, undamaged.
+        target: Folder to create.
+        load_hf: Folder that the run began from, in place of where it was.
+        tokenizer_model: Folder of the tokenizer in place of the run's.
+        custom_import: Modules that the run's `--custom-import` may name.
+
+    Returns:
+        Description of what was written.
+
+    Raises:
+        ValueError: The run has no adapters, or trains more than adapters, or transformers has no
+            such model; the message names what.
+    """
+    from megatron_mimo.inference.run import read_run
+    from megatron_mimo.model.omni.lora import peft_tables, require_plain_scales
+    from megatron_mimo.runtime import prepare_megatron_core, resolve_device
+    from megatron_mimo.weights.folder import WeightFolder
+    from megatron_mimo.weights.peft import PeftFolder, write_peft
+
+    run = read_run(
+        checkpoint, tokenizer_model=tokenizer_model, load_hf=load_hf, custom_import=custom_import
+    )
+    resolved, lora = run.resolved, run.resolved.lora
+    if lora is None:
+        raise ValueError(f"--peft: the run of {checkpoint} has no adapters: leave --peft out")
+    architecture, modules = resolved.architecture, resolved.layout.modules
+    parts = {part for module in modules for part in architecture.parts_of(module)}
+    if whole := sorted(parts - resolved.freeze - lora.targets.keys()):
+        raise ValueError(
+            f"--peft: the run of {checkpoint} trained {' and '.join(whole)} whole, which a folder "
+            f"of adapters does not hold: leave --peft out, which merges the adapters"
+        )
+    tables = peft_tables(architecture, text_alone=len(modules) == 1)
+    base = resolved.first_weights.load_hf
+    if base is not None:
+        with WeightFolder(base) as folder:
+            require_plain_scales(folder, architecture, lora)
+    prepare_megatron_core(resolve_device("cpu"))
+    from megatron_mimo.inference.modules import load_modules
+    from megatron_mimo.modules.lora import exchange
+
+    stages = load_modules(run)
+    tensors = {
+        layer: factors
+        for name, stage in stages.items()
+        for layer, factors in exchange.export_adapters(stage, tables[name])
+    }
+    content = PeftFolder(rank=lora.rank, alpha=lora.alpha, rslora=lora.rslora, tensors=tensors)
+    write_peft(target, content, base=base, dropout=lora.dropout)
+    return f"the adapters of {checkpoint} as a folder of peft"
 
 
 def omni_config(run: "Run") -> "OmniConfig":

@@ -12,6 +12,7 @@ from megatron_mimo.config.architecture import check_shards, frozen_parts
 from megatron_mimo.config.custom import import_custom
 from megatron_mimo.config.flags import CommandLine, to_yaml
 from megatron_mimo.config.layout import grids
+from megatron_mimo.config.lora import adapters
 from megatron_mimo.config.model_file import read_architecture, read_folder
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.model.config import Frozen, ModelConfig
@@ -193,7 +194,9 @@ def _show_parameters(line: PlanCommandLine, architecture: ModelConfig, layout: L
     table = Table(title=f"parameters of {line.train.model.model_provider}", title_justify="left")
     for name in ("module", "in all", "active", "on a rank"):
         table.add_column(name, justify="left" if name == "module" else "right")
-    for count in count_parameters(architecture, layout.modules, line.vocab_size):
+    frozen = frozen_parts(line.train.model, architecture, layout.modules)
+    lora = adapters(line.train.model.lora, architecture, frozen, layout.modules)
+    for count in count_parameters(architecture, layout.modules, line.vocab_size, lora):
         ranks = " | ".join(f"{size:,}" for size in count.stages)
         table.add_row(count.name, f"{count.total:,}", f"{count.active:,}", ranks)
     console = Console(width=None if sys.stdout.isatty() else 120)

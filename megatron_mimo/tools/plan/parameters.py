@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from megatron_mimo.model.config import ModelConfig
 from megatron_mimo.modules.adapter import BuildContext, Experts, ModuleConfig
 from megatron_mimo.modules.families import adapter_of
+from megatron_mimo.modules.lora.config import Lora
 from megatron_mimo.runtime import Device, prepare_megatron_core
 from megatron_mimo.topology import ModuleGridSpec
 
@@ -32,14 +34,18 @@ class ParameterCount:
 
 
 def count_parameters(
-    architecture: ModelConfig, grids: Mapping[str, ModuleGridSpec], vocab_size: int
+    architecture: ModelConfig,
+    grids: Mapping[str, ModuleGridSpec],
+    vocab_size: int,
+    lora: Lora | None = None,
 ) -> tuple[ParameterCount, ...]:
-    """Count the parts of every module, on torch's meta device.
+    """Count the parts of every module, on torch's meta device; adapters of a part by themselves.
 
     Args:
         architecture: Architecture of every module.
         grids: Name of a module -> its grid, of those to count.
         vocab_size: Number of tokens of the vocabulary, V.
+        lora: Adapters that train in place of weights; None for none.
     """
     prepare_megatron_core(Device("cpu"))
     counts = []
@@ -47,8 +53,10 @@ def count_parameters(
         config = architecture.modules[name]
         adapter = adapter_of(config)
         sizes = (architecture.row_width, vocab_size)
-        whole = _parts(adapter.one_stage(config), ModuleGridSpec(name=name), 0, *sizes)
-        stages = [_parts(config, grid, stage, *sizes) for stage in range(grid.pp)]
+        targets = {} if lora is None else architecture.of_module(name, lora.targets)
+        build = partial(_parts, lora=lora, targets=targets)
+        whole = build(adapter.one_stage(config), ModuleGridSpec(name=name), 0, *sizes)
+        stages = [build(config, grid, stage, *sizes) for stage in range(grid.pp)]
         for part, title in adapter.part_titles(config).items():
             total = _size(whole[part])
             counts.append(
@@ -58,6 +66,12 @@ def count_parameters(
                     active=total - _idle(whole[part], adapter.experts(config)),
                     stages=tuple(_size(stage[part]) for stage in stages),
                 )
+            )
+        for part in targets:
+            title = f"{adapter.part_titles(config)[part]}: adapters"
+            held = [_size(of_stage.get(f"lora.{part}")) for of_stage in (whole, *stages)]
+            counts.append(
+                ParameterCount(name=title, total=held[0], active=held[0], stages=tuple(held[1:]))
             )
     return tuple(counts)
 
@@ -77,9 +91,17 @@ def _size(module: nn.Module | None) -> int:
 
 
 def _parts(
-    config: ModuleConfig, spec: ModuleGridSpec, stage: int, row_width: int, vocab_size: int
+    config: ModuleConfig,
+    spec: ModuleGridSpec,
+    stage: int,
+    row_width: int,
+    vocab_size: int,
+    *,
+    lora: Lora | None,
+    targets: Mapping[str, frozenset[str]],
 ) -> Mapping[str, nn.Module | None]:
-    """Parts of a stage of a module, which the first rank of the stage holds."""
+    """Parts of a stage of a module, and their adapters, which the stage's first rank holds."""
+    from megatron_mimo.modules.lora.apply import ADAPTERS, add_lora
     from megatron_mimo.runtime.solo import paper_groups, solo_world
 
     sizes = {axis: getattr(spec, axis) for axis in ("tp", "cp", "dp", "ep", "expt_tp")}
@@ -93,4 +115,9 @@ def _parts(
             seq_length=math.lcm(64, 2 * spec.cp * spec.tp),
             sequence_parallel=spec.tp > 1,
         )
-        return adapter_of(config).build(config, context).parts
+        built = adapter_of(config).build(config, context)
+        if lora is None:
+            return built.parts
+        add_lora(built, lora, targets, context.pg_collection.tp)
+        adapters = built.get_submodule(ADAPTERS).named_children()
+        return {**built.parts, **{f"{ADAPTERS}.{name}": module for name, module in adapters}}

@@ -4,6 +4,7 @@ from tests.faults.fault import Fault
 from tests.faults.table.data import DATA
 from tests.faults.table.gradients import GRADIENTS
 from tests.faults.table.groups import GROUPS
+from tests.faults.table.lora import LORA
 from tests.faults.table.model import MODEL
 from tests.faults.table.movement import MOVEMENT
 from tests.faults.table.numbers import NUMBERS
@@ -17,4 +18,5 @@ FAULTS: tuple[Fault, ...] = (
     *RESUME,
     *NUMBERS,
     *GROUPS,
+    *LORA,
 )

@@ -24,6 +24,7 @@ SMALL_HYBRID = Path(__file__).parents[3] / "examples/mimo/models/small-hybrid.ya
 HYBRID = "--model-provider nemotron-moe-vlm-tiny"
 ENERGON = "--dataset-provider energon --data-path d"
 IMAGE = "data.inputs.encoder.config"
+DRAWN = "--init topology-invariant"
 FIXED = "--no-dynamic-resolution --img-h 16 --img-w 16"
 TRACE = "--timeline-profile --timeline-dir d"
 WANDB, MLFLOW = "--wandb-project p --save d", "--mlflow-experiment e"
@@ -126,6 +127,12 @@ ROWS = (
     Row("--min-loss-scale 2", "adam.loss_scale.least", "--fp16"),
     Row("--loss-scale-window 8", "adam.loss_scale.window", "--fp16"),
     Row("--hysteresis 8", "adam.loss_scale.hysteresis", "--fp16"),
+    Row("--lora-rank 4", "run.runner.build.lora", DRAWN),
+    Row("--lora-alpha 2", "lora.alpha", f"{DRAWN} --lora-rank 4"),
+    Row("--lora-dropout 0.5", "lora.dropout", f"{DRAWN} --lora-rank 4"),
+    Row("--lora-rslora", "lora.rslora", f"{DRAWN} --lora-rank 4"),
+    Row("--lora-targets vision", "lora.targets", f"{DRAWN} --lora-rank 4"),
+    Row("--load-lora d", "run.adapters.folder", f"{DRAWN} --lora-rank 4"),
     Row("--init topology-invariant", "run.runner.build.init"),
     # data
     Row("--dataset-provider energon", "data.provider", "--data-path d"),
@@ -209,6 +216,7 @@ ROWS = (
     Row("--load-hf absent", base="--model-provider hf", message="absent"),
     Row("--load-nemotron-checkpoint d", "run.first_weights"),
     Row("--load-vision-from d", "run.first_weights"),
+    Row("--load-base d", "run.first_weights", f"{DRAWN} --lora-rank 4"),
     Row("--trust-checkpoint", "run.first_weights", "--load-vision-from d"),
     # watching
     Row("--log-interval 5", "run.loop.log_interval"),
@@ -334,6 +342,8 @@ class _Noting:
             mock.patch.object(setup, "SampleTrace", self._sample_trace),
             mock.patch.object(setup, "load_nemotron", self._load("nemotron")),
             mock.patch.object(setup, "load_vision", self._load("vision")),
+            mock.patch.object(setup, "load_base", self._load_base),
+            mock.patch.object(setup, "load_adapters", self._load_adapters),
             mock.patch.object(activations, "ActivationTap", self._recording),
             mock.patch.object(loop, "train", self._train),
         ):
@@ -391,6 +401,12 @@ class _Noting:
             self.found["first_weights"].append((what, str(path), trust))
 
         return load
+
+    def _load_base(self, _replicas: Any, path: Path, _control: Any, *, trust: bool) -> None:
+        self.found["first_weights"].append(("base", str(path), trust))
+
+    def _load_adapters(self, _state: Any, _architecture: Any, path: str) -> None:
+        self.found["adapters"] = {"folder": path}
 
     def _recording(self, source: Any, state: Any, folder: str, **more: Any) -> Any:
         self.found["recording"] = {"folder": folder, **more}

@@ -25,7 +25,8 @@ FLAGS = """
     img-h img-w use-tiling max-num-tiles use-thumbnail patch-dim
     class-token-len pixel-shuffle moe-router-force-load-balancing moe-grouped-gemm
     recompute-granularity recompute-modules bf16 fp16 fp32 loss-scale
-    initial-loss-scale min-loss-scale loss-scale-window hysteresis init
+    initial-loss-scale min-loss-scale loss-scale-window hysteresis
+    lora-rank lora-alpha lora-dropout lora-rslora lora-targets load-lora init
     dataset-provider data-path media-root num-workers loader-processes shuffle-buffer-size
     packing-buffer-size max-samples-per-sequence max-bad-sample-fraction validate-data-alignment
     trust-dataset-code sample-trace-dir mock-dataset-size image-seq-length text-only-fraction
@@ -40,7 +41,7 @@ FLAGS = """
     ddp-pad-buckets-for-high-nccl-busbw eval-interval eval-iters
     save save-interval no-save-optim no-save-rng async-save keep-last
     load finetune no-load-optim no-load-scheduler no-load-rng
-    load-hf load-nemotron-checkpoint load-vision-from
+    load-hf load-nemotron-checkpoint load-vision-from load-base
     trust-checkpoint dist-ckpt-optim-fully-reshardable
     log-interval tensorboard-dir save-activations save-activations-step
     timeline-profile timeline-dir timeline-ranks profile profile-step-start profile-step-end

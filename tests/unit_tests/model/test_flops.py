@@ -9,7 +9,14 @@ from megatron_mimo.model.config import Frozen
 from megatron_mimo.model.flops import ModelWork, model_flops, no_work
 from megatron_mimo.modules.adapter import FlopsContext
 from megatron_mimo.modules.families import adapter_of
-from megatron_mimo.modules.flops import Flops, TextWork, all_pairs, causal_pairs, text_work
+from megatron_mimo.modules.flops import (
+    Flops,
+    LoraLayers,
+    TextWork,
+    all_pairs,
+    causal_pairs,
+    text_work,
+)
 from megatron_mimo.modules.hybrid.flops import hybrid_flops
 from megatron_mimo.modules.radio.flops import ImageWork, image_work
 
@@ -90,6 +97,37 @@ def count_language(
         )
 
 
+def count_adapted(name: str, layers: frozenset[str]) -> tuple[int, int]:
+    """As `count_language`, of a model whose layers of these names have adapters of rank 8."""
+    import torch
+
+    from megatron_mimo.modules.adapter import BuildContext
+    from megatron_mimo.modules.lora.apply import add_lora
+    from megatron_mimo.modules.lora.config import Lora
+    from megatron_mimo.runtime.solo import solo_groups, solo_world
+
+    provider, overrides, length = LANGUAGE[name]
+    config = model_config(provider, overrides)
+    with solo_world():
+        context = BuildContext(
+            pg_collection=solo_groups(),
+            params_dtype=torch.float32,
+            row_width=config.row_width,
+            vocab_size=VOCAB,
+            seq_length=length,
+        )
+        module = adapter_of(config.target).build(config.target, context)
+        targets = {"language": layers}
+        lora = Lora(rank=8, alpha=8.0, targets=targets)
+        add_lora(module, lora, targets, context.pg_collection.tp)
+        tokens = torch.randint(0, VOCAB, (1, length))
+        positions = torch.arange(length).expand(1, -1).contiguous()
+        return counted(
+            lambda: module(tokens, positions, None, None, None, None, None),
+            lambda logits: logits.sum(),
+        )
+
+
 def count_encoder(
     overrides: Sequence[str], grids: list[tuple[int, int]], frozen: Frozen
 ) -> tuple[tuple[int, ...], int, int]:
@@ -132,7 +170,12 @@ LANGUAGE = {
 
 
 def language(
-    name: str, work: TextWork, *, trains: bool = True, returns_gradients: bool = True
+    name: str,
+    work: TextWork,
+    *,
+    trains: bool = True,
+    returns_gradients: bool = True,
+    lora: LoraLayers | None = None,
 ) -> Flops:
     from megatron_mimo.kernels import ssd
 
@@ -144,6 +187,7 @@ def language(
         vocab_size=VOCAB,
         seq_length=length,
         rows_train=returns_gradients,
+        lora={} if lora is None else {"language": lora},
     )
     if provider == "mock":
         return adapter_of(config.target).flops(config.target, work, context)
@@ -169,6 +213,36 @@ def test_a_frozen_language_model(
     work = text_work([length], masked=True)
     flops = language("all", work, trains=not frozen, returns_gradients=encoder_trains)
     assert found == pytest.approx((flops.forward, flops.backward), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("all", {"in_proj", "out_proj", "linear_fc1", "shared_experts.linear_fc2", "linear_proj"}),
+        ("gpt", {"linear_fc1", "linear_fc2", "linear_qkv"}),
+    ],
+)
+def test_adapters(name: str, layers: set[str], run_ranks: Callable[..., list]) -> None:
+    provider, overrides, length = LANGUAGE[name]
+    (found,) = run_ranks(1, count_adapted, name, frozenset(layers))
+    flops = language(
+        name,
+        text_work([length], masked=True),
+        returns_gradients=False,
+        lora=LoraLayers(rank=8, layers=frozenset(layers)),
+    )
+    wasted = 0
+    if "linear_qkv" in layers:
+        # Outputs of queries are multiplied with zeros for keys and values, and so on.
+        config = model_config(provider, overrides).part("language")
+        head = config.hidden_size // config.num_attention_heads
+        outputs = head * (config.num_attention_heads + 2 * config.num_query_groups)
+        wasted = 2 * (2 * length * 8 * outputs) * config.num_layers
+    # What adapters add to a frozen model between inputs that have gradients.
+    (plain,) = run_ranks(1, count_language, *LANGUAGE[name], None, True, True, 1)
+    frozen = language(name, text_work([length], masked=True), trains=False)
+    assert found[0] - plain[0] == flops.forward - frozen.forward + wasted > 0
+    assert found[1] - plain[1] == flops.backward - frozen.backward + 2 * wasted > 0
 
 
 @pytest.mark.parametrize("name", ["gpt", "all"])
