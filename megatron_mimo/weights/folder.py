@@ -25,7 +25,8 @@ _TEMPLATES = "additional_chat_templates"
 class WeightFolder:
     """Reads a folder tensor by tensor; a tensor is read only when it is requested.
 
-    Files with weights may be absent as long as none of them is asked for. Use it in a `with` statement.
+    Files with weights may be absent as long as none of them is asked for. Use it in a `with`
+    statement.
 
     Args:
         path: Path to the folder.

@@ -203,6 +203,20 @@ class HfLanguageAdapter(LanguageAdapter[HfLanguageConfig]):
         if config.num_experts:
             yield Division("ep", PART, "num_experts")
 
+    def linear_layers(
+        self, config: HfLanguageConfig, row_width: int
+    ) -> Mapping[str, Mapping[str, tuple[int, int]]]:
+        """The linear layers of the decoder's layers, by the last part of transformers' names."""
+        from megatron_mimo.modules.hf.costs import linear_shapes
+
+        found: dict[str, tuple[int, int]] = {}
+        for path, widths in linear_shapes(config.description).items():
+            name = path.rpartition(".")[2]
+            least = found.get(name, widths)
+            # Layers of one name may differ, such as those of local and of global attention.
+            found[name] = min(least, widths, key=min)
+        return {PART: found}
+
     def parallel_axes(self, config: HfLanguageConfig) -> frozenset[Axis]:
         """Those of experts where there are any."""
         return frozenset({"ep", "expt_tp"}) if config.num_experts else frozenset()

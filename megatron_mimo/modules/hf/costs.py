@@ -70,6 +70,24 @@ def layer_shapes(description: str) -> tuple[LayerShape, ...]:
     return tuple(shape_of(layer, text) for layer in model.get_submodule(LANGUAGE).layers)
 
 
+@cache
+def linear_shapes(description: str) -> dict[str, tuple[int, int]]:
+    """Linear layers of the decoder's layers: path in the model -> widths of input and output.
+
+    Experts behind a router, and the router, are not among them.
+    """
+    model = meta_model(description)
+    few = max(int(getattr(model.config.get_text_config(), "num_experts", None) or 0), 1)
+    return {
+        path: (module.in_features, module.out_features)
+        for path, module in model.named_modules()
+        if path.startswith(f"{LANGUAGE}.layers.")
+        and isinstance(module, nn.Linear)
+        and module.out_features > few
+        and "experts" not in path.split(".")
+    }
+
+
 def layer_costs(model: Any, config: HfLanguageConfig, seq_length: int) -> list[float]:
     """Multiply-adds of every layer for a token, of a whole model without memory."""
     shapes = (shape_of(layer, config.text) for layer in model.get_submodule(LANGUAGE).layers)

@@ -7,7 +7,7 @@ from torch import nn
 from megatron_mimo.modules.adapter import FlopsContext
 from megatron_mimo.modules.flops import Flops, TextWork, attention, product
 from megatron_mimo.modules.hf.config import HfEncoderConfig, HfLanguageConfig
-from megatron_mimo.modules.hf.costs import layer_shapes
+from megatron_mimo.modules.hf.costs import layer_shapes, linear_shapes
 from megatron_mimo.modules.hf.cut import meta_model
 
 # Products of keys, values and queries with the state of linear attention, for each element of it:
@@ -25,16 +25,22 @@ def language_flops(config: HfLanguageConfig, work: TextWork, context: FlopsConte
         context: Sizes, and the parts that train.
     """
     tokens = work.sequences * context.seq_length
-    trains = "language" not in context.frozen
-    backward = trains or context.rows_train
-    total = product(tokens, config.hidden_size, context.vocab_size, weight=trains, inputs=backward)
+    backward = context.trains("language") or context.rows_train
+    linear = context.linear("language", backward=backward)
+    total = linear("", tokens, config.hidden_size, context.vocab_size)
     for shape in layer_shapes(config.description):
         # A product with n weights for each token, however they are arranged.
-        total += product(tokens, 1, shape.weights, weight=trains, inputs=backward)
+        total += product(tokens, 1, shape.weights, weight=linear.weight, inputs=backward)
         pairs = shape.pairs(work.document_pairs, tokens)
         total += attention(pairs, shape.attention, backward=backward)
         state = 2 * _STATE_PRODUCTS * tokens * shape.state
         total += Flops(state, 2 * state * backward)
+    if linear.lora is not None:
+        for path, (inner, outer) in linear_shapes(config.description).items():
+            if path.rpartition(".")[2] in linear.lora.layers:
+                rank = linear.lora.rank
+                total += product(tokens, inner, rank, weight=True, inputs=backward)
+                total += product(tokens, rank, outer, weight=True, inputs=True)
     return total
 
 

@@ -226,6 +226,8 @@ def _colwise(module: nn.Module, group: dist.ProcessGroup) -> None:
 
 def _gathered(module: nn.Module, group: dist.ProcessGroup) -> None:
     forward = module.forward
+    # As megatron-core's layers say it; an adapter beside the layer reads it.
+    module.gather_output = True  # type: ignore[assignment]
 
     def divided(hidden: Tensor) -> Tensor:
         part = forward(copy_to_tensor_model_parallel_region(hidden, group=group))

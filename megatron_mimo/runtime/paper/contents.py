@@ -108,9 +108,8 @@ class Contents:
 
     def _on_host(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         args, kwargs = tree_map_only(Tensor, self.of, (tuple(args), dict(kwargs)))
-        if kwargs.get("device") is not None:
-            kwargs["device"] = _HOST
-        return func(*args, **kwargs)
+        at = {} if kwargs.get("device") is None else {"device": _HOST}
+        return func(*args, **{**kwargs, **at})
 
 
 def _tensors(values: Any) -> list[Tensor]:

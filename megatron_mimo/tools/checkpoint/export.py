@@ -125,6 +125,7 @@ def export_adapters(
             such model; the message names what.
     """
     from megatron_mimo.inference.run import read_run
+    from megatron_mimo.model.hf import HfFolder
     from megatron_mimo.model.omni.lora import peft_tables, require_plain_scales
     from megatron_mimo.runtime import prepare_megatron_core, resolve_device
     from megatron_mimo.weights.folder import WeightFolder
@@ -145,7 +146,7 @@ def export_adapters(
         )
     tables = peft_tables(architecture, text_alone=len(modules) == 1)
     base = resolved.first_weights.load_hf
-    if base is not None:
+    if base is not None and not isinstance(resolved.folder, HfFolder):
         with WeightFolder(base) as folder:
             require_plain_scales(folder, architecture, lora)
     prepare_megatron_core(resolve_device("cpu"))
