@@ -185,7 +185,7 @@ def test_a_database_that_is_locked_for_a_while_stops_no_run_and_lacks_nothing(
         rank.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 0
     said = (tmp_path / "said").read_text()
-    assert during - before >= 40
+    assert during - before >= 20
     assert said.count("MLflow: takes no curves at iteration") == 1
     assert "database is locked" in said and "MLflow: lacks" not in said
     check_equal(in_mlflow(tmp_path).curves, in_tensorboard(tmp_path))
