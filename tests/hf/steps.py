@@ -225,7 +225,14 @@ def arguments_of(name: str, text: Text, model: Any) -> dict[str, Any]:
 
 
 def oracle(
-    name: str, steps: int, batch: int, *, frozen: str = "", model: Any = None, **changes: Any
+    name: str,
+    steps: int,
+    batch: int,
+    *,
+    frozen: str = "",
+    model: Any = None,
+    keep: bool = False,
+    **changes: Any,
 ) -> "tuple[list[list[float]], dict[str, Tensor], Any]":
     """Loss and norm of each step by transformers and torch's AdamW.
 
@@ -235,6 +242,7 @@ def oracle(
         batch: Number of samples of a step.
         frozen: Beginning of the names of weights that do not train; "" for none.
         model: Model to train; None for that of `build`.
+        keep: Whether to train only what the model says.
         changes: Changes of its `text_config`.
 
     Returns:
@@ -247,7 +255,7 @@ def oracle(
     for path, parameter in model.named_parameters():
         if frozen and path.startswith(frozen):
             parameter.requires_grad_(False)
-        else:
+        elif parameter.requires_grad or not keep:
             trains[path] = parameter
     optimizer = torch.optim.AdamW(
         [
@@ -291,6 +299,7 @@ def runner_of(
     dtype: str = "float32",
     recompute: bool = False,
     length: int = LENGTH,
+    lora: Any = None,
 ) -> Any:
     """This rank's runner with the weights of a folder.
 
@@ -302,6 +311,7 @@ def runner_of(
         dtype: Dtype of the run.
         recompute: Whether the language model computes its layers again in the backward.
         length: Number of tokens of a sequence.
+        lora: Adapters in place of weights, a `Lora`.
     """
     import torch
 
@@ -328,6 +338,7 @@ def runner_of(
             vocab_size=found.vocab_size,
             seq_length=length,
             sequence_parallel=False,
+            lora=lora,
         ),
         AdamConfig(
             lr=LR,

@@ -71,9 +71,17 @@ def lora_adapters(stage: nn.Module) -> Iterator[tuple[str, LoraAdapter]]:
 
 def base_names(stage: ModuleStage, parts: Iterable[str]) -> tuple[str, ...]:
     """Beginnings of the names of all weights and buffers of some parts of a stage."""
-    names = {id(module): name for name, module in stage.named_modules()}
-    held = (stage.parts[part] for part in parts)
-    return tuple(f"{names[id(module)]}." for module in held if module is not None)
+    modules = {id(module): f"{name}." for name, module in stage.named_modules()}
+    weights = {id(weight): name for name, weight in stage.named_parameters()}
+    found: list[str] = []
+    for part in parts:
+        held = stage.parts[part]
+        if held is None:
+            continue
+        # A part may be weights of several modules.
+        whole = modules.get(id(held))
+        found += [weights[id(one)] for one in held.parameters()] if whole is None else [whole]
+    return tuple(found)
 
 
 @torch.no_grad()
