@@ -348,8 +348,8 @@ def runner_of(
             beta2=BETAS[1],
             eps=EPS,
             clip_grad=CLIP,
-            # As far as gradients of these models reach without an overflow.
-            loss_scale=LossScaleConfig(initial=2.0**12) if dtype == "float16" else None,
+            # Low enough for no update to be left out.
+            loss_scale=LossScaleConfig(initial=2.0**6) if dtype == "float16" else None,
         ),
         ScheduleConfig(style="constant", warmup_samples=0, decay_samples=1000),
         StepConfig(placeholder_ids={"encoder": IMAGE}),
