@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.slices import slow_but
 from tests.hf.models import CONFIGS
 
 
@@ -68,7 +67,7 @@ def apart(name: str, folder: str) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("name", slow_but(CONFIGS, "gemma4"))
+@pytest.mark.parametrize("name", CONFIGS)
 def test_no_document_sees_another(
     name: str, run_ranks: Callable[..., list], tmp_path: Path
 ) -> None:

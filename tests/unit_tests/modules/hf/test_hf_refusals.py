@@ -150,7 +150,8 @@ def test_a_layout_is_refused(
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_takes_tensor_parallelism_of_both_grids(name: str) -> None:
-    check_shards(beside(TWO, TWO), architecture(name))
+    # Layers of embeddings of their own have no plan: see above.
+    check_shards(beside(TWO, {} if name == "gemma4 e-series" else TWO), architecture(name))
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl moe"])
