@@ -377,11 +377,11 @@ def curve(
 
 
 def losses_without_rows(folder: str, name: str, chosen: Layout, batch: int) -> tuple[float, float]:
-    """Loss of the first step, and the same with zeros in place of the encoder's rows."""
+    """Loss of the first step's samples, and the same with zeros for the encoder's rows."""
     import torch.distributed as dist
 
     from megatron_mimo.modules.hf.encoder import HfEncoder
-    from megatron_mimo.training.step import train_step
+    from megatron_mimo.training.step import evaluate
 
     losses = []
     for kept in (1.0, 0.0):
@@ -390,7 +390,7 @@ def losses_without_rows(folder: str, name: str, chosen: Layout, batch: int) -> t
             if isinstance(replica.module, HfEncoder):
                 replica.module.register_forward_hook(lambda *found, kept=kept: found[-1] * kept)
         loader = Steps(name, chosen, dist.get_rank(), batch=batch)
-        losses.append(train_step(runner, loader, 1, batch).agreed_loss)
+        losses.append(evaluate(runner, loader, 1).item())
     return losses[0], losses[1]
 
 
