@@ -126,10 +126,10 @@ class HfLanguageConfig:
     @property
     def num_key_value_heads(self) -> int:
         """Smallest number of heads of keys and values of a layer."""
-        others = getattr(self.text, "num_global_key_value_heads", None)
-        kinds = getattr(self.text, "layer_types", None) or ()
-        least = int(self.text.num_key_value_heads or self.text.num_attention_heads)
-        return min(least, int(others)) if others and "full_attention" in kinds else least
+        return min(
+            int(layer.num_key_value_heads or layer.num_attention_heads)
+            for layer in self.text.per_layer_config
+        )
 
     @property
     def num_experts(self) -> int:
