@@ -75,7 +75,7 @@ read_first_weights() {
 
 check_paths() {
   local variable path
-  for variable in MIMO_DATA_PATH MIMO_TOKENIZER MIMO_FIRST_WEIGHTS; do
+  for variable in MIMO_DATA_PATH MIMO_TOKENIZER MIMO_FIRST_WEIGHTS MIMO_HF_FOLDER; do
     path=${!variable:-}
     path=${path#nemotron:} path=${path#vision:}
     [[ -n $path && $path != random ]] || continue
@@ -144,7 +144,8 @@ read_program() {
   fi
   python=${MIMO_PYTHON:-python}
   local path mounts=$root:$root,$run:$run
-  for path in "${MIMO_DATA_PATH:-}" "${MIMO_TOKENIZER:-}" "${MIMO_FIRST_WEIGHTS:-}"; do
+  for path in "${MIMO_DATA_PATH:-}" "${MIMO_TOKENIZER:-}" "${MIMO_FIRST_WEIGHTS:-}" \
+    "${MIMO_HF_FOLDER:-}"; do
     path=${path#nemotron:} path=${path#vision:}
     [[ -z $path || $path == random ]] || mounts+=,$path:$path
   done

@@ -8,9 +8,15 @@ from pathlib import Path
 
 from megatron_mimo.config.flags import CommandLine, parse
 from megatron_mimo.config.resolve import Resolved, resolve
+from tests.hf.published import save_published
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
-BATCH = sorted(SCRIPTS.glob("*.sbatch"), key=lambda path: (path.stem.split("_")[0], len(path.stem)))
+HF = sorted(SCRIPTS.glob("hf_*.sbatch"))
+"""Scripts of models of transformers."""
+BATCH = sorted(
+    set(SCRIPTS.glob("*.sbatch")) - set(HF),
+    key=lambda path: (path.stem.split("_")[0], len(path.stem)),
+)
 LOCAL = [SCRIPTS / "local_cpu.sh", SCRIPTS / "local_8gpu.sh"]
 
 # Prints what it is given instead of starting anything.
@@ -52,8 +58,11 @@ def read_recipe(path: Path, folder: Path) -> Recipe:
 
     Args:
         path: The script.
-        folder: For the launcher.
+        folder: For the launcher, and for the folder of a model of transformers.
     """
+    model = folder / "models" / path.stem
+    if path in HF and not model.exists():
+        save_published(published_name(path), model)
     root = folder / "root"
     (root / "scripts").mkdir(parents=True, exist_ok=True)
     (root / "scripts" / "launch.sh").write_text(_ECHO)
@@ -65,6 +74,7 @@ def read_recipe(path: Path, folder: Path) -> Recipe:
         "MIMO_ROOT": str(root),
         "MIMO_DATA_PATH": "/data",
         "MIMO_TOKENIZER": "/tokenizer",
+        "MIMO_HF_FOLDER": str(model),
     }
     if path.suffix == ".sbatch" and "MIMO_FIRST_WEIGHTS:?" in text:
         env["MIMO_FIRST_WEIGHTS"] = "nemotron:/weights"
@@ -78,6 +88,11 @@ def read_recipe(path: Path, folder: Path) -> Recipe:
     purpose = re.search(r"^# Purpose: (.*)\.$", text, re.MULTILINE)
     assert purpose, f"{path.name} has no line '# Purpose: ….'"
     return Recipe(path, header, purpose[1], proto, tuple(flags), ranks)
+
+
+def published_name(path: Path) -> str:
+    """Name in `tests.hf.published` of the model of a script: gemma4-31b of hf_gemma4_31b_4n."""
+    return "-".join(path.stem.split("_")[1:-1])
 
 
 def table(recipes: list[Recipe]) -> str:
@@ -102,15 +117,18 @@ def _row(recipe: Recipe) -> str:
     nodes = "1"
     if recipe.path.suffix == ".sbatch":
         per_node = int(recipe.header["ntasks-per-node"])
-        # A node holds ranks of one module only.
+        # A node holds ranks of one module only, or every rank holds both.
         assert not len(encoder.ranks) % per_node and not len(llm.ranks) % per_node
-        nodes = f"{recipe.nodes} ({len(encoder.ranks) // per_node} + {len(llm.ranks) // per_node})"
+        both = encoder.ranks == llm.ranks
+        parts = f"{len(encoder.ranks) // per_node} + {len(llm.ranks) // per_node}"
+        nodes = f"{recipe.nodes} ({'both on each' if both else parts})"
+    stages = "" if llm.pp == 1 else f"PP {llm.pp}, "
     cells = [
         f"`{recipe.path.name}`",
         nodes,
         str(recipe.ranks),
         f"TP {encoder.tp}, DP {encoder.dp}",
-        f"TP {llm.tp}, DP {llm.dp}, EP {llm.ep}, expert DP {llm.expt_dp}",
+        f"TP {llm.tp}, {stages}DP {llm.dp}, EP {llm.ep}, expert DP {llm.expt_dp}",
         f"{layout.num_lanes / encoder.dp:g}",
         str(resolved.global_batch_size),
         str(resolved.data.num_microbatches(layout.num_lanes)),

@@ -10,7 +10,7 @@ from megatron_mimo.config.flags import CommandLine, parse
 from megatron_mimo.config.resolve import resolve
 from megatron_mimo.config.sections import TrainConfig
 from megatron_mimo.settings import OnlyWith, declared, values
-from tests.unit_tests.scripts.recipes import BATCH, LOCAL, SCRIPTS, Recipe, read_recipe, table
+from tests.unit_tests.scripts.recipes import BATCH, HF, LOCAL, SCRIPTS, Recipe, read_recipe, table
 
 # Layout, batch and length as published for runs of this kind: nodes, encoder DP, LLM DP, EP, expert
 # DP, lanes per encoder rank, global batch, microbatches.
@@ -44,10 +44,10 @@ SHOWS = ("watching", "runtime")
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> list[Recipe]:
     folder = tmp_path_factory.mktemp("recipes")
-    return [read_recipe(path, folder) for path in [*BATCH, *LOCAL]]
+    return [read_recipe(path, folder) for path in [*BATCH, *HF, *LOCAL]]
 
 
-@pytest.fixture(params=[path.name for path in [*BATCH, *LOCAL]])
+@pytest.fixture(params=[path.name for path in [*BATCH, *HF, *LOCAL]])
 def recipe(request: pytest.FixtureRequest, recipes: list[Recipe]) -> Recipe:
     return next(recipe for recipe in recipes if recipe.path.name == request.param)
 
@@ -134,7 +134,9 @@ def test_no_flag_stands_twice(recipe: Recipe) -> None:
     assert len(set(names)) == len(names)
 
 
-def test_jobs_leave_before_their_limit(batch: Recipe) -> None:
+@pytest.mark.parametrize("path", [*BATCH, *HF], ids=lambda path: path.stem)
+def test_jobs_leave_before_their_limit(path: Path, recipes: list[Recipe]) -> None:
+    batch = next(recipe for recipe in recipes if recipe.path == path)
     header = batch.header
     hours, minutes, seconds = map(int, header["time"].split(":"))
     limit_s = hours * 3600 + minutes * 60 + seconds
@@ -219,3 +221,27 @@ def test_example_configs_have_the_scripts_values(
         assert getattr(mine, part) == getattr(theirs, part), part
     for flag in ("bf16", "init", "tokenizer_prompt_format"):
         assert getattr(mine.config.model, flag) == getattr(theirs.config.model, flag)
+
+
+@pytest.mark.parametrize(
+    ("example", "script"),
+    [
+        ("gemma4-31b-tp4pp4", "hf_gemma4_31b_4n"),
+        ("qwen3-vl-30b-a3b", "hf_qwen3_vl_30b_a3b_2n"),
+    ],
+)
+def test_example_configs_of_folders_have_the_scripts_values(
+    example: str, script: str, recipes: list[Recipe]
+) -> None:
+    (recipe,) = (found for found in recipes if found.path.stem == script)
+    theirs = recipe.resolve()
+    file = SCRIPTS.parent / "examples/mimo/configs" / f"{example}.yaml"
+    folder = theirs.config.checkpoints.first_weights.load_hf
+    given = ("--data-path", "/data", "--load-hf", str(folder))
+    line = parse(["--config", str(file), *given], CommandLine, prog="train")
+    mine = resolve(line.train, recipe.ranks)
+    for part in (
+        *("layout", "architecture", "execution", "reduce", "freeze", "adam", "schedule"),
+        *("global_batch_size", "train_iters"),
+    ):
+        assert getattr(mine, part) == getattr(theirs, part), part

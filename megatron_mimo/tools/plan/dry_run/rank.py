@@ -67,6 +67,8 @@ def run_role(argv: Sequence[str], *, rank: int, world_size: int, vocab_size: int
     found: dict[str, Any] = {}
     try:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        # Reading a folder's model imports megatron-core.
+        prepare_megatron_core(PAPER)
         line = parse(argv, CommandLine, prog="megatron-mimo plan --dry-run")
         _run(resolve(line.train, world_size), rank, vocab_size, progress, found)
     except Exception as error:
@@ -85,7 +87,6 @@ def _run(
     found: dict[str, Any],
 ) -> None:
     """Fill `found` with fields of the outcome, as far as it comes."""
-    prepare_megatron_core(PAPER)
     open_world(rank, resolved.layout.world_size)
     # These import megatron-core, which is prepared now.
     from megatron_mimo.kernels.outlines import install_outlines
