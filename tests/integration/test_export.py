@@ -90,24 +90,29 @@ def convert(source: str, target: str, *more: str) -> tuple[int, str]:
     return code, errors.getvalue()
 
 
-def of_transformers(folder: str, adapters: str | None = None) -> dict[str, Any]:
+def of_transformers(folder: str, adapted: tuple[str, str] | None = None) -> dict[str, Any]:
     """What plain transformers makes of images and a conversation, and what it answers.
 
     Args:
-        folder: Folder of the model.
-        adapters: Folder of adapters that peft loads onto it; None for none.
+        folder: Folder of the model, of its processor, and of how it answers.
+        adapted: Folder of a model to take in its place, and of adapters that peft loads onto it;
+            None for neither.
     """
     import torch
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor: Any = AutoProcessor.from_pretrained(folder)
-    model, loaded = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    model, loaded = AutoModelForImageTextToText.from_pretrained(
+        adapted[0] if adapted else folder, output_loading_info=True
+    )
     assert not any(loaded.values()), loaded
-    if adapters is not None:
+    if adapted is not None:
         import peft
+        from transformers import GenerationConfig
 
-        model = peft.PeftModel.from_pretrained(model, adapters)
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model = peft.PeftModel.from_pretrained(model, adapted[1])
     images = [Image.fromarray(image) for image in pictures(SIZES)]
     text = processor.apply_chat_template(BEFORE, tokenize=False, add_generation_prompt=True)
     inputs = processor(images=images[:2], text=text, return_tensors="pt")

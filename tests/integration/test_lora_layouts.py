@@ -86,7 +86,7 @@ def one_rank(run_ranks: Callable[..., list]) -> Callable[..., Any]:
     return reference
 
 
-@pytest.mark.parametrize("name", slow_but(LAYOUTS, LAYOUTS[0], LAYOUTS[4]))
+@pytest.mark.parametrize("name", slow_but(LAYOUTS, LAYOUTS[0]))
 def test_curve_and_every_gradient_are_those_of_one_rank(
     name: str, run_ranks: Callable[..., list], one_rank: Callable[[Case], Any]
 ) -> None:
@@ -109,6 +109,7 @@ def test_layers_of_transformer_engine_have_the_same_adapters(
     assert_same(found, one_rank(case.reference))
 
 
+@pytest.mark.slow
 def test_a_stage_may_be_without_adapters(
     run_ranks: Callable[..., list], one_rank: Callable[..., Any]
 ) -> None:
@@ -120,6 +121,7 @@ def test_a_stage_may_be_without_adapters(
     assert len([key for key in state if key.startswith("lora.")]) == 2
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_where_layers_are_recomputed(run_ranks: Callable[..., list]) -> None:
     curves = [
         run_ranks(1, dropped, named(name), share)[0]
