@@ -104,7 +104,7 @@ class Argument:
         return value[: outline.num_tokens].copy() if self.is_filled else value
 
     def merge(self, values: Sequence[NDArray[Any]]) -> Tensor:
-        """One tensor [...] of the values of several images."""
+        """One tensor of the values of several images: [n_1 + n_2, ...] or [N, ...]."""
         if self.join == "follow":
             return torch.from_numpy(np.concatenate(values))
         if self.join == "stack":

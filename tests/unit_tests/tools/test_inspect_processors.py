@@ -23,7 +23,7 @@ from tests.unit_tests.media.processors.folders import save_folder
     ("model_type", "words"),
     [
         ("mistral3", "40 x 32 pixels, 80 tokens of the tower, 20 rows"),
-        ("llava_onevision", "16 x 16 pixels, 112 tokens of the tower, 7 tiles, 81 rows"),
+        ("llava_onevision", "16 x 16 pixels, 112 tokens of the tower, 7 tiles, 104 rows"),
     ],
 )
 def test_the_page_shows_what_the_tower_sees(tmp_path: Path, model_type: str, words: str) -> None:
@@ -47,7 +47,7 @@ def test_the_page_shows_what_the_tower_sees(tmp_path: Path, model_type: str, wor
     assert sum(span.number for span in found) == len(document.tokens)
     (image,) = (span for span in found if span.kind == "image")
     # Four lines of rows, with three marks between them and one behind them.
-    assert image.number == (23 if model_type == "mistral3" else 81)
+    assert image.number == (23 if model_type == "mistral3" else 104)
     write_page(out, statistics, shown, config, tokenizer, lead="", title="")
     page = out.read_text()
     assert f"image 1: {words}" in page
