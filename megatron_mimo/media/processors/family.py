@@ -184,11 +184,17 @@ _QWEN = ProcessorFamily(
 # -- Mistral 3 -------------------------------------------------------------------------------------
 
 
+def _mistral3_unit(processor: Any) -> int:
+    """Side in pixels of the patches of a row."""
+    unit: int = processor.patch_size * processor.spatial_merge_size
+    return unit
+
+
 def _mistral3(processor: Any, settings: Settings, height: int, width: int, _: bool) -> Outline:
     from transformers.image_utils import ChannelDimension
     from transformers.models.pixtral.image_processing_pixtral import get_resize_output_image_size
 
-    size, unit = settings["size"], settings["patch_size"]
+    size, unit = settings["size"], _mistral3_unit(processor)
     edge = size.get("longest_edge")
     sides = get_resize_output_image_size(
         # The function asks an image for its sides; this one takes no memory.
@@ -214,7 +220,10 @@ _MISTRAL3 = ProcessorFamily(
         between=processor.image_break_token,
         after=processor.image_end_token,
     ),
-    settings=lambda processor: {"patch_size": processor.patch_size * processor.spatial_merge_size},
+    # A number would do, with a warning for each image.
+    settings=lambda processor: {
+        "patch_size": dict.fromkeys(("height", "width"), _mistral3_unit(processor))
+    },
     outline=_mistral3,
     arguments=(
         Argument(name="pixel_values", join="pad"),

@@ -29,7 +29,7 @@ class ProcessorInput:
         placeholder: Placeholder of an image in stored samples.
         noun: Name of one image in messages, and of its field in stored samples.
         several: Whether images are those of samples with several.
-        processor: The folder's processor, without its tokenizer.
+        processor: The folder's processor, of which only the image processor is kept.
         settings: All settings of its image processor.
         given: Those of them that it gives with each call.
     """

@@ -7,10 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_mimo.border import border
 from megatron_mimo.media.processors.family import FAMILIES, ProcessorFamily
 from megatron_mimo.media.processors.input import ProcessorInput
 
+# An image that every processor takes.
+_PROBE = np.zeros((64, 64, 3), np.uint8)
 _FILES = ("processor_config.json", "preprocessor_config.json")
 # Names of the image token's id in configurations of transformers.
 _TOKEN_FIELDS = ("image_token_id", "image_token_index")
@@ -68,8 +72,10 @@ def read_processor(
         )
     # Only image settings are needed from here on; reader processes are sent a copy.
     slim = copy(processor)
-    slim.tokenizer = None
-    return ProcessorInput(
+    for name in slim.get_attributes():
+        if name != "image_processor":
+            setattr(slim, name, None)
+    kind = ProcessorInput(
         folder=str(path),
         model_type=model_type,
         texts=texts,
@@ -79,6 +85,9 @@ def read_processor(
         settings=settings,
         given=given,
     )
+    with border(lambda why: f"{path} has a processor that takes no image: {why}"):
+        kind.encode(_PROBE, kind.examine(_PROBE), with_content=True)
+    return kind
 
 
 def _load(path: Path) -> Any:

@@ -1,5 +1,7 @@
 """Images of folders of vision-language models against the processors of transformers."""
 
+import json
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -250,6 +252,27 @@ def test_without_torchvision_it_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("megatron_mimo.media.processors.read.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs torchvision, which is not installed: pip install"):
         read_processor(tmp_path, "qwen3_vl", config)
+
+
+def test_a_processor_without_a_number_that_it_needs_is_refused(tmp_path: Path) -> None:
+    config = save_folder("llava_onevision", tmp_path)
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_image_tokens": None}))
+    with pytest.raises(ValueError, match="has a processor that takes no image: TypeError"):
+        read_processor(tmp_path, "llava_onevision", config)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_reader_processes_get_the_image_processor_alone(load: Load, model_type: str) -> None:
+    kind, _ = load(model_type)
+    sent = pickle.dumps(kind)
+    assert len(sent) < 20_000
+    taken: ProcessorInput = pickle.loads(sent)
+    assert taken == kind
+    (ours,), (theirs,) = (encode(each, [picture(24, 40)]) for each in (kind, taken))
+    assert ours.outline == theirs.outline
+    for name, value in ours.content.items():
+        assert (value == theirs.content[name]).all()
 
 
 # -- mock images -----------------------------------------------------------------------------------
