@@ -1,6 +1,7 @@
 """Tokenizers: a byte tokenizer that needs no file, and those of Hugging Face."""
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,9 @@ class HuggingFaceTokenizer:
             )
         with border(lambda why: f"--tokenizer-model {path} holds no tokenizer: {why}"):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            self._tokenizer.chat_template = (
+                _template_of(Path(path)) or self._tokenizer.chat_template
+            )
         vocabulary: dict[str, int] = self._tokenizer.get_vocab()
         for module, placeholder in placeholders.items():
             if placeholder not in vocabulary:
@@ -241,6 +245,15 @@ class HuggingFaceTokenizer:
     def token_id(self, token: str) -> int | None:
         """Id in the vocabulary, or None."""
         return self._vocabulary.get(token)
+
+
+def _template_of(folder: Path) -> str | None:
+    """The chat template in a file that transformers reads for processors only, before others."""
+    file = folder / "chat_template.json"
+    if not file.is_file():
+        return None
+    template: str | None = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    return template
 
 
 def _padded(num_tokens: int) -> int:

@@ -139,6 +139,9 @@ class _TimedItems:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._kind, name)
 
+    def among(self, count: int) -> "_TimedItems":
+        return _TimedItems(self._kind.among(count), self._clock)
+
     def encode(self, source: Any, shape: Any, *, with_content: bool) -> Any:
         with self._clock.of(Stage.DECODE):
             return self._kind.encode(source, shape, with_content=with_content)

@@ -1,8 +1,10 @@
 """Samples of folders of vision-language models against the processors of transformers."""
 
 import io
+import json
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,6 +141,19 @@ def test_documents_are_those_of_the_processor(load: Load, model_type: str) -> No
     assert sample.tokens.tolist() == list(wanted["input_ids"][0])
     rows = sample.tokens == folder.processor.image_token_id
     assert not (sample.targets & rows).any()
+
+
+def test_a_template_that_only_processors_read_is_found(tmp_path: Path) -> None:
+    """As in folders that were published before templates had a file of their own."""
+    from transformers import AutoProcessor
+
+    save_folder("llava_onevision", tmp_path)
+    text = (tmp_path / "chat_template.jinja").read_text()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": text}))
+    (tmp_path / "chat_template.jinja").write_text("{{ 'another' }}")
+    tokenizer = HuggingFaceTokenizer(str(tmp_path), {"encoder": "<image>"})
+    assert AutoProcessor.from_pretrained(tmp_path).chat_template == text
+    assert tokenizer.chat_template is not None and tokenizer.chat_template.source == text
 
 
 def test_a_text_with_the_token_itself_is_refused(load: Load) -> None:

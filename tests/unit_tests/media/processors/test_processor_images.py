@@ -64,6 +64,7 @@ def unpadded(name: str, model_type: str, value: torch.Tensor, like: torch.Tensor
     """Without the padding of Gemma's processor beyond the largest image."""
     if model_type != "gemma4":
         return value
+    assert like.shape[1] < value.shape[1]
     rest = value[:, like.shape[1] :]
     assert (rest == (0 if name == "pixel_values" else -1)).all()
     return value[:, : like.shape[1]]
@@ -141,10 +142,10 @@ def test_a_file_that_does_not_decode_is_a_blank(load: Load) -> None:
 def test_images_of_samples_with_several_come_last(load: Load) -> None:
     kind, _ = load("llava_onevision")
     alone, pair = encode(kind, [picture(40, 24)]), encode(kind, [picture(8, 60), picture(60, 8)])
-    packed = kind.pack([pair[0], *alone, pair[1]], [0] * 3)
+    packed = kind.pack([*pair, *alone], [0] * 3)
     assert packed is not None
-    assert packed.places == (1, 0, 2)
-    assert packed.rows == (17, alone[0].rows, 17)
+    assert packed.places == (1, 2, 0)
+    assert packed.rows == (17, 17, alone[0].rows)
     counts = dict(zip(packed.names, packed.tensors, strict=True))["batch_num_images"]
     assert counts.tolist() == [1, 2]
 
@@ -166,7 +167,7 @@ def test_the_tower_makes_as_many_rows(load: Load, model_type: str) -> None:
         for number, sample in enumerate(samples)
         for item in encode(kind, [picture(*size, seed=number) for size in sample])
     ]
-    for chosen in (items, items[1:2], items[2:4]):
+    for chosen in (items, items[1:2], items[1:4]):
         packed = kind.pack(chosen, [0] * len(chosen))
         assert packed is not None
         rows = rows_of(model, packed)
