@@ -95,11 +95,11 @@ class ItemInput(Protocol):
         ...
 
     @property
-    def is_part(self) -> bool:
-        """Whether chat templates write the item.
+    def part(self) -> str | None:
+        """Type of an item among the parts of a message, where chat templates write the item.
 
-        Then they are given messages whose contents are lists of parts, an item among them as
-        {"type": NOUN}; otherwise the item's inline text is a part of the message's.
+        They are then given messages whose contents are lists of texts and of {"type": TYPE}. None:
+        the item's inline text is in the message's.
         """
         ...
 

@@ -86,9 +86,9 @@ class OneRunItems:
         return self.token
 
     @property
-    def is_part(self) -> bool:
-        """Whether chat templates write the item: no, its placeholder is in the text."""
-        return False
+    def part(self) -> str | None:
+        """None: chat templates do not write the item, its placeholder is in the text."""
+        return None
 
     @property
     def marks(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from megatron_mimo.data.text.placeholders import split_text
 
 def template_of(template: ChatTemplate, inputs: Inputs) -> ChatTemplate:
     """A template that takes texts with placeholders."""
-    if any(kind.is_part for kind in inputs.values()):
+    if any(kind.part for kind in inputs.values()):
         return _PartsTemplate(template, inputs)
     return template
 
@@ -45,13 +45,14 @@ def _parts(text: str, inputs: Inputs) -> list[dict[str, str]]:
     held = ""
     for piece, module in split_text(text, inputs):
         held += piece
-        if module is not None and not inputs[module].is_part:
+        part = None if module is None else inputs[module].part
+        if module is not None and part is None:
             held += inputs[module].inline
             continue
         if held:
             parts.append({"type": "text", "text": held})
             held = ""
-        if module is not None:
-            parts.append({"type": inputs[module].words.noun})
+        if part is not None:
+            parts.append({"type": part})
     # A message of nothing is an empty text.
     return parts or [{"type": "text", "text": ""}]

@@ -124,7 +124,7 @@ def chat_template(config: DataConfig, tokenizer: Tokenizer, eos: str) -> str:
         case "chat":
             assert tokenizer.chat_template is not None
             written = tokenizer.chat_template.source
-    if any(kind.is_part for kind in config.inputs.values()):
+    if any(kind.part for kind in config.inputs.values()):
         return written
     image = next((kind.placeholder for kind in config.inputs.values()), "")
     flatten = _FLATTEN.strip().replace("IMAGE", json.dumps(image))

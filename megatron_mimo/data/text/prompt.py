@@ -113,6 +113,7 @@ def _encode_chat(
         text, spans = nemotron6_moe(inline(turns, config))
     else:
         assert tokenizer.chat_template is not None
+        _require_plain_answers(turns, config)
         template = template_of(tokenizer.chat_template, config.inputs)
         text, spans = write_chat(turns, template)
         require_tokens(text, layouts, config, template)
@@ -120,6 +121,17 @@ def _encode_chat(
     if spelled is None:
         raise ValueError(_NO_PLACES)
     return Prompt(spelled.tokens, _learnt(spelled, spans))
+
+
+def _require_plain_answers(turns: Sequence[Turn], config: DataConfig) -> None:
+    """Refuse answers with items that the template would write, which could not be told apart."""
+    for number, turn in enumerate(turns, 1):
+        for kind in config.inputs.values():
+            if turn.role == "assistant" and kind.part and kind.placeholder in turn.text:
+                raise ValueError(
+                    f"turn {number}, an answer, has {kind.words.one}: expected them in questions "
+                    f"alone; move it to the question before"
+                )
 
 
 def inline(turns: Sequence[Turn], config: DataConfig) -> list[Turn]:
@@ -136,7 +148,7 @@ def require_tokens(text: str, layouts: Layouts, config: DataConfig, template: Ch
     for module, kind in config.inputs.items():
         found, wanted = text.count(kind.token), len(layouts.get(module, ()))
         if found != wanted:
-            taken = f"lists of texts and {kind.words.plural}" if kind.is_part else "texts"
+            taken = f"lists of texts and {kind.words.plural}" if kind.part else "texts"
             raise ValueError(
                 f"{template.name} makes {found} placeholders of {wanted} "
                 f"({kind.token}): choose another --tokenizer-prompt-format, or a "

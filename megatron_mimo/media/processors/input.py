@@ -51,7 +51,7 @@ class ProcessorInput:
             noun=self.noun,
             article="an" if self.noun[0] in "aeiou" else "a",
             placeholder="--image-token",
-            tags=f"the processor of {self.folder}",
+            tags="--tokenizer-model",
             smaller=f"set a smaller image size in the processor's file in {self.folder}",
         )
 
@@ -66,9 +66,9 @@ class ProcessorInput:
         return f"{self.texts.opens}{self.texts.token}{self.texts.closes}"
 
     @property
-    def is_part(self) -> bool:
-        """Whether chat templates write the image: yes, as a part of a message."""
-        return True
+    def part(self) -> str | None:
+        """Type of an image among the parts of a message, as chat templates know it."""
+        return "image"
 
     @property
     def marks(self) -> tuple[str, ...]:

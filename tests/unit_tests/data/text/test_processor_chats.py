@@ -163,6 +163,21 @@ def test_a_text_with_the_token_itself_is_refused(load: Load) -> None:
         encode_sample(raw, folder.config, folder.tokenizer, content=())
 
 
+def test_an_image_in_an_answer_is_refused(load: Load) -> None:
+    folder = load("qwen3_vl", False)
+    raw = RawSample.asking(
+        key="a", question="Which?", answer="<image> it", items={"encoder": (png(1),)}
+    )
+    with pytest.raises(ValueError, match="turn 2, an answer, has an image: expected them in quest"):
+        encode_sample(raw, folder.config, folder.tokenizer, content=())
+
+
+def test_a_tokenizer_without_a_mark_is_refused(load: Load) -> None:
+    folder, other = load("mistral3", False), load("qwen3_vl", False)
+    with pytest.raises(ValueError, match=r"--tokenizer-model needs \[IMG_BREAK\] and \[IMG_END\]"):
+        check_prompt_format(folder.config, other.tokenizer)
+
+
 def test_a_template_of_texts_is_refused(load: Load) -> None:
     folder = load("mistral3", False)
     tokenizer = HuggingFaceTokenizer(folder.tokenizer.pretrained.name_or_path, {"encoder": "[IMG]"})
