@@ -15,7 +15,8 @@ HF = sorted(SCRIPTS.glob("hf_*.sbatch"))
 """Scripts of models of transformers."""
 BATCH = sorted(
     set(SCRIPTS.glob("*.sbatch")) - set(HF),
-    key=lambda path: (path.stem.split("_")[0], len(path.stem)),
+    # By name where lengths are equal: workers must find tests in one order.
+    key=lambda path: (path.stem.split("_")[0], len(path.stem), path.stem),
 )
 LOCAL = [SCRIPTS / "local_cpu.sh", SCRIPTS / "local_8gpu.sh"]
 
