@@ -16,7 +16,7 @@ WIDE = ("A_log", "dt_bias")
 CASES = [(name, dtype) for name in CONFIGS for dtype in ("bfloat16", "float16")]
 
 
-def mixed(name: str, folder: str) -> list[list[float]]:
+def mixed(name: str, folder: str, steps: int) -> list[list[float]]:
     """Write a folder in bfloat16 with a few float32 weights; the curve of transformers from it.
 
     Returns:
@@ -40,7 +40,7 @@ def mixed(name: str, folder: str) -> list[list[float]]:
             weight.data = weight.data.bfloat16()
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder)
-    points, _, _ = oracle(name, STEPS, BATCH, model=rounded())
+    points, _, _ = oracle(name, steps, BATCH, model=rounded())
     return points
 
 
@@ -84,26 +84,26 @@ def dtypes(folder: str, name: str, dtype: str, frozen: tuple[str, ...]) -> dict[
 
 @pytest.fixture(scope="module")
 def stored(run_ranks: Callable[..., list], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Family -> its folder, and transformers' curve in float32."""
-    found: dict[str, Any] = {}
+    """(Family, steps) -> its folder, and transformers' curve in float32."""
+    found: dict[tuple[str, int], Any] = {}
 
-    def of(name: str) -> Any:
-        if name not in found:
+    def of(name: str, steps: int) -> Any:
+        if (name, steps) not in found:
             folder = tmp_path_factory.mktemp("hf") / "folder"
-            (points,) = run_ranks(1, mixed, name, str(folder), timeout=300)
-            found[name] = (str(folder), points)
-        return found[name]
+            (points,) = run_ranks(1, mixed, name, str(folder), steps, timeout=300)
+            found[name, steps] = (str(folder), points)
+        return found[name, steps]
 
     return of
 
 
 @pytest.mark.parametrize("case", slow_but(CASES, ("qwen3_5", "bfloat16")), ids=" in ".join)
-@pytest.mark.parametrize("frozen", [(), ("vision",)], ids=["all", "frozen tower"])
+@pytest.mark.parametrize("frozen", slow_but([(), ("vision",)], ()), ids=["all", "frozen tower"])
 def test_every_tensor_has_the_dtype_that_transformers_gives_it(
     case: tuple[str, str], frozen: tuple[str, ...], run_ranks: Callable[..., list], stored: Any
 ) -> None:
     name, dtype = case
-    folder, _ = stored(name)
+    folder, _ = stored(name, 0)
     (found,) = run_ranks(1, dtypes, folder, name, dtype, frozen, timeout=120)
     wide = {path for path in found["ours"] if path.endswith(WIDE)}
     expected = {path: found["theirs"][path] for path in found["ours"]}
@@ -118,14 +118,15 @@ def test_every_tensor_has_the_dtype_that_transformers_gives_it(
     assert set(found["buffers"]) == {f"torch.{dtype}"} | ({"torch.float32"} if wide else set())
 
 
-@pytest.mark.parametrize("case", slow_but(CASES, ("qwen3_5", "bfloat16")), ids=" in ".join)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=" in ".join)
 def test_losses_in_short_dtypes_are_those_of_float32(
     case: tuple[str, str], run_ranks: Callable[..., list], stored: Any
 ) -> None:
     from tests.hf.steps import called, curve
 
     name, dtype = case
-    folder, wanted = stored(name)
+    folder, wanted = stored(name, STEPS)
     cut = {} if name == "gemma4 e-series" else {"pp": 2}
     chosen = beside({}, cut)
     arguments = (folder, name, chosen, STEPS, BATCH)
