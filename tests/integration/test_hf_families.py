@@ -190,7 +190,8 @@ def test_the_loss_depends_on_the_encoder(
         chosen.world_size, losses_without_rows, folder, name, chosen, BATCH
     )
     assert whole == pytest.approx(curve[0][0], rel=1e-5)
-    assert abs(without - whole) > 1e-3 * whole
+    # Ten times what the loss may be off by.
+    assert abs(without - whole) > 1e-4 * whole
 
 
 @pytest.mark.parametrize("name", slow_but(["gemma4", "qwen3_vl", "qwen3_vl moe"], "gemma4"))
