@@ -76,6 +76,45 @@ def test_numbers_from_the_device_are_ones(mode: PaperMode) -> None:
     assert torch.zeros(3).copy_(tensor).tolist() == [1.0, 1.0, 1.0]
 
 
+def test_integers_of_the_device_keep_what_follows_from_the_data(mode: PaperMode) -> None:
+    tokens = torch.tensor([[5, 9, 9, 2], [9, 1, 1, 9]]).to("meta")
+    at = tokens == 9
+    assert tokens.is_meta and at.is_meta and at.sum().item() == 4
+    assert at.nonzero().tolist() == [[0, 1], [0, 2], [1, 0], [1, 3]]
+    # Also through views, changes in place, and numbers made of integers.
+    view = tokens[0]
+    view[1:3] = 0
+    assert tokens.tolist() == [[5, 0, 0, 2], [9, 1, 1, 9]]
+    weights = torch.nn.functional.one_hot(tokens % 2, 2).float() / 2
+    assert (weights == 0).all(dim=1).tolist() == [[False, False], [True, False]]
+    repeated = torch.arange(3, device="meta").repeat_interleave(torch.arange(3, device="meta"))
+    assert repeated.is_meta and repeated.tolist() == [1, 2, 2]
+
+
+def test_known_places_choose_unknown_numbers(mode: PaperMode) -> None:
+    hidden = torch.empty(2, 4, 3, device="meta", requires_grad=True)
+    at = torch.tensor([[True, False, True, True], [False] * 4]).to("meta")
+    chosen = hidden[at]
+    assert chosen.shape == (3, 3)
+    assert torch.masked_select(hidden.detach(), at[..., None]).shape == (9,)
+    rows = torch.empty(3, 3, device="meta", requires_grad=True)
+    (hidden.masked_scatter(at[..., None], rows).sum() + chosen.sum()).backward()
+    assert hidden.grad is not None and rows.grad is not None
+    assert (hidden.grad.shape, rows.grad.shape) == (hidden.shape, rows.shape)
+
+
+def test_what_comes_from_weights_or_other_ranks_is_not_known(mode: PaperMode) -> None:
+    best = floats(4).argmax()
+    assert best.item() == 1
+    received = torch.arange(4).to("meta")
+    dist.broadcast(received, 0)
+    assert received.tolist() == [1, 1, 1, 1]
+    # A store of unknown numbers makes what is stored in unknown.
+    held = torch.arange(4).to("meta")
+    held.copy_(floats(4))
+    assert held.tolist() == [1, 1, 1, 1]
+
+
 def test_messages_are_counted_by_what_they_do(mode: PaperMode) -> None:
     whole, part = floats(4 * RANKS), floats(4)
     dist.all_reduce(part)
