@@ -107,9 +107,10 @@ class Contents:
         return all(self.of(tensor) is not None for tensor in _tensors((args, kwargs)))
 
     def _on_host(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        args, kwargs = tree_map_only(Tensor, self.of, (tuple(args), dict(kwargs)))
-        at = {} if kwargs.get("device") is None else {"device": _HOST}
-        return func(*args, **{**kwargs, **at})
+        ours, named = tree_map_only(Tensor, self.of, (tuple(args), dict(kwargs)))
+        if named.get("device") is not None:
+            named["device"] = _HOST
+        return func(*ours, **named)
 
 
 def _tensors(values: Any) -> list[Tensor]:
