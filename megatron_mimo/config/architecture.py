@@ -65,6 +65,15 @@ def language_execution(model: ModelSection, architecture: ModelConfig) -> Execut
         ValueError: The model lacks a part to recompute, or parts are given without "selective".
     """
     granularity, parts = model.recompute_granularity, model.recompute_modules
+    if not language_adapter(architecture.target).layers_of_megatron:
+        selective = "--recompute-granularity selective" if granularity == "selective" else ""
+        grouped = "--moe-grouped-gemm" if model.moe_grouped_gemm is not None else ""
+        if selective or grouped:
+            raise ValueError(
+                f"{selective or grouped}: the layers of this model are transformers' own, which do "
+                f"not know it; leave it out, or recompute whole layers with "
+                f"--recompute-granularity full"
+            )
     if parts and granularity != "selective":
         raise ValueError(
             f"--recompute-modules {parts[0]} without --recompute-granularity selective: add it"

@@ -172,6 +172,7 @@ class HfLanguageAdapter(LanguageAdapter[HfLanguageConfig]):
     config_type = HfLanguageConfig
     tokens_on_every_stage = True
     sequence_parallel = False
+    layers_of_megatron = False
 
     def build(self, config: HfLanguageConfig, context: BuildContext) -> "ModuleStage":
         """This rank's shard of its pipeline stage.

@@ -26,11 +26,14 @@ class LanguageAdapter[C: ModuleConfig](ModuleAdapter[C, TextWork]):
         tokens_on_every_stage: Whether every pipeline stage reads tokens and what is known of items,
             not only the first.
         sequence_parallel: Whether tensor-parallel ranks can divide the sequence among them.
+        layers_of_megatron: Whether the layers are megatron-core's, which can recompute their parts
+            and compute experts in groups.
     """
 
     work_type = TextWork
     tokens_on_every_stage = False
     sequence_parallel = True
+    layers_of_megatron = True
 
     def parts(self, config: C) -> Mapping[str, Any]:
         """The config itself, as the only part."""

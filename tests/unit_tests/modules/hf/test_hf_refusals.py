@@ -154,6 +154,21 @@ def test_every_family_takes_tensor_parallelism_of_both_grids(name: str) -> None:
     check_shards(beside(TWO, {} if name == "gemma4 e-series" else TWO), architecture(name))
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [{"recompute_granularity": "selective"}, {"moe_grouped_gemm": True}],
+    ids=lambda flags: next(iter(flags)),
+)
+def test_what_layers_of_transformers_do_not_know_is_refused(flags: dict[str, Any]) -> None:
+    from megatron_mimo.config.architecture import language_execution
+    from megatron_mimo.config.sections import ModelSection
+
+    with pytest.raises(ValueError, match=r"^--(recompute-granularity selective|moe-grouped-gemm):"):
+        language_execution(ModelSection(**flags), architecture("gemma4 moe"))
+    whole = ModelSection(recompute_granularity="full")
+    assert language_execution(whole, architecture("gemma4 moe")).recompute_granularity == "full"
+
+
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl moe"])
 def test_a_weight_that_no_plan_covers_is_refused(name: str) -> None:
     from megatron_mimo.modules.hf.config import describe
