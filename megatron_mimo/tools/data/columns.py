@@ -208,10 +208,9 @@ def _is_image(form: Form) -> bool:
     if isinstance(form, list):
         return _is_image(form[0]) and not isinstance(form[0], list)
     if isinstance(form, dict):
-        fits = form.get("bytes") in (BINARY, NOTHING, None)
-        return (
-            fits and form.get("path") in (TEXT, NOTHING, None) and bool({"bytes", "path"} & {*form})
-        )
+        content, path = form.get("bytes", NOTHING), form.get("path", NOTHING)
+        has_one = "bytes" in form or "path" in form
+        return has_one and content in (BINARY, NOTHING) and path in (TEXT, NOTHING)
     return form in (BINARY, TEXT, NOTHING)
 
 
@@ -236,9 +235,8 @@ def _is_choices(form: Form) -> bool:
 
 
 def _is_conversation(form: Form) -> bool:
-    if isinstance(
-        form, dict
-    ):  # Of lists, as `Sequence` of older versions stores a list of objects.
+    """A list of objects; or an object of lists, as `Sequence` of `datasets` stores one."""
+    if isinstance(form, dict):
         return bool(form) and all(isinstance(of_field, list) for of_field in form.values())
     return form == NOTHING or (isinstance(form, list) and isinstance(form[0], dict))
 
