@@ -9,6 +9,7 @@ from megatron_mimo.config.flags import CommandLine, parse, to_yaml
 from megatron_mimo.config.resolve import Resolved, resolve
 from megatron_mimo.modules.hybrid import HybridConfig
 from megatron_mimo.settings import values
+from tests.hf.published import save_published
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "mimo" / "configs"
 
@@ -322,6 +323,14 @@ EXAMPLE_RUNS = {
     "nemotron-20l.yaml": (8, ""),
     "nemotron-54l.yaml": (264, "--data-path /data --tokenizer-model /tokenizer"),
 }
+# File -> ranks, and the published model whose folder is given with it.
+EXAMPLES_OF_FOLDERS = {
+    "gemma4-31b-tp4pp2.yaml": (8, "gemma4-31b"),
+    "gemma4-31b-tp4pp4.yaml": (32, "gemma4-31b"),
+    "qwen3-vl-8b.yaml": (8, "qwen3-vl-8b"),
+    "qwen3-vl-30b-a3b.yaml": (16, "qwen3-vl-30b-a3b"),
+    "mistral3-24b.yaml": (8, "mistral3-24b"),
+}
 
 
 def example(name: str) -> Resolved:
@@ -331,15 +340,27 @@ def example(name: str) -> Resolved:
 
 @pytest.mark.parametrize("name", EXAMPLE_RUNS)
 def test_examples_resolve(name: str) -> None:
-    resolved = example(name)
-    assert resolved.layout.world_size == EXAMPLE_RUNS[name][0]
-    row = rf"^\| \[{re.escape(name)}\]\(configs/{re.escape(name)}\) \| {EXAMPLE_RUNS[name][0]} \| "
+    check_ranks(name, example(name), EXAMPLE_RUNS[name][0])
+
+
+def check_ranks(name: str, resolved: Resolved, ranks: int) -> None:
+    """An example has so many ranks, by its row in README.md too."""
+    assert resolved.layout.world_size == ranks
+    row = rf"^\| \[{re.escape(name)}\]\(configs/{re.escape(name)}\) \| {ranks} \| "
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     assert len(re.findall(row, readme, re.MULTILINE)) == 1, "its row in README.md"
 
 
+@pytest.mark.parametrize("name", EXAMPLES_OF_FOLDERS)
+def test_examples_of_folders_resolve(name: str, tmp_path: Path) -> None:
+    ranks, model = EXAMPLES_OF_FOLDERS[name]
+    save_published(model, tmp_path / model)
+    given = f"--load-hf {tmp_path / model} --data-path /data"
+    check_ranks(name, run(ranks, f"{given} --config {EXAMPLES / name}"), ranks)
+
+
 def test_no_example_is_left_out() -> None:
-    assert {path.name for path in EXAMPLES.iterdir()} == set(EXAMPLE_RUNS)
+    assert {path.name for path in EXAMPLES.iterdir()} == {*EXAMPLE_RUNS, *EXAMPLES_OF_FOLDERS}
 
 
 def test_stages_train_their_parts() -> None:
