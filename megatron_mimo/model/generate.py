@@ -103,8 +103,12 @@ class GreedyStep(MimoStep):
         last, position_ids = last.to(device), text.position_ids.to(device)
         sample = torch.arange(batch, device=device)
         group = target.groups.pg_collection.tp
+        facts = {name: values.to(device) for name, values in text.facts.items()}
+        # No labels, and a document in each sequence.
+        more = (None, None, facts) if self._reader.tokens_on_every_stage else ()
         for step in range(steps):
-            logits = target(tokens[:, :length].contiguous(), position_ids, None, rows, positions)
+            seen = tokens[:, :length].contiguous()
+            logits = target(seen, position_ids, None, rows, positions, *more)
             here = logits[sample, (last + step).clamp(max=length - 1)]
             whole = gather_from_tensor_model_parallel_region(here, group)
             tokens[sample, last + step + 1] = whole.argmax(dim=-1)

@@ -77,6 +77,10 @@ class InputReader:
     Args:
         model: The modules of this rank.
         placeholder_ids: Source name -> number of the token that its rows replace.
+
+    Attributes:
+        tokens_on_every_stage: Whether every stage of this rank's language model reads tokens and
+            what is known of items.
     """
 
     def __init__(self, model: MimoModel, placeholder_ids: Mapping[str, int]) -> None:
@@ -84,9 +88,11 @@ class InputReader:
         self._sources = tuple(name for name in model.modules if name != model.target_name)
         self._placeholder_ids = placeholder_ids
         self._groups = None if model.target is None else model.target.groups
+        self.tokens_on_every_stage = False
         if self._groups is not None:
             assert model.target is not None
-            self._on_every_stage = language_adapter(model.target.config).tokens_on_every_stage
+            adapter = language_adapter(model.target.config)
+            self.tokens_on_every_stage = adapter.tokens_on_every_stage
             sharding, place = model.sharding, self._groups.place
             shard = sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
             # Positions that this cp rank reads, and those that this rank embeds.
@@ -126,7 +132,7 @@ class InputReader:
     def _target_inputs(self, text: TextBatch | None) -> TargetInputs:
         assert text is not None and self._groups is not None
         first, last = self._groups.is_first_stage, self._groups.is_last_stage
-        reads = first or self._on_every_stage
+        reads = first or self.tokens_on_every_stage
         return TargetInputs(
             batch=text.input_ids.shape[0],
             input_ids=self._part(text.input_ids) if reads else None,
@@ -135,7 +141,7 @@ class InputReader:
             labels=self._part(text.labels) if last else None,
             loss_mask=self._part(text.loss_mask) if last else None,
             documents=_documents(text),
-            facts=text.facts if self._on_every_stage else None,
+            facts=text.facts if self.tokens_on_every_stage else None,
         )
 
     def _part(self, tokens: Tensor) -> Tensor:

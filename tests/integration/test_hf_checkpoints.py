@@ -83,7 +83,6 @@ def straight(
     name: str, folder: str, chosen: Layout, root: str, dtype: str = "float32"
 ) -> tuple[list[list[float]], list[Any], list[Any]]:
     """Curve after a save, and the state at the save and at the end of a run that never stops."""
-    import torch
     import torch.distributed as dist
 
     from megatron_mimo.checkpoint.checkpointer import Checkpointer
@@ -92,7 +91,7 @@ def straight(
     from tests.hf.steps import Steps, runner_of
     from tests.integration.state import parts_of
 
-    runner = runner_of(folder, chosen, dtype=getattr(torch, dtype))
+    runner = runner_of(folder, chosen, dtype=dtype)
     loader = Steps(name, chosen, dist.get_rank(), batch=BATCH)
     steps(runner, loader, 0, BEFORE)
     checkpoints = Checkpointer(runner, SaveConfig(root=Path(root)), {})
@@ -106,7 +105,6 @@ def resumed(
     name: str, folder: str, chosen: Layout, root: str, dtype: str = "float32"
 ) -> tuple[list[list[float]], list[Any], list[Any]]:
     """The same of a run that begins with what `straight` has saved."""
-    import torch
     import torch.distributed as dist
 
     from megatron_mimo.checkpoint.checkpointer import load
@@ -114,7 +112,7 @@ def resumed(
     from tests.hf.steps import Steps, runner_of
     from tests.integration.state import parts_of
 
-    runner = runner_of(folder, chosen, dtype=getattr(torch, dtype))
+    runner = runner_of(folder, chosen, dtype=dtype)
     loaded = load(runner, LoadConfig(root=Path(root)))
     assert loaded is not None and loaded.progress.iteration == BEFORE
     loader = Steps(name, chosen, dist.get_rank(), batch=BATCH)

@@ -6,7 +6,7 @@ from megatron_mimo.model.config import ModelConfig
 from megatron_mimo.model.hf.lora import hf_tables
 from megatron_mimo.model.omni.config import require_exportable, require_hybrid
 from megatron_mimo.model.omni.parts import cut, projector_table
-from megatron_mimo.modules.hf.config import HfLanguageConfig
+from megatron_mimo.modules.hf.adapter import HfLanguageAdapter
 from megatron_mimo.modules.hybrid.weights import name_table as language_table
 from megatron_mimo.modules.language.adapter import PART
 from megatron_mimo.modules.lora.config import Lora, layer_name
@@ -31,10 +31,11 @@ def peft_tables(architecture: ModelConfig, *, text_alone: bool) -> Mapping[str, 
     Raises:
         ValueError: transformers has no such model; the message names the field.
     """
-    if isinstance(architecture.target, HfLanguageConfig):
+    language = HfLanguageAdapter().own(architecture.target)
+    if language is not None:
         return {
             **{source: {} for source in architecture.sources},
-            architecture.target_name: hf_tables(architecture.target),
+            architecture.target_name: hf_tables(language),
         }
     hybrid = require_hybrid(architecture) if text_alone else require_exportable(architecture)
     root = "" if text_alone else "language_model."

@@ -5,19 +5,18 @@ them, and the results are summed back to where the tokens came from: as much tra
 ranks, in two collectives whose sizes everyone knows.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import (
-    gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    # Layers are counted with the flags, before megatron-core may be imported.
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
-def divide_experts(language: nn.Module, pg: ProcessGroupCollection) -> None:
+
+def divide_experts(language: nn.Module, pg: "ProcessGroupCollection") -> None:
     """Keep this rank's experts of every MoE layer of a model without memory.
 
     Args:
@@ -65,6 +64,11 @@ class _Dispatched:
 
     def __call__(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """As transformers' experts: hidden [T, H], chosen int64 [T, k] and weights [T, k]."""
+        from megatron.core.tensor_parallel.mappings import (
+            gather_from_sequence_parallel_region,
+            reduce_scatter_to_sequence_parallel_region,
+        )
+
         group = self._group
         tokens = gather_from_sequence_parallel_region(hidden, group=group)
         shares = gather_from_sequence_parallel_region(weights, group=group)

@@ -4,6 +4,9 @@ transformers applies its plans with DTensors, which megatron-core's DDP does not
 only says which layers are divided how: weights become plain parameters with megatron-core's marks,
 and the inputs and outputs of these layers pass through its autograd functions. The head stays
 divided over the vocabulary, so that no rank ever has the logits of all tokens of it.
+
+Plans are checked with the flags, before megatron-core may be imported: its functions are imported
+where layers are divided.
 """
 
 import re
@@ -12,11 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from torch import Tensor, nn
 
 from megatron_mimo.modules.hf.cut import HEAD, LANGUAGE, Absent, Received
@@ -215,11 +213,35 @@ def _axis(weight: Tensor, name: str, style: str) -> int | None:
     return 0 if style == "embedding_rowwise" else None
 
 
+def _copied(tensor: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+    """The tensor [...]; its gradient is the sum of those of the ranks."""
+    from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+
+    result: Tensor = copy_to_tensor_model_parallel_region(tensor, group=group)
+    return result
+
+
+def _whole(part: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+    """The parts [..., n] of all ranks side by side."""
+    from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+
+    result: Tensor = gather_from_tensor_model_parallel_region(part, group=group)
+    return result
+
+
+def _sum(part: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+    """The sum of the tensors [...] of all ranks."""
+    from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+
+    result: Tensor = reduce_from_tensor_model_parallel_region(part, group=group)
+    return result
+
+
 def _colwise(module: nn.Module, group: dist.ProcessGroup) -> None:
     forward = module.forward
 
     def divided(hidden: Tensor) -> Tensor:
-        return forward(copy_to_tensor_model_parallel_region(hidden, group=group))  # type: ignore[no-any-return]
+        return forward(_copied(hidden, group=group))  # type: ignore[no-any-return]
 
     module.forward = divided
 
@@ -230,8 +252,8 @@ def _gathered(module: nn.Module, group: dist.ProcessGroup) -> None:
     module.gather_output = True  # type: ignore[assignment]
 
     def divided(hidden: Tensor) -> Tensor:
-        part = forward(copy_to_tensor_model_parallel_region(hidden, group=group))
-        whole: Tensor = gather_from_tensor_model_parallel_region(part, group=group)
+        part = forward(_copied(hidden, group=group))
+        whole: Tensor = _whole(part, group=group)
         return whole
 
     module.forward = divided
@@ -240,7 +262,7 @@ def _gathered(module: nn.Module, group: dist.ProcessGroup) -> None:
 def _rowwise(module: Any, group: dist.ProcessGroup) -> None:
     def divided(hidden: Tensor) -> Tensor:
         part = nn.functional.linear(hidden, module.weight)
-        whole: Tensor = reduce_from_tensor_model_parallel_region(part, group=group)
+        whole: Tensor = _sum(part, group=group)
         return whole if module.bias is None else whole + module.bias
 
     module.forward = divided
@@ -258,7 +280,7 @@ def _embedding(module: Any, group: dist.ProcessGroup) -> None:
     def divided(tokens: Tensor) -> Tensor:
         held = (tokens >= first) & (tokens < first + own)
         part = forward(torch.where(held, tokens - first, 0)) * held[..., None]
-        whole: Tensor = reduce_from_tensor_model_parallel_region(part, group=group)
+        whole: Tensor = _sum(part, group=group)
         return whole
 
     module.forward = divided
@@ -279,10 +301,10 @@ def _experts(module: nn.Module, group: dist.ProcessGroup) -> None:
     forward = module.forward
 
     def divided(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        tokens = copy_to_tensor_model_parallel_region(hidden, group=group)
-        shares = copy_to_tensor_model_parallel_region(weights, group=group)
+        tokens = _copied(hidden, group=group)
+        shares = _copied(weights, group=group)
         part = forward(tokens, chosen, shares)
-        whole: Tensor = reduce_from_tensor_model_parallel_region(part, group=group)
+        whole: Tensor = _sum(part, group=group)
         return whole
 
     module.forward = divided

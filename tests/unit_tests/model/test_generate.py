@@ -18,11 +18,13 @@ def count_up(prompts: list[tuple[int, int]], max_new_tokens: int) -> list[tuple[
     from megatron_mimo.data.loader.batch import Microbatch, TextBatch
     from megatron_mimo.model.generate import GreedyStep
     from megatron_mimo.model.inputs import InputReader
+    from megatron_mimo.modules.gpt.config import GptConfig
     from megatron_mimo.topology import ModuleGridSpec, SequenceSharding
 
     spec = ModuleGridSpec(name="llm")
 
     class Counter:
+        config = GptConfig()
         groups = SimpleNamespace(
             pg_collection=SimpleNamespace(tp=dist.group.WORLD),
             spec=spec,

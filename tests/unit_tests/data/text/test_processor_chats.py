@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from megatron_mimo.data import DataConfig, RawSample, Turn, check_prompt_format
+from megatron_mimo.data import DataConfig, RawSample, Turn
 from megatron_mimo.data.inputs import placeholders
 from megatron_mimo.data.samples.question import Source, encode_question
 from megatron_mimo.data.samples.sample import encode_sample
 from megatron_mimo.data.text.placeholders import split_text
+from megatron_mimo.data.text.prompt import check_prompt_format
 from megatron_mimo.data.text.tokenizer import HuggingFaceTokenizer
 from megatron_mimo.media.processors import read_processor
 from tests.properties import examples

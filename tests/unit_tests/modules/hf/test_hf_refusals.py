@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +252,11 @@ def test_a_folder_says_its_dtype_for_all_or_for_text(
     from megatron_mimo.modules.hf.weights import stored_dtype
 
     assert stored_dtype(said) == expected
+
+
+def test_what_flags_ask_of_a_folder_imports_no_megatron_core() -> None:
+    # It has to be adapted to a host first, which a command does after it has read the flags.
+    asked = ("modules.hf.costs", "modules.hf.tensor_parallel", "model.omni.lora")
+    names = ", ".join(f"megatron_mimo.{name}" for name in asked)
+    code = f"import sys, {names}; sys.exit('megatron.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

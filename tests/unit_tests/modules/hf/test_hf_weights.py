@@ -246,7 +246,8 @@ def read_within(folder: str, part: float) -> tuple[int, int] | None:
     stage = stage_of(Path(folder), "llm", {"tp": (1, 2)})
     share = sum(t.numel() * t.element_size() for _, t in stage_tensors(stage.model))
     with Counted(folder) as weights:
-        # Files are mapped, which is no memory of the process.
+        # Files are mapped as they are opened, which is no memory of the process.
+        assert weights.names
         status = Path("/proc/self/status").read_text()
         private = 1024 * int(status.partition("VmData:")[2].split()[0])
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
