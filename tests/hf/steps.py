@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from megatron_mimo.media.items import ItemWords
+from megatron_mimo.media.processors import ProcessedImages
 from megatron_mimo.topology import Layout
 from tests.hf.models import IMAGE, VOCAB, build, image, joined
 
@@ -52,22 +53,6 @@ def samples(name: str, count: int = len(CHOSEN)) -> list[Text]:
     return found
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Packed:
-    """Images of a rank in the form of `ProcessedImages`."""
-
-    names: tuple[str, ...]
-    tensors: tuple[Any, ...]
-    lengths: tuple[int, ...]
-    rows: tuple[int, ...]
-    places: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens of the encoder."""
-        return sum(self.lengths)
-
-
 @dataclass(frozen=True)
 class One:
     """An image of a sample."""
@@ -86,19 +71,19 @@ class Images:
     tags: tuple[str, str] = ("", "")
     endings: tuple[str, ...] = ()
     item_type: Any = One
-    packed_type: Any = Packed
+    packed_type: Any = ProcessedImages
 
     def facts(self, item: One) -> Mapping[str, list[int]]:
         """Integers of an image that the language model reads."""
         return image(self.name, item.number)[2]
 
-    def pack(self, items: Any, seeds: Any) -> Packed | None:
+    def pack(self, items: Any, seeds: Any) -> ProcessedImages | None:
         """All images in one call."""
         if not items:
             return None
         found = [image(self.name, item.number) for item in items]
         arguments = joined([one[0] for one in found])
-        return Packed(
+        return ProcessedImages(
             names=tuple(arguments),
             tensors=tuple(arguments.values()),
             lengths=tuple(4 * one[1] for one in found),
