@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from megatron_mimo.data.inputs import ENCODER, Inputs
+from megatron_mimo.data.inputs import ENCODER, Inputs, hosts
 from megatron_mimo.data.source import SourceConfig
 from megatron_mimo.media.images import ImageInput
 from megatron_mimo.settings import Within, check_bounds
@@ -29,7 +29,7 @@ class DataConfig(SourceConfig):
         slow_reader_s: Seconds without a sample after which a warning names the process.
         stuck_reader_s: Seconds without a sample after which the run stops.
         max_skips_in_row: Number of bad samples in a row that stop the run.
-        inputs: Kind of items of each module by its name; token ids are given in this order.
+        inputs: Kinds of items by name; token ids are given in this order.
         prompt_format: Format in which a conversation is written; None for the tokenizer's own
             template where it has one, and plain otherwise.
     """
@@ -93,6 +93,11 @@ class DataConfig(SourceConfig):
                 f"{self.packing_buffer_size}: a packed sequence is a batch by itself; set "
                 f"--micro-batch-size 1 and raise --seq-length"
             )
+
+    @property
+    def hosts(self) -> Inputs:
+        """The kind of items of each module's own name."""
+        return hosts(self.inputs)
 
     def num_microbatches(self, num_lanes: int) -> int:
         """Number of microbatches of a step on each lane.

@@ -3,6 +3,10 @@
 The data side itself processes texts only. Everything else in a sample is an *item* of a module, and
 the module's `ItemInput` defines how it is processed: where its rows are in the text, how many they
 are, and how the items that a rank runs are packed into one input.
+
+A module may take items of several *kinds*, as a vision encoder takes images and videos. One kind
+has the module's name, the *host*; the others name the module that they feed. Stored samples,
+placeholders and questions know kinds; tokens, packed inputs and rows know modules.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +21,7 @@ from megatron_mimo.media.items import (
     Layout,
     MockItems,
     OneRunItems,
+    Run,
 )
 
 __all__ = [
@@ -30,7 +35,9 @@ __all__ = [
     "MockItems",
     "OneRunItems",
     "PackedInput",
-    "layouts",
+    "Run",
+    "hosts",
+    "module_of",
     "placeholders",
 ]
 
@@ -69,7 +76,7 @@ class PackedInput(Protocol):
 
 
 class ItemInput(Protocol):
-    """A module's kind of items: from stored sources to packed inputs.
+    """A kind of items: from stored sources to packed inputs.
 
     A source is whatever a stored sample holds: the bytes of a file, or an array.
     """
@@ -77,6 +84,15 @@ class ItemInput(Protocol):
     @property
     def words(self) -> ItemWords:
         """Names of the items in messages and stored samples."""
+        ...
+
+    @property
+    def feeds(self) -> str | None:
+        """Name of the module that takes the items; None for the module of the kind's own name.
+
+        Items that feed the module of another kind are written out before anything else: `runs`
+        says how. That kind, the host, packs the items of both.
+        """
         ...
 
     @property
@@ -130,7 +146,15 @@ class ItemInput(Protocol):
     def layout(self, item: Any) -> Layout:
         """How an item, with its content or without, is written: marks, and numbers of rows.
 
-        The numbers add up to the item's rows; each is that of rows that follow each other.
+        The numbers add up to the item's rows; each is that of rows that follow each other. Not
+        used for an item that feeds the module of another kind.
+        """
+        ...
+
+    def runs(self, item: Any) -> tuple[Run, ...]:
+        """An item, with its content or without, as texts that each end with a placeholder.
+
+        The placeholder is the host's; a layout says what becomes of it.
         """
         ...
 
@@ -199,7 +223,7 @@ class ItemInput(Protocol):
 
 
 Inputs = Mapping[str, ItemInput]
-"""The kinds of items of a run, by the name of the module that takes them."""
+"""The kinds of items of a run by name; a host has the name of the module that takes its items."""
 
 
 def check_inputs(inputs: Inputs) -> None:
@@ -210,6 +234,7 @@ def check_inputs(inputs: Inputs) -> None:
             the module and what is wrong.
     """
     members = [name for name in vars(ItemInput) if not name.startswith("_")]
+    own = [name for name, kind in inputs.items() if getattr(kind, "feeds", None) is None]
     for module, kind in inputs.items():
         missing = [name for name in members if not hasattr(kind, name)]
         if missing:
@@ -217,6 +242,11 @@ def check_inputs(inputs: Inputs) -> None:
                 f"items of module {module}: {type(kind).__name__} has no {', '.join(missing)}: "
                 f"expected every member of megatron_mimo.data.ItemInput; OneRunItems has those "
                 f"that most kinds share"
+            )
+        if kind.feeds is not None and kind.feeds not in own:
+            raise ValueError(
+                f"items of kind {module} feed the module {kind.feeds!r}, which has no items of its "
+                f"own: expected one of {', '.join(own)}"
             )
         if not is_plain(kind.packed_type):
             raise ValueError(
@@ -234,14 +264,18 @@ def is_plain(kind: type[Any]) -> bool:
     return frozen and all(field.init for field in fields(kind))
 
 
+def module_of(name: str, inputs: Inputs) -> str:
+    """Name of the module that takes the items of a kind."""
+    return inputs[name].feeds or name
+
+
+def hosts(inputs: Inputs) -> Inputs:
+    """The kinds that have the name of the module that takes their items: one for each module."""
+    if all(kind.feeds is None for kind in inputs.values()):
+        return inputs
+    return {name: kind for name, kind in inputs.items() if kind.feeds is None}
+
+
 def placeholders(inputs: Inputs) -> dict[str, str]:
     """Module -> the token of the vocabulary that its rows replace."""
-    return {module: kind.token for module, kind in inputs.items()}
-
-
-def layouts(items: Mapping[str, Sequence[Item]], inputs: Inputs) -> dict[str, tuple[Layout, ...]]:
-    """Module -> how each of its items is written."""
-    return {
-        module: tuple(inputs[module].layout(item) for item in of_module)
-        for module, of_module in items.items()
-    }
+    return {module: kind.token for module, kind in hosts(inputs).items()}

@@ -7,6 +7,9 @@ from typing import Any, Self
 Layout = tuple[str | int, ...]
 """An item among the tokens: texts of one token each, and numbers of rows that follow each other."""
 
+Run = tuple[str, Layout]
+"""A text, and what follows it among the tokens."""
+
 
 class BrokenItemError(Exception):
     """The file of an item is damaged, or not of its kind."""
@@ -89,6 +92,15 @@ class OneRunItems:
     def part(self) -> str | None:
         """None: chat templates do not write the item, its placeholder is in the text."""
         return None
+
+    @property
+    def feeds(self) -> str | None:
+        """None: the items are those of the module of the kind's own name."""
+        return None
+
+    def runs(self, item: Any) -> tuple[Run, ...]:
+        """One run, without a text before it."""
+        return (("", self.layout(item)),)
 
     @property
     def marks(self) -> tuple[str, ...]:

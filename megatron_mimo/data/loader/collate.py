@@ -42,13 +42,15 @@ def require_known_fields(sample: EncodedSample, where: str, inputs: Inputs) -> N
                 f"{where}: merging does not know the module {module!r} of an item: expected "
                 f"{', '.join(inputs)}; a module's input belongs into the settings"
             )
+        types = [kind.item_type for name, kind in inputs.items() if (kind.feeds or name) == module]
         for item in items:
-            _require_item(item, inputs[module].item_type, where)
+            _require_item(item, types, where)
 
 
-def _require_item(item: Item, wanted: type[Any], where: str) -> None:
-    # The type that the input names only has fields that the input knows.
-    if type(item) is not wanted:
+def _require_item(item: Item, types: Sequence[type[Any]], where: str) -> None:
+    # The types that the inputs name only have fields that the inputs know.
+    if type(item) not in types:
+        wanted = next((known for known in types if isinstance(item, known)), types[0])
         _require(item, wanted, frozenset(field.name for field in fields(wanted)), where)
 
 

@@ -43,6 +43,8 @@ from megatron_mimo.data.text.conversation import (
     parse_json,
 )
 from megatron_mimo.data.text.tokenizer import Tokenizer
+from megatron_mimo.media.audio.endings import AUDIO_ENDINGS
+from megatron_mimo.media.video.endings import VIDEO_ENDINGS
 
 _TEXT_PARTS = ("json", "txt")
 
@@ -150,11 +152,12 @@ class MimoTaskEncoder(TaskEncoder):
         # Items are decoded when a sample leaves the packing buffer: with their content it would be
         # large, and slow to fill when a run continues.
         outcome = self._encode(parsed, ())
+        inputs = self._config.inputs
         packable: PackableSample = PackableSample.derive_from(
             sample,
             outcome=outcome,
             raw=parsed
-            if isinstance(parsed, RawSample) and parsed.has_items(self._content)
+            if isinstance(parsed, RawSample) and parsed.has_items(self._content, inputs)
             else None,
         )
         return packable
@@ -238,9 +241,9 @@ def read_sample(
         key: Key of the sample.
         source: Dataset and shard, for error messages.
         parts: File ending -> contents; `json` may be parsed already. A part is an item of the
-            module with whose noun it begins ("image.2.png"), else of the first module whose files
-            have its ending. Items are ordered by their endings, numbers by value: "2.png" before
-            "10.png".
+            kind with whose noun it begins ("image.2.png", "audio.mp4"), else of the first kind
+            whose files have its ending. Items are ordered by their endings, numbers by value:
+            "2.png" before "10.png".
         media: Files that the JSON names; not used for a module with items among the parts.
         inputs: Kinds of items of the run.
     """
@@ -289,7 +292,8 @@ def _module_of(name: str, inputs: Inputs) -> str | None:
     """The module whose item a part is; None for other parts."""
     first, ending = name.split(".")[0].lower(), name.split(".")[-1].lower()
     takers = [module for module, kind in inputs.items() if ending in kind.endings]
-    named = [module for module in takers if inputs[module].words.noun == first]
+    # A named part may have the ending of another kind: "audio.mp4" is the sound of a video.
+    named = [module for module, kind in inputs.items() if takers and kind.words.noun == first]
     return next(iter(named or takers), None)
 
 
@@ -299,6 +303,17 @@ def _wrong_files(parts: Mapping[str, Any], inputs: Inputs) -> str:
     )
     dotted = [name for name in parts if name.lower().endswith((".json", ".txt"))]
     why = "; a key ends at its first dot: rename files without further dots" if dotted else ""
+    unknown = [
+        noun
+        for noun, endings in (("audio", AUDIO_ENDINGS), ("video", VIDEO_ENDINGS))
+        if noun not in {kind.words.noun for kind in inputs.values()}
+        and any(name.lower().rpartition(".")[2] in endings for name in parts)
+    ]
+    if unknown:
+        why += (
+            f"; the model takes no {' and no '.join(unknown)}: use a dataset without, or a model "
+            f"that takes them, without --load-hf-without {unknown[0]}"
+        )
     return f"has the files {', '.join(sorted(parts))}: expected json or txt, and {known}{why}"
 
 

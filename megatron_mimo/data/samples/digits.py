@@ -1,14 +1,10 @@
 """A small real dataset: handwritten digits side by side, with questions about them.
 
-The digits are scikit-learn's copy of the UCI test set "Optical Recognition of Handwritten Digits",
-1,797 images of 8 x 8 pixels. They are split before anything is drawn, so that no handwritten digit
-is in both splits.
+The handwritten digits are split before anything is drawn, so that none of them is in both splits.
 """
 
 import io
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +12,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from megatron_mimo.data.inputs import ENCODER, Inputs
-from megatron_mimo.data.reading.webdataset import prepare, read_shard, write_shard
+from megatron_mimo.data.reading.webdataset import read_shard
+from megatron_mimo.data.samples.dataset_folder import write_split, write_whole
+from megatron_mimo.data.samples.handwriting import draw, load_handwriting, split_sources
 from megatron_mimo.data.samples.sample import RawSample
 from megatron_mimo.data.text.clean import MalformedError
 from megatron_mimo.data.text.conversation import parse_conversation, parse_json
@@ -42,7 +39,6 @@ KINDS: tuple[Kind, ...] = tuple(_QUESTIONS)
 _SEVERAL: tuple[Kind, ...] = ("list", "count", "leftmost", "rightmost")
 _PLACEHOLDER = "<image>"
 _MOST_DIGITS = 4
-_SHARD_SIZE = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,13 +80,6 @@ class DigitsSample:
     kind: Kind
     digits: tuple[int, ...]
     sources: tuple[int, ...]
-
-
-def split_sources(num_sources: int, val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the handwritten digits of the train and of the val split, each ascending."""
-    num_val = min(num_sources - 1, max(1, round(num_sources * val_fraction)))
-    order = np.random.default_rng([seed, 0]).permutation(num_sources)
-    return sorted(order[num_val:].tolist()), sorted(order[:num_val].tolist())
 
 
 def plan_samples(
@@ -139,36 +128,6 @@ def _answer(kind: Kind, digits: tuple[int, ...]) -> str:
             return " ".join(map(str, digits))
 
 
-def draw(glyphs: Sequence[NDArray[np.float64]], rng: np.random.Generator) -> Image.Image:
-    """Draw handwritten digits side by side, light on dark, at a random size.
-
-    Args:
-        glyphs: Images of digits, [8, 8] each, 0 (paper) to 16 (ink).
-        rng: Random generator of sizes, gaps, margins and brightness.
-
-    Returns:
-        Image in mode L, 24 to 40 pixels high (to 36 with three digits or more), with up to two more
-        pixels on each side.
-    """
-    height = int(rng.integers(24, 41 if len(glyphs) < 3 else 37))
-    brightness = rng.uniform(0.7, 1.0)
-    left, top, right, bottom = (int(m) for m in rng.integers(0, 3, size=4))
-    pictures = []
-    for glyph in glyphs:
-        width = max(8, round(height * rng.uniform(0.8, 1.2)))
-        ink = Image.fromarray((glyph * (brightness * 255 / 16)).astype(np.uint8), mode="L")
-        pictures.append(ink.resize((width, height), Image.Resampling.BICUBIC))
-    gaps = rng.integers(0, 4, size=len(pictures)).tolist()
-    width = left + right + sum(p.width for p in pictures) + sum(gaps[1:])
-    canvas = Image.new("L", (width, top + height + bottom))
-    x = left - gaps[0]
-    for picture, gap in zip(pictures, gaps, strict=True):
-        x += gap
-        canvas.paste(picture, (x, top))
-        x += picture.width
-    return canvas
-
-
 def write_digits_dataset(
     out: str | Path, config: DigitsConfig | None = None, *, overwrite: bool = False
 ) -> Path:
@@ -188,21 +147,8 @@ def write_digits_dataset(
         ValueError: `out` is a file, or a folder that is not empty and `overwrite` is off, or
             scikit-learn is missing.
     """
-    config = config or DigitsConfig()
-    target = Path(out)
-    _refuse_to_clobber(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    try:
-        shards = _write_shards(building, config)
-        prepare(building, shards)
-        _replace(target, building)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    return target
+    settings = config or DigitsConfig()
+    return write_whole(out, lambda folder: _write_shards(folder, settings), overwrite=overwrite)
 
 
 def read_digits_split(path: str | Path, split: Split, kind: Kind | None = None) -> list[RawSample]:
@@ -240,53 +186,19 @@ def read_digits_split(path: str | Path, split: Split, kind: Kind | None = None) 
     return samples
 
 
-def _refuse_to_clobber(target: Path, *, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"--out {target} is a file: expected a folder to make")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ValueError(
-            f"--out {target} is not empty: name another folder, or pass --overwrite to replace it"
-        )
-
-
-def _replace(target: Path, building: Path) -> None:
-    """Replace the target by the finished folder, so that it is never incomplete."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
-    building.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _write_shards(folder: Path, config: DigitsConfig) -> list[str]:
-    # scikit-learn takes a second to import; only writing needs it.
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "the handwritten digits are scikit-learn's, which is not installed: run `pip install "
-            "scikit-learn`, or install this package with its extra demo"
-        ) from error
-
-    bundled = load_digits()
-    glyphs, labels = bundled.images, bundled.target.tolist()
-    train, val = split_sources(len(labels), config.val_fraction, config.seed)
+    handwriting = load_handwriting()
+    train, val = split_sources(len(handwriting.labels), config.val_fraction, config.seed)
     shards = []
     splits: tuple[tuple[Split, list[int]], ...] = (("train", train), ("val", val))
     for split, sources in splits:
-        (folder / split).mkdir()
         rng = np.random.default_rng([config.seed, 3 if split == "train" else 4])
-        plan = list(plan_samples(split, sources, labels, config))
-        for start in range(0, len(plan), _SHARD_SIZE):
-            shards.append(f"{split}/{start // _SHARD_SIZE:06d}.tar")
-            chunk = plan[start : start + _SHARD_SIZE]
-            write_shard(
-                folder / shards[-1],
-                (
-                    (f"{split}-{i:06d}", _files(sample, glyphs, rng))
-                    for i, sample in enumerate(chunk, start)
-                ),
-            )
+        plan = plan_samples(split, sources, handwriting.labels, config)
+        files = (
+            (f"{split}-{i:06d}", _files(sample, handwriting.glyphs, rng))
+            for i, sample in enumerate(plan)
+        )
+        shards += write_split(folder, split, files)
     return shards
 
 

@@ -22,7 +22,8 @@ class Split(IntEnum):
 def mock_sample(index: int, split: Split, config: DataConfig) -> RawSample:
     """Sample `index` of a split, a function of (seed, split, index) and the settings alone.
 
-    It has mock items of each module, one module after the other, and questions about them; or, for
+    It has mock items of each module, one module after the other, and questions about them; kinds
+    of items that feed one module take turns. Or, for
     `text_only_fraction` of the samples and where no module makes items, a word to repeat. All are
     quickly learnt, and the questions only with the items. Items of a module depend on its name, and
     on other modules only in the room that they share.
@@ -38,12 +39,14 @@ def mock_sample(index: int, split: Split, config: DataConfig) -> RawSample:
     key = f"mock-{split.name.lower()}-{index}"
     made: dict[str, MockItems] = {}
     if rng.random() >= config.text_only_fraction:
-        for module, kind in config.inputs.items():
-            stream = _stream(module)
-            of_module = _generator(index, split, config.seed, stream) if stream else rng
-            items = kind.mock(of_module, _room(config))
-            if items is not None:
-                made[module] = items
+        for module in config.hosts:
+            for name in _in_turn(module, index, config):
+                stream = _stream(name)
+                of_kind = _generator(index, split, config.seed, stream) if stream else rng
+                items = config.inputs[name].mock(of_kind, _room(config))
+                if items is not None:
+                    made[name] = items
+                    break
     if not made:
         word = _WORDS[rng.integers(len(_WORDS))]
         return RawSample.asking(key=key, question=f"Say {word}.", answer=word, source="mock")
@@ -62,13 +65,20 @@ def check_mock_items(config: DataConfig) -> None:
     Raises:
         ValueError: Settings of a module contradict each other, or its items do not fit.
     """
-    for kind in config.inputs.values():
+    for kind in config.hosts.values():
         kind.check_mock(_room(config))
 
 
 def _room(config: DataConfig) -> int:
     """Number of positions of a sequence for each module's items and texts."""
-    return config.seq_length // max(1, len(config.inputs))
+    return config.seq_length // max(1, len(config.hosts))
+
+
+def _in_turn(module: str, index: int, config: DataConfig) -> list[str]:
+    """The kinds that feed a module: the one whose turn it is, then the module's own."""
+    guests = [name for name, kind in config.inputs.items() if kind.feeds == module]
+    names = [module, *guests]
+    return list(dict.fromkeys([names[index % len(names)], module]))
 
 
 def _generator(index: int, split: Split, seed: int, stream: int) -> np.random.Generator:

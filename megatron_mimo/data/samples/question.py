@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.inputs import Inputs, Item, ItemInput, layouts
+from megatron_mimo.data.inputs import Inputs, Item, ItemInput
 from megatron_mimo.data.samples.sample import (
     RawSample,
     UnusableError,
     encode_item,
     require_placeholders,
 )
+from megatron_mimo.data.samples.written import write_out
 from megatron_mimo.data.text.clean import MalformedError, require_unicode
 from megatron_mimo.data.text.conversation import Turn
 from megatron_mimo.data.text.placeholders import count_placeholders
@@ -51,11 +52,11 @@ class EncodedQuestion:
 def place_items(question: str, numbers: Mapping[str, int], inputs: Inputs) -> str:
     """A question with a placeholder for each of its items.
 
-    Where it has none of a module, they are put in front of it.
+    Where it has none of a kind, they are put in front of it.
 
     Args:
         question: Text of the question.
-        numbers: Module -> number of its items in the question.
+        numbers: Kind -> number of its items in the question.
         inputs: Kinds of items, with their placeholders.
 
     Raises:
@@ -86,7 +87,7 @@ def encode_question(
 
     Args:
         turns: Turns with one placeholder for each item.
-        items: Module -> its items, in the order of its placeholders.
+        items: Kind -> its items, in the order of its placeholders.
         config: Prompt format and kinds of items.
         tokenizer: Tokenizer of the texts.
 
@@ -106,10 +107,11 @@ def encode_question(
         for module, kind in config.inputs.items()
         if (sources := items.get(module))
     }
-    tokens = write_question(turns, layouts(encoded, config.inputs), config, tokenizer)
+    written = write_out(turns, encoded, config.inputs)
+    tokens = write_question(written.turns, written.layouts, config, tokenizer)
     if not tokens:
         raise ValueError("the question is empty: expected a text, or an item with one")
-    return EncodedQuestion(tokens=np.array(tokens, dtype=np.int64), items=encoded)
+    return EncodedQuestion(tokens=np.array(tokens, dtype=np.int64), items=written.items)
 
 
 def _encoded(source: Source, kind: ItemInput) -> Item:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from megatron_mimo.border import TRACEBACK_FLAG, reason_of, show_traceback
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.inputs import BrokenItemError, Inputs, Item, ItemInput, layouts
+from megatron_mimo.data.inputs import BrokenItemError, Inputs, Item, ItemInput, module_of
+from megatron_mimo.data.samples.written import by_module, write_out
 from megatron_mimo.data.text.clean import MalformedError, require_unicode
 from megatron_mimo.data.text.conversation import Turn
 from megatron_mimo.data.text.placeholders import count_placeholders, split_text
@@ -29,7 +30,7 @@ class RawSample:
     Attributes:
         key: Key of the sample within its dataset.
         turns: Turns of the conversation in order.
-        items: Module -> sources of its items, files or arrays, in the order of its placeholders.
+        items: Kind -> sources of its items, files or arrays, in the order of its placeholders.
         source: Dataset and shard, as `name_source` writes them.
     """
 
@@ -52,9 +53,12 @@ class RawSample:
         turns = (Turn("user", question), Turn("assistant", answer))
         return cls(key=key, turns=turns, items=items or {}, source=source)
 
-    def has_items(self, modules: Collection[str]) -> bool:
+    def has_items(self, modules: Collection[str], inputs: Inputs) -> bool:
         """Whether one of the modules has an item in the sample."""
-        return any(self.items.get(module) for module in modules)
+        return any(
+            sources and name in inputs and module_of(name, inputs) in modules
+            for name, sources in self.items.items()
+        )
 
     @property
     def question(self) -> str:
@@ -262,7 +266,7 @@ def encode_sample(
     Raises:
         UnusableError: An item is broken, there is nothing to learn, or the sample is too long.
         MalformedError: A text is not valid Unicode.
-        ValueError: Placeholders and items differ in number, an item is of an unknown module, the
+        ValueError: Placeholders and items differ in number, an item is of an unknown kind, the
             text holds a stray token of a module, or the chat template cannot write the
             conversation.
     """
@@ -270,21 +274,21 @@ def encode_sample(
         require_unicode(turn.text, "text")
     require_placeholders(raw, config.inputs)
     _require_answers(raw.turns, config.inputs)
-    items = {
-        module: tuple(
-            encode_item(source, config.inputs[module].among(len(sources)), with_content=False)[0]
+    encoded = {
+        name: tuple(
+            encode_item(source, config.inputs[name].among(len(sources)), with_content=False)[0]
             for source in sources
         )
-        for module, sources in by_module(raw, config.inputs)
+        for name, sources in _by_kind(raw, config.inputs)
     }
-    rows = {module: [item.rows for item in of_module] for module, of_module in items.items()}
-    prompt = write_prompt(raw.turns, layouts(items, config.inputs), config, tokenizer)
-    _check_tokens(prompt.tokens, prompt.targets, rows, config)
+    written = write_out(raw.turns, encoded, config.inputs)
+    prompt = write_prompt(written.turns, written.layouts, config, tokenizer)
+    _check_tokens(prompt.tokens, prompt.targets, encoded, config)
     sample = EncodedSample(
         key=raw.key,
         tokens=np.array(prompt.tokens, dtype=np.int64),
         targets=np.array(prompt.targets, dtype=np.bool_),
-        items=items,
+        items=written.items,
     )
     return add_content(sample, raw, config, content)
 
@@ -300,15 +304,16 @@ def add_content(
         config: Settings with the kinds of items.
         content: Names of the modules whose items are decoded.
     """
-    items, flaw = dict(sample.items), sample.flaw
-    for module, sources in by_module(raw, config.inputs):
-        if module not in content:
+    decoded: dict[str, list[Item]] = {}
+    flaw = sample.flaw
+    for name, sources in _by_kind(raw, config.inputs):
+        if module_of(name, config.inputs) not in content:
             continue
-        kind = config.inputs[module].among(len(sources))
-        decoded = []
+        kind = config.inputs[name].among(len(sources))
+        of_kind = decoded.setdefault(name, [])
         for source in sources:
             item, reason = encode_item(source, kind, with_content=True)
-            decoded.append(item)
+            of_kind.append(item)
             if reason is not None:
                 flaw = SkippedSample(
                     key=raw.key,
@@ -316,25 +321,36 @@ def add_content(
                     kind=f"{_BLANK}{kind.words.one}",
                     reason=reason,
                 )
-        items[module] = tuple(decoded)
+    if not decoded:
+        return sample
+    found = by_module(raw.turns, _with_others(decoded, raw), config.inputs)
+    items = {
+        module: found[module] if module in content else of_module
+        for module, of_module in sample.items.items()
+    }
     return replace(sample, items=items, flaw=flaw)
 
 
-def by_module(raw: RawSample, inputs: Inputs) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """The sources of each module that has any, modules in the order of the settings."""
-    for module in inputs:
-        sources = raw.items.get(module, ())
+def _with_others(decoded: Mapping[str, Sequence[Item]], raw: RawSample) -> dict[str, Sequence[Any]]:
+    """Every kind that the sample has, so that places in the text can be counted."""
+    return {name: decoded.get(name, sources) for name, sources in raw.items.items() if sources}
+
+
+def _by_kind(raw: RawSample, inputs: Inputs) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The sources of each kind that has any, kinds in the order of the settings."""
+    for name in inputs:
+        sources = raw.items.get(name, ())
         if sources:
-            yield module, sources
+            yield name, sources
 
 
 def require_placeholders(raw: RawSample, inputs: Inputs) -> None:
-    """Refuse a sample whose texts have more or fewer placeholders of a module than it has items.
+    """Refuse a sample whose texts have more or fewer placeholders of a kind than it has items.
 
     Raises:
-        ValueError: They differ, or an item is of an unknown module.
+        ValueError: They differ, or an item is of an unknown kind.
     """
-    unknown = [module for module, sources in raw.items.items() if sources and module not in inputs]
+    unknown = [name for name, sources in raw.items.items() if sources and name not in inputs]
     if unknown:
         raise ValueError(
             f"it has items of module {unknown[0]!r}: expected items of {', '.join(inputs)}"
@@ -345,7 +361,8 @@ def require_placeholders(raw: RawSample, inputs: Inputs) -> None:
         if found[module] != number:
             raise ValueError(
                 f"{found[module]} {kind.placeholder} placeholders and {number} "
-                f"{kind.words.plural}: expected one placeholder for each {kind.words.noun}"
+                f"{kind.words.noun if number == 1 else kind.words.plural}: expected one "
+                f"placeholder for each {kind.words.noun}"
             )
 
 
@@ -374,23 +391,22 @@ def encode_item(source: Any, kind: ItemInput, *, with_content: bool) -> tuple[It
 def _check_tokens(
     tokens: Sequence[int],
     targets: Sequence[bool],
-    rows: Mapping[str, Sequence[int]],
+    items: Mapping[str, Sequence[Item]],
     config: DataConfig,
 ) -> None:
     if not any(targets):
         raise UnusableError("no answer", "none of its tokens can be learnt")
     # The last token is a target only, so a sequence holds one token more than it has positions.
     if len(tokens) - 1 > config.seq_length:
+        rows = {name: sum(item.rows for item in of_kind) for name, of_kind in items.items()}
         raise UnusableError(TOO_LONG, _too_long(len(tokens), rows, config))
 
 
-def _too_long(num_tokens: int, rows: Mapping[str, Sequence[int]], config: DataConfig) -> str:
+def _too_long(num_tokens: int, rows: Mapping[str, int], config: DataConfig) -> str:
     # The message for a text without any item names the first kind.
-    kinds = {module: config.inputs[module].words for module in rows or list(config.inputs)[:1]}
-    parts = [
-        f"{sum(rows.get(module, ()))} rows of {words.plural}" for module, words in kinds.items()
-    ]
-    text = num_tokens - sum(map(sum, rows.values()))
+    kinds = {name: config.inputs[name].words for name in rows or list(config.inputs)[:1]}
+    parts = [f"{rows.get(name, 0)} rows of {words.plural}" for name, words in kinds.items()]
+    text = num_tokens - sum(rows.values())
     remedies = ["raise --seq-length", *(words.smaller for words in kinds.values())]
     return (
         f"needs {num_tokens - 1} positions ({', '.join(parts)} and {text} tokens of text), more "

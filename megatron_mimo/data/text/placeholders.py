@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 from megatron_mimo.data.inputs import Inputs
@@ -14,11 +14,19 @@ def split_text(text: str, inputs: Inputs) -> list[tuple[str, str | None]]:
     Returns:
         The pieces of text, each with the module whose placeholder follows it; None at the end.
     """
-    modules = {kind.placeholder: module for module, kind in inputs.items()}
+    return _split(text, {kind.placeholder: module for module, kind in inputs.items()})
+
+
+def split_written(text: str, inputs: Inputs) -> list[tuple[str, str | None]]:
+    """`split_text` of a text that has each module's token in place of its placeholder."""
+    return _split(text, {kind.token: module for module, kind in inputs.items()})
+
+
+def _split(text: str, modules: Mapping[str, str]) -> list[tuple[str, str | None]]:
     if not modules:
         return [(text, None)]
     cut = _any_of(tuple(modules)).split(text)
-    followed: list[str | None] = [modules[placeholder] for placeholder in cut[1::2]]
+    followed: list[str | None] = [modules[mark] for mark in cut[1::2]]
     return list(zip(cut[::2], [*followed, None], strict=True))
 
 

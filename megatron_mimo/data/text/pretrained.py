@@ -29,7 +29,7 @@ _FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
-# Turns whose content is a list become turns with a text; IMAGE is a JSON text.
+# Turns whose content is a list become turns with a text; ITEMS has a branch for each kind of items.
 _FLATTEN = """
 {%- set flat = namespace(turns=[]) -%}
 {%- for message in messages -%}
@@ -40,10 +40,9 @@ _FLATTEN = """
 {%- for part in message.content -%}
 {%- if part.type == "text" -%}
 {%- set flat.text = flat.text + part.text -%}
-{%- elif part.type == "image" -%}
-{%- set flat.text = flat.text + IMAGE -%}
+ITEMS
 {%- else -%}
-{{- raise_exception("a part of type " ~ part.type ~ ": expected text or image") -}}
+{{- raise_exception("a part of type " ~ part.type ~ ": expected KNOWN") -}}
 {%- endif -%}
 {%- endfor -%}
 {%- set flat.turns = flat.turns + [dict(message, content=flat.text)] -%}
@@ -81,16 +80,19 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, config: DataConfig) -> No
     Raises:
         ValueError: The tokenizer is neither of bytes nor one of transformers with a tokenizer.json.
     """
-    special, kinds = {}, list(config.inputs.values())
+    special, kinds = {}, list(config.hosts.values())
     placeholders = [kind.token for kind in kinds]
-    if len(kinds) == 1:
-        (kind,) = kinds
+    by_noun = {kind.words.noun: kind for kind in kinds}
+    if len(kinds) == 1 or "image" in by_noun:
+        kind = by_noun.get("image", kinds[0])
         before, after = kind.tags if isinstance(kind, OneRunItems) else ("", "")
         special = {
-            "image_token": placeholders[0],
+            "image_token": kind.token,
             "image_start_token": before,
             "image_end_token": after,
         }
+    if "audio" in by_noun:
+        special["audio_token"] = by_noun["audio"].token
     if isinstance(tokenizer, ByteTokenizer):
         written, eos = _of_bytes(placeholders, special), _EOS
     elif isinstance(tokenizer, HuggingFaceTokenizer):
@@ -124,12 +126,28 @@ def chat_template(config: DataConfig, tokenizer: Tokenizer, eos: str) -> str:
         case "chat":
             assert tokenizer.chat_template is not None
             written = tokenizer.chat_template.source
-    if any(kind.part for kind in config.inputs.values()):
+    if any(kind.part for kind in config.hosts.values()):
         return written
-    image = next((kind.placeholder for kind in config.inputs.values()), "")
-    flatten = _FLATTEN.strip().replace("IMAGE", json.dumps(image))
+    flatten = _flatten(config)
     # That of a folder that was exported has it.
     return written if written.startswith(flatten) else f"{flatten}\n{written}"
+
+
+def _flatten(config: DataConfig) -> str:
+    """The beginning of a template that takes lists of texts and items."""
+    # An item that feeds another kind's module is written out by transformers' processor.
+    written = {
+        kind.words.noun: kind.inline if kind.feeds is None else kind.placeholder
+        for kind in config.inputs.values()
+    } or {"image": ""}
+    branches = "\n".join(
+        f"{{%- elif part.type == {json.dumps(noun)} -%}}\n"
+        f"{{%- set flat.text = flat.text + {json.dumps(text)} -%}}"
+        for noun, text in written.items()
+    )
+    *nouns, last = ["text", *written]
+    known = f"{', '.join(nouns)} or {last}"
+    return _FLATTEN.strip().replace("ITEMS", branches).replace("KNOWN", known)
 
 
 def _of_transformers(pretrained: Any, special: dict[str, str]) -> Any:

@@ -76,7 +76,7 @@ def write_prompt(
         ValueError: The tokenizer's chat template cannot write this conversation, or changes it; the
             tokens have more or fewer places for items than there are items.
     """
-    require_no_tokens([turn.text for turn in turns], config.inputs)
+    require_no_tokens([turn.text for turn in turns], config.hosts)
     if is_document(turns):
         prompt = encode_text([Stretch(turns[0].text, learnt=True, ends=True)], config, tokenizer)
     elif format_of(config, tokenizer) == "plain":
@@ -94,8 +94,8 @@ def encode_text(stretches: Iterable[Stretch], config: DataConfig, tokenizer: Tok
     targets: list[bool] = []
     for stretch in stretches:
         if stretch.text:
-            text = write_inline(stretch.text, config.inputs)
-            tokens += tokenizer.encode_with_items(text, config.inputs)
+            text = write_inline(stretch.text, config.hosts)
+            tokens += tokenizer.encode_with_items(text, config.hosts)
         if stretch.ends:
             tokens.append(tokenizer.eos_id)
         targets += [stretch.learnt] * (len(tokens) - len(targets))
@@ -114,8 +114,8 @@ def _encode_chat(
     else:
         assert tokenizer.chat_template is not None
         _require_plain_answers(turns, config)
-        template = template_of(tokenizer.chat_template, config.inputs)
-        text, spans = write_chat(turns, template)
+        template = template_of(tokenizer.chat_template, config.hosts)
+        text, spans = write_chat(for_template(turns, config), template)
         require_tokens(text, layouts, config, template)
     spelled = tokenizer.spell(text)
     if spelled is None:
@@ -126,7 +126,7 @@ def _encode_chat(
 def _require_plain_answers(turns: Sequence[Turn], config: DataConfig) -> None:
     """Refuse answers with items that the template would write, which could not be told apart."""
     for number, turn in enumerate(turns, 1):
-        for kind in config.inputs.values():
+        for kind in config.hosts.values():
             if turn.role == "assistant" and kind.part and kind.placeholder in turn.text:
                 raise ValueError(
                     f"turn {number}, an answer, has {kind.words.one}: expected them in questions "
@@ -136,7 +136,14 @@ def _require_plain_answers(turns: Sequence[Turn], config: DataConfig) -> None:
 
 def inline(turns: Sequence[Turn], config: DataConfig) -> list[Turn]:
     """Turns with items as they are written where no chat template writes them."""
-    return [Turn(turn.role, write_inline(turn.text, config.inputs)) for turn in turns]
+    return [Turn(turn.role, write_inline(turn.text, config.hosts)) for turn in turns]
+
+
+def for_template(turns: Sequence[Turn], config: DataConfig) -> Sequence[Turn]:
+    """Turns as the result of `template_of` takes them: with placeholders, or with tokens."""
+    if any(kind.part for kind in config.hosts.values()):
+        return turns
+    return inline(turns, config)
 
 
 def require_tokens(text: str, layouts: Layouts, config: DataConfig, template: ChatTemplate) -> None:
@@ -145,7 +152,7 @@ def require_tokens(text: str, layouts: Layouts, config: DataConfig, template: Ch
     Raises:
         ValueError: A module has more or fewer tokens than items.
     """
-    for module, kind in config.inputs.items():
+    for module, kind in config.hosts.items():
         found, wanted = text.count(kind.token), len(layouts.get(module, ()))
         if found != wanted:
             taken = f"lists of texts and {kind.words.plural}" if kind.part else "texts"
@@ -172,7 +179,7 @@ def _learnt(spelled: Spelled, spans: Sequence[Span]) -> list[bool]:
 def with_rows(prompt: Prompt, layouts: Layouts, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
     """The same with the rows and marks of items in place of their placeholders."""
     items: list[tuple[int, list[int]]] = []
-    for module, kind in config.inputs.items():
+    for module, kind in config.hosts.items():
         token, of_module, words = (
             tokenizer.placeholder_ids[module],
             layouts.get(module, ()),
@@ -235,7 +242,7 @@ def tokenizer_for(config: DataConfig, path: str | None) -> Tokenizer:
     Raises:
         ValueError: The folder has no tokenizer, or this does not support the settings.
     """
-    tokenizer = build_tokenizer(path, placeholders(config.inputs))
+    tokenizer = build_tokenizer(path, placeholders(config.hosts))
     check_prompt_format(config, tokenizer)
     return tokenizer
 
@@ -263,7 +270,7 @@ def check_prompt_format(config: DataConfig, tokenizer: Tokenizer) -> None:
     if chosen != "plain" and tokenizer.spell("a") is None:
         raise ValueError(_NO_PLACES)
     if not isinstance(tokenizer, ByteTokenizer):
-        for kind in config.inputs.values():
+        for kind in config.hosts.values():
             _require_tokens(tokenizer, kind.marks, kind.words.tags)
 
 

@@ -17,6 +17,7 @@ from megatron_mimo.data.text.prompt import (
     Layouts,
     Prompt,
     encode_text,
+    for_template,
     format_of,
     inline,
     joined,
@@ -53,7 +54,7 @@ def write_question(
         ValueError: The tokenizer's chat template cannot write this conversation; the tokens have
             more or fewer places for items than there are items.
     """
-    require_no_tokens([turn.text for turn in turns], config.inputs)
+    require_no_tokens([turn.text for turn in turns], config.hosts)
     chosen = format_of(config, tokenizer)
     if chosen == "plain":
         prompt = encode_text(joined(plain(turns)), config, tokenizer)
@@ -63,8 +64,8 @@ def write_question(
             text = f"{nemotron6_moe(inline(turns, config))[0]}{TURN_START}assistant\n"
         else:
             assert tokenizer.chat_template is not None
-            template = template_of(tokenizer.chat_template, config.inputs)
-            text, cut = _opened(turns, template)
+            template = template_of(tokenizer.chat_template, config.hosts)
+            text, cut = _opened(for_template(turns, config), template)
             require_tokens(text, layouts, config, template)
         tokens = _up_to(cut, text, tokenizer) if cut else tokenizer.encode(text)
         prompt = Prompt(tokens, [False] * len(tokens))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from megatron_mimo.border import border
 from megatron_mimo.data.inputs import ENCODER, Inputs
 from megatron_mimo.data.text.chat_template import ChatTemplate, HuggingFaceChatTemplate
-from megatron_mimo.data.text.placeholders import split_text
+from megatron_mimo.data.text.placeholders import split_written
 
 _VOCAB_MULTIPLE = 128
 # Flag that chooses a module's placeholder, for messages.
@@ -57,7 +57,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_with_items(self, text: str, inputs: Inputs) -> list[int]:
-        """Tokens of a text in which each placeholder is the one token of its module."""
+        """Tokens of a text in which the token of each module stands for an item."""
         ...
 
     def spell(self, text: str) -> Spelled | None:
@@ -103,9 +103,9 @@ class ByteTokenizer:
         return list(text.encode())
 
     def encode_with_items(self, text: str, inputs: Inputs) -> list[int]:
-        """The bytes of the text between placeholders, which are the tokens of their modules."""
+        """The bytes of the text between tokens of modules, which have numbers of their own."""
         tokens: list[int] = []
-        for piece, follows in split_text(text, inputs):
+        for piece, follows in split_written(text, inputs):
             tokens += self.encode(piece)
             if follows is not None:
                 tokens.append(self.placeholder_ids[follows])

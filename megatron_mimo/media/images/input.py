@@ -17,6 +17,7 @@ from megatron_mimo.media.images.grid import image_grids, rows_of
 from megatron_mimo.media.images.mock import check_mock_rows, mock_pictures
 from megatron_mimo.media.images.packing import PackedImages, pack_images
 from megatron_mimo.media.items import ItemWords, MockItems, OneRunItems
+from megatron_mimo.media.video.clip import EncodedVideo
 
 ImageTagType = Literal["internvl"]
 Size = tuple[int, int]
@@ -108,12 +109,14 @@ class ImageInput(OneRunItems):
         pixels, reason = decode_or_blank(source, shape)
         return encode_image(pixels, self.config, with_patches=True), reason
 
-    def pack(self, items: Sequence[EncodedImage], seeds: Sequence[int]) -> PackedImages | None:
-        """Pack images one after the other; None for no image.
+    def pack(
+        self, items: Sequence[EncodedImage | EncodedVideo], seeds: Sequence[int]
+    ) -> PackedImages | None:
+        """Pack images, and videos of the same module, one after the other; None for no item.
 
         Args:
-            items: Images with patches, in manifest order.
-            seeds: Seed of each image's augmentation.
+            items: Images and videos with patches, in manifest order.
+            seeds: Seed of each item's augmentation.
         """
         return pack_images(items, self.config, seeds)
 
@@ -153,6 +156,11 @@ class ImageInput(OneRunItems):
     @property
     def _tag_bytes(self) -> int:
         return len("".join(self.tags))
+
+
+def tags_of(kind: ImageTagType | None) -> tuple[str, str]:
+    """Texts before and after an image; empty without tags."""
+    return _TAGS[kind]
 
 
 def tag_type(tags: tuple[str, str], where: str) -> ImageTagType | None:

@@ -7,6 +7,7 @@ any number of images.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from megatron_mimo.media.images.config import ImageConfig
 from megatron_mimo.media.images.encode import EncodedImage
 from megatron_mimo.media.images.grid import Grid
+from megatron_mimo.media.video.clip import EncodedVideo
 
 Indices = NDArray[np.int64]
 Weights = NDArray[np.float32]
@@ -27,14 +29,16 @@ _LOG_ASPECTS = (math.log(3 / 4), math.log(4 / 3))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedImages:
-    """Images that one rank runs in a microbatch, packed one after the other.
+    """Images and videos that one rank runs in a microbatch, packed one after the other.
 
-    N pieces (images, or tiles of them), T patches, L = T + N*c tokens: each piece's c class tokens
-    are before its patches. Patches and rows follow the order of images; tokens have the
-    shortest piece first.
+    N pieces (images, tiles of them, or groups of F frames of a video), T patches, L = T + N*c
+    tokens: each piece's c class tokens are before its patches. Rows follow the order of items, and
+    so do patches, of all images and then of all videos; tokens have the shortest piece first.
 
     Attributes:
-        patches: Normalised patches, float32 [T, 3*P*P], each channel-major: (channel, y, x).
+        patches: Normalised patches of images, float32 [T_i, 3*P*P], each (channel, y, x).
+        groups: Normalised patches of videos, float32 [T - T_i, F*3*P*P], each
+            (frame, channel, y, x); None without videos.
         lengths: Numbers of tokens of the pieces, ascending, on the host.
         cu_seqlens: First token of each piece, and L, int32 [N+1].
         patch_slots: Index of each patch among the tokens, int64 [T].
@@ -47,6 +51,7 @@ class PackedImages:
     """
 
     patches: Tensor
+    groups: Tensor | None = None
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     patch_slots: Tensor
@@ -67,38 +72,66 @@ class PackedImages:
 
 
 def pack_images(
-    images: Sequence[EncodedImage], config: ImageConfig, seeds: Sequence[int] = ()
+    items: Sequence[EncodedImage | EncodedVideo], config: ImageConfig, seeds: Sequence[int] = ()
 ) -> PackedImages | None:
-    """Pack images one after the other and normalise them; None for no image.
+    """Pack images and videos one after the other and normalise them; None for no item.
 
     Args:
-        images: Images with patches, in manifest order.
-        config: Settings that they were encoded with.
-        seeds: Seed of each image for its crops of the position table; needed with
-            `config.position_crop`.
+        items: Images and videos with patches, in manifest order.
+        config: Settings that images were encoded with.
+        seeds: Seed of each item for its crops of the position table, one for each image and for
+            each video; needed with `config.position_crop`.
     """
-    if not images:
+    if not items:
         return None
-    pixels = [image.patches for image in images if image.patches is not None]
-    assert len(pixels) == len(images), "images were encoded without patches"
-    raw = torch.from_numpy(np.concatenate(pixels))
-    patches = normalise(raw.float().div_(255), config)
+    of_images = [_content(item) for item in items if isinstance(item, EncodedImage)]
+    of_videos = [_content(item) for item in items if isinstance(item, EncodedVideo)]
     draws = None
     if config.position_crop:
         draws = np.concatenate(
-            [
-                np.random.default_rng(seed).random((len(image.grids), 4))
-                for image, seed in zip(images, seeds, strict=True)
-            ]
+            [_draws(item, seed) for item, seed in zip(items, seeds, strict=True)]
         )
-    return pack_patches(patches, [grid for image in images for grid in image.grids], config, draws)
+    return pack_patches(
+        _normalised(of_images, config, width=3 * config.patch_dim**2),
+        [grid for item in items for grid in _grids(item)],
+        config,
+        draws,
+        groups=_normalised(of_videos, config) if of_videos else None,
+        of_video=[isinstance(item, EncodedVideo) for item in items for _ in _grids(item)],
+    )
+
+
+def _grids(item: EncodedImage | EncodedVideo) -> Sequence[Grid]:
+    """The grid of each piece of an item."""
+    return item.grids if isinstance(item, EncodedImage) else [item.grid] * len(item.labels)
+
+
+def _content(item: EncodedImage | EncodedVideo) -> NDArray[Any]:
+    assert item.patches is not None, "items were encoded without patches"
+    return item.patches
+
+
+def _draws(item: EncodedImage | EncodedVideo, seed: int) -> NDArray[np.float64]:
+    """Random numbers of each piece of an item, [pieces, 4]; all groups of a video have the same."""
+    rng = np.random.default_rng(seed)
+    if isinstance(item, EncodedVideo):
+        return np.repeat(rng.random((1, 4)), len(item.labels), axis=0)
+    return rng.random((len(item.grids), 4))
+
+
+def _normalised(patches: Sequence[NDArray[Any]], config: ImageConfig, width: int = 0) -> Tensor:
+    """Normalised patches of several items; [0, width] of none."""
+    if not patches:
+        return torch.zeros(0, width)
+    return normalise(torch.from_numpy(np.concatenate(patches)).float().div_(255), config)
 
 
 def normalise(patches: Tensor, config: ImageConfig) -> Tensor:
-    """Normalised patches: float32 [T, 3*P*P] minus the channels' mean, over their deviation."""
+    """Normalised patches: float32 [T, F*3*P*P] minus the channels' mean, over their deviation."""
     per_channel = config.patch_dim**2
-    mean = torch.tensor(config.pixel_mean).repeat_interleave(per_channel).to(patches)
-    std = torch.tensor(config.pixel_std).repeat_interleave(per_channel).to(patches)
+    frames = patches.size(1) // (3 * per_channel)
+    mean = torch.tensor(config.pixel_mean).repeat_interleave(per_channel).repeat(frames).to(patches)
+    std = torch.tensor(config.pixel_std).repeat_interleave(per_channel).repeat(frames).to(patches)
     return (patches - mean).div_(std)
 
 
@@ -107,15 +140,21 @@ def pack_patches(
     grids: Sequence[Grid],
     config: ImageConfig,
     draws: NDArray[np.float64] | None = None,
+    *,
+    groups: Tensor | None = None,
+    of_video: Sequence[bool] = (),
 ) -> PackedImages:
-    """Pack normalised patches [T, 3*P*P] of pieces with the given grids.
+    """Pack normalised patches [T_i, 3*P*P] of pieces with the given grids.
 
     Args:
-        patches: Patches of all pieces, one after the other, float32 [T, 3*P*P].
+        patches: Patches of all images, one after the other, float32 [T_i, 3*P*P].
         grids: Grid of each piece; at least one.
         config: Class tokens, row order and position table.
         draws: Random numbers in [0, 1), [N, 4], for crops of the position table; None uses the
             whole table.
+        groups: Patches of all videos, one after the other, float32 [T - T_i, F*3*P*P]; None without
+            videos.
+        of_video: Whether each piece is a group of frames; needed with `groups`.
     """
     sizes = np.array(grids, dtype=np.int64).reshape(-1, 2)
     counts, extra = sizes.prod(axis=1), config.class_token_len
@@ -129,11 +168,17 @@ def pack_patches(
         index, weight = position_taps(sizes, config.position_grid)
     else:
         index, weight = cropped_taps(sizes, config.position_grid, draws)
+    slots = starts[piece] + extra + place
+    if groups is not None:
+        order_of_patches = np.argsort(np.array(of_video)[piece], kind="stable")
+        slots, index = slots[order_of_patches], index[order_of_patches]
+        weight = weight[order_of_patches]
     return PackedImages(
         patches=patches,
+        groups=groups,
         lengths=tuple(lengths.tolist()),
         cu_seqlens=torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32)),
-        patch_slots=torch.from_numpy(starts[piece] + extra + place),
+        patch_slots=torch.from_numpy(slots),
         class_slots=torch.from_numpy((starts[:, None] + np.arange(extra)).ravel()),
         row_index=torch.from_numpy(row_index(sizes, starts + extra, config)),
         position_index=torch.from_numpy(index),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from megatron_mimo.media.images import IMAGE_ENDINGS, ImageSource, blank_image, examine_image
 from megatron_mimo.media.images.decode import decode_or_blank
 from megatron_mimo.media.images.mock import COLOURS, TEXT_BUDGET, coloured_picture
-from megatron_mimo.media.items import BrokenItemError, ItemWords, Layout, MockItems
+from megatron_mimo.media.items import BrokenItemError, ItemWords, Layout, MockItems, Run
 from megatron_mimo.media.processors.family import FAMILIES, ItemTexts, ProcessorFamily, Settings
 from megatron_mimo.media.processors.packed import Outline, ProcessedImage, ProcessedImages
 
@@ -147,6 +147,15 @@ class ProcessorInput:
 
     def _item(self, outline: Outline, content: Mapping[str, Any] | None) -> ProcessedImage:
         return ProcessedImage(outline=outline, shares_sample=self.several, content=content)
+
+    @property
+    def feeds(self) -> None:
+        """None: the images are those of the module of the kind's own name."""
+        return None
+
+    def runs(self, item: ProcessedImage) -> tuple[Run, ...]:
+        """One run, without a text before it."""
+        return (("", self.layout(item)),)
 
     def layout(self, item: ProcessedImage) -> Layout:
         """Lines of rows, with the texts of the processor around and between them."""

@@ -112,7 +112,9 @@ def test_kinds_of_items_are_checked_before_a_run() -> None:
         placeholder = "<odd>"
 
     odd: Any = {"odd": Odd()}
-    with pytest.raises(ValueError, match="items of module odd: Odd has no words, token, inline, "):
+    with pytest.raises(
+        ValueError, match="items of module odd: Odd has no words, feeds, token, inline, "
+    ):
         check_inputs(odd)
 
     @dataclass

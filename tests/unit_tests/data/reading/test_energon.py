@@ -161,7 +161,7 @@ def test_mismatch_names_key_dataset_and_shard(write: Write, num_workers: int) ->
         sources={"encoder": SourceRole(rank=0, serving={0: (0,)})},
     )
     loader = build_train_loader(config(path, num_workers=num_workers), role, TOKENIZER)
-    with pytest.raises(ValueError, match="2 <image> placeholders .* 1 images") as caught:
+    with pytest.raises(ValueError, match="2 <image> placeholders .* 1 image:") as caught:
         loader.next_step()
     assert f"sample 'train-a' of dataset {path}, shard train/000000.tar" in str(caught.value)
 

@@ -167,6 +167,8 @@ def test_a_file_that_this_host_cannot_read_stops(tmp_path: Path) -> None:
         ({"v1.json": talk()}, "a key ends at its first dot: rename files without further dots"),
         ({"json": talk(), "JSON": talk()}, "has the files JSON, json: expected"),
         ({"json": talk(), "mp4": b""}, "has the files json, mp4: expected"),
+        ({"json": talk(), "mp4": b""}, "takes no video: use a dataset without, or a model that"),
+        ({"json": talk(), "2.wav": b""}, "takes no audio: use a dataset without, or a model that"),
         ({"json": b"[1]"}, "sample 'k' of d has a json with list: expected"),
         ({"json": {"caption": "c"}}, "sample 'k' of d has a caption and no image"),
     ],

@@ -9,17 +9,16 @@ from hypothesis import strategies as st
 
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.data.reading.webdataset import read_shard, write_shard
-from megatron_mimo.data.samples import digits as digits_module
+from megatron_mimo.data.samples import dataset_folder
 from megatron_mimo.data.samples.digits import (
     DigitsConfig,
     Split,
-    draw,
     plan_samples,
     read_digits_split,
-    split_sources,
     write_digits_dataset,
 )
-from megatron_mimo.data.samples.sample import encode_sample
+from megatron_mimo.data.samples.handwriting import draw, split_sources
+from megatron_mimo.data.samples.sample import RawSample, encode_sample
 from megatron_mimo.data.text.tokenizer import ByteTokenizer
 from megatron_mimo.media.images import decode_image
 
@@ -87,7 +86,7 @@ def test_pictures_vary_and_fit_a_short_sequence(digits_path: Path) -> None:
 def test_widest_picture_and_longest_answer_fit(seed: int) -> None:
     glyphs = [np.full((8, 8), 16.0)] * 4
     picture = np.asarray(draw(glyphs, np.random.default_rng(seed)).convert("RGB"))
-    sample = digits_module.RawSample.asking(
+    sample = RawSample.asking(
         key="k", question="<image>Which digits?", answer="1 2 3 4", items={"encoder": (picture,)}
     )
     encode_sample(sample, DataConfig(seq_length=64), ByteTokenizer(), content=())
@@ -144,7 +143,7 @@ def test_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*args: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(digits_module, "prepare", fail)
+    monkeypatch.setattr(dataset_folder, "prepare", fail)
     with pytest.raises(OSError, match="No space left"):
         write_digits_dataset(tmp_path / "digits", DigitsConfig(num_train=3, num_val=2))
     assert list(tmp_path.iterdir()) == []

@@ -106,9 +106,10 @@ def test_one_placeholder_for_each_image(placeholders: int, images: int) -> None:
     )
     outcome = try_encode(raw, DataConfig(), TOKENIZER, content=())
     assert isinstance(outcome, RejectedSample)
+    found = "1 image" if images == 1 else f"{images} images"
     assert outcome.message == (
         f"sample 's7' of dataset /d, shard t/3.tar: {placeholders} <image> placeholders and "
-        f"{images} images: expected one placeholder for each image"
+        f"{found}: expected one placeholder for each image"
     )
 
 

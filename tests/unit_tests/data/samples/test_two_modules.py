@@ -101,10 +101,10 @@ def test_tags_stand_around_the_items_of_their_module() -> None:
 def test_items_and_placeholders_are_counted_by_module() -> None:
     wrong = outcome(asked("<tone><tone>", {"encoder": (png(16, 16),), "audio": (tone(1),)}))
     assert isinstance(wrong, RejectedSample)
-    assert "0 <image> placeholders and 1 images: expected one placeholder for" in wrong.message
+    assert "0 <image> placeholders and 1 image: expected one placeholder for" in wrong.message
     wrong = outcome(asked("<image><tone><tone>", {"encoder": (png(8, 8),), "audio": (tone(1),)}))
     assert isinstance(wrong, RejectedSample)
-    assert "2 <tone> placeholders and 1 tones: expected one placeholder for each" in wrong.message
+    assert "2 <tone> placeholders and 1 tone: expected one placeholder for each" in wrong.message
     wrong = outcome(asked("?", {"radar": (b"x",)}))
     assert isinstance(wrong, RejectedSample)
     assert "items of module 'radar': expected items of encoder, audio" in wrong.message

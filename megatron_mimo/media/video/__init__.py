@@ -1,0 +1,1 @@
+"""Videos: from a file to groups of frames, cut into patches."""
