@@ -14,8 +14,8 @@ opened are counted by Python's audit events in all of these processes; metadata 
 work runs beside it, since there the system favours whoever has more processes. Time to the first
 batch counts from imported modules and closed files.
 
-Reading images by their headers, and packing, are measured by `loader_reading.py` and
-`loader_packing.py`.
+Reading images by their headers, reading clips and videos by their packets, and packing, are
+measured by `loader_reading.py`, `loader_recordings.py` and `loader_packing.py`.
 
     python benchmarks/bench_loader.py [--smoke | --quick] [--json FILE]
 """
@@ -36,6 +36,7 @@ from typing import Any
 
 import loader_packing
 import loader_reading
+import loader_recordings
 from benchlib.ranks import turns
 from benchlib.report import Row, Size, run_benchmark
 
@@ -69,6 +70,7 @@ def measure(size: Size) -> Iterator[Row]:
             }
             yield from compared(lanes, processes, measured(given, repetitions))
     yield from loader_reading.rows(size)
+    yield from loader_recordings.rows(size)
     yield from loader_packing.rows(size)
 
 

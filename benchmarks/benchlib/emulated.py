@@ -102,6 +102,9 @@ class _Program(StepProgram):
     def hidden_rows(self, module: str, microbatch: int) -> int:
         return ROWS
 
+    def idle(self, module: str, backward: bool) -> None:
+        """Replicas do nothing together."""
+
     def begin_last_backward(self, module: str) -> None:
         """No gradients are reduced."""
 

@@ -68,6 +68,10 @@ class MimoStep:
         """Let a module reduce gradients while its last backward of the step runs."""
         self._model.modules[module].begin_last_backward()
 
+    def idle(self, module: str, backward: bool) -> None:
+        """See `StepProgram.idle`."""
+        self._model.modules[module].module.idle(backward=backward)
+
     def hidden_rows(self, module: str, microbatch: int) -> int:
         """Number N of the hidden states [N, width] that stages of a module send to the next."""
         if module == self._model.target_name:

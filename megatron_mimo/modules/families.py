@@ -8,12 +8,14 @@ from megatron_mimo.modules.gpt.adapter import GptAdapter
 from megatron_mimo.modules.hf.adapter import HfEncoderAdapter, HfLanguageAdapter
 from megatron_mimo.modules.hybrid.adapter import HybridAdapter
 from megatron_mimo.modules.language.adapter import LanguageAdapter
+from megatron_mimo.modules.parakeet.adapter import ParakeetAdapter
 from megatron_mimo.modules.radio.adapter import RadioAdapter
 
 _FAMILIES: dict[type, ModuleAdapter[Any, Any]] = {
     adapter.config_type: adapter
     for adapter in (
         RadioAdapter(),
+        ParakeetAdapter(),
         GptAdapter(),
         HybridAdapter(),
         HfEncoderAdapter(),

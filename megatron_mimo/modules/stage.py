@@ -1,8 +1,9 @@
 """A pipeline stage of a module, as the rest of the program calls it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
@@ -47,7 +48,30 @@ class ModuleStage(MegatronModule, ABC):
         """
         return name
 
+    def idle(self, *, backward: bool) -> None:
+        """Take part in what data-parallel ranks do together, on a rank without items.
+
+        It is called in place of the forward, and of the backward, of a microbatch in which this
+        rank has no items and others may have some.
+
+        Args:
+            backward: Whether it is the backward.
+        """
+
     @property
     def experts_per_rank(self) -> int:
         """Number of experts of an MoE layer that a rank holds; 0 without such layers."""
         return 0
+
+    @property
+    def units(self) -> Sequence[nn.Module]:
+        """Layers whose weights data-parallel ranks gather together where they divide them."""
+        return ()
+
+    def materialise(self, device: torch.device) -> None:
+        """Give memory to a stage that was built without any (`BuildContext.without_memory`).
+
+        Args:
+            device: Device of the memory.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is always built with memory")

@@ -42,6 +42,15 @@ class StepProgram(Protocol):
         """
         ...
 
+    def idle(self, module: str, backward: bool) -> None:
+        """Take part in what replicas of a source do together, on a rank without rows.
+
+        Args:
+            module: Name of the source.
+            backward: Whether the others run a backward.
+        """
+        ...
+
     def hidden_rows(self, module: str, microbatch: int) -> int:
         """Number N of the hidden states [N, width] that stages of a module send to the next."""
         ...
@@ -196,6 +205,7 @@ class Executor:
             lambda m: plans[m].edges[name].produces,
             before={} if before is None else {name: before},
             after=after or bridges[name],
+            idle=lambda backward: program.idle(name, backward),
         )
 
     def _target_stage(

@@ -23,6 +23,8 @@ class Stage:
         before: Name of the module that feeds this stage -> traffic on the boundary to it; the
             previous stage belongs to the same module. Empty on a stage without inputs.
         after: Traffic to the next stage; None on the last stage, whose output is a loss.
+        idle: Function that is called in place of the forward, and with True of the backward, of a
+            microbatch on which the model does not run.
     """
 
     def __init__(
@@ -32,8 +34,10 @@ class Stage:
         *,
         before: Mapping[str, Traffic],
         after: Traffic | None,
+        idle: Callable[[bool], None] = lambda backward: None,
     ) -> None:
         self._compute = compute
+        self._idle = idle
         self._has_work = has_work
         self._before = before
         self._after = after
@@ -63,6 +67,7 @@ class Stage:
     def forward(self, m: int) -> None:
         """Run the model."""
         if not self._has_work(m):
+            self._idle(False)
             return
         output = self._compute(m, self._inputs.get(m, {}))
         if self._after is not None:
@@ -104,6 +109,8 @@ class Stage:
         head = self._heads.pop(m, None)
         if head is not None:
             torch.autograd.backward(head, self._output_grads.pop(m, None))
+        elif not self._has_work(m):
+            self._idle(True)
         if self._after is not None:
             self._after.release_backward(m)
         self._release_inputs(m, [n for n, of in self._before.items() if not of.returns[m]])

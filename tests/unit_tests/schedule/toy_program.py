@@ -158,6 +158,9 @@ class Toy:
         hidden = hidden * self.weights[module][stage]
         return hidden.square().sum() / 2 if groups.is_last_stage else hidden
 
+    def idle(self, module: str, backward: bool) -> None:
+        """See `StepProgram.idle`."""
+
     def begin_last_backward(self, module: str) -> None:
         """Nothing is exchanged here."""
 

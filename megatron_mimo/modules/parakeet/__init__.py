@@ -1,0 +1,1 @@
+"""Parakeet, a FastConformer encoder of audio clips of any length."""
