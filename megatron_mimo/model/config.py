@@ -10,7 +10,11 @@ from megatron_mimo.model.reduce import ReduceConfig as ReduceConfig
 from megatron_mimo.modules.adapter import ModuleConfig
 from megatron_mimo.modules.families import adapter_of, language_adapter, source_adapter
 from megatron_mimo.modules.projector.config import ProjectorConfig
-from megatron_mimo.modules.radio.config import RadioConfig, RadioModuleConfig
+from megatron_mimo.modules.radio.config import (
+    RadioConfig,
+    RadioModuleConfig,
+    VideoEmbeddingConfig,
+)
 
 Frozen = frozenset[str]
 """Names of the parts of a model that do not train, as in `ModelConfig.parts`."""
@@ -199,11 +203,25 @@ class ModelConfig:
 
 
 def vision_language(
-    *, vision: RadioConfig, projector: ProjectorConfig, language: ModuleConfig
+    *,
+    vision: RadioConfig,
+    projector: ProjectorConfig,
+    language: ModuleConfig,
+    video: VideoEmbeddingConfig | None = None,
+    audio: ModuleConfig | None = None,
 ) -> ModelConfig:
-    """A model of the modules "encoder", RADIO with a projector, and "llm", which it feeds."""
-    encoder = RadioModuleConfig(vision=vision, projector=projector)
-    return ModelConfig(modules={"encoder": encoder, "llm": language})
+    """A model of the modules "encoder", RADIO with a projector, and "llm", which it feeds.
+
+    Args:
+        vision: Architecture of RADIO.
+        projector: Architecture of its projector.
+        language: Architecture of the language model.
+        video: Embedding of videos of the encoder; None for images alone.
+        audio: Architecture of a module "audio", which feeds the language model too; None for none.
+    """
+    encoder = RadioModuleConfig(vision=vision, projector=projector, video=video)
+    beside = {} if audio is None else {"audio": audio}
+    return ModelConfig(modules={"encoder": encoder, **beside, "llm": language})
 
 
 def unknown(name: str, known: Mapping[str, Any]) -> str:

@@ -79,6 +79,8 @@ class BuildContext:
         execution: Recomputation, grouping and fusing in a language model.
         initialize: Whether to draw initial weights. Where weights are read from a file anyway, a
             family may leave them undefined, which saves the time to draw them.
+        without_memory: Whether weights have shapes alone until `ModuleStage.materialise`, as
+            data-parallel ranks divide them first.
     """
 
     pg_collection: "ProcessGroupCollection"
@@ -90,6 +92,7 @@ class BuildContext:
     sequence_parallel: bool = False
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     initialize: bool = True
+    without_memory: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -303,3 +306,27 @@ class SourceAdapter[C: ModuleConfig, W: Work](ModuleAdapter[C, W]):
             frozen: Names of the module's parts that do not train; augmentation may depend on it.
             settings: Fields that the architecture leaves open, with the values of the flags.
         """
+
+    def takes(self, config: C) -> str:
+        """What the module's items are, in a word; by default that of the family.
+
+        Modules of one word need different placeholders.
+        """
+        return type(config).__name__
+
+    def without_videos(self, config: C) -> tuple[C, C] | None:
+        """The same module without videos, and one that takes them alone.
+
+        None, the default, for a module that does not take videos beside others.
+        """
+        return None
+
+    def guest_inputs(
+        self, config: C, *, name: str, frozen: frozenset[str], **settings: Any
+    ) -> Mapping[str, Any]:
+        """Further kinds of items that the module takes, by name, such as videos beside images.
+
+        Their `feeds` is the module's name. By default there are none; arguments are those of
+        `item_input`.
+        """
+        return {}

@@ -20,6 +20,8 @@ MOST_PATCH = 1024
 """Side of a patch, pixels."""
 MOST_TILES = 1024
 """Tiles of an image."""
+MOST_FRAMES = 1024
+"""Frames of a video that are embedded together."""
 MOST_CLASS_TOKENS = 1024
 """Tokens before an image's patches."""
 MOST_SEED = 2**32 - 1

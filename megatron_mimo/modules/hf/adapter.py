@@ -173,6 +173,7 @@ class HfLanguageAdapter(LanguageAdapter[HfLanguageConfig]):
     tokens_on_every_stage = True
     sequence_parallel = False
     layers_of_megatron = False
+    replicas_divide = True
 
     def build(self, config: HfLanguageConfig, context: BuildContext) -> "ModuleStage":
         """This rank's shard of its pipeline stage.

@@ -1,15 +1,19 @@
 """Adapter of RADIO with a projector."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_mimo.media.images import ImageInput
-from megatron_mimo.media.images.input import ImageTagType
+from megatron_mimo.media.images.input import ImageTagType, tags_of
+from megatron_mimo.media.video.config import VideoConfig
+from megatron_mimo.media.video.input import VideoInput
 from megatron_mimo.modules.adapter import BuildContext, Division, FlopsContext, SourceAdapter
 from megatron_mimo.modules.flops import Flops
 from megatron_mimo.modules.radio.config import RadioModuleConfig
 from megatron_mimo.modules.radio.flops import (
     PROJECTOR,
+    VIDEO,
     VISION,
     ImageWork,
     image_work,
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 STORED_PREFIXES: Mapping[str, str] = {
     "vision.": "vision_model.",
     "projector.": "vision_projection.",
+    "video.": "video_projection.",
 }
 
 
@@ -34,13 +39,19 @@ class RadioAdapter(SourceAdapter[RadioModuleConfig, ImageWork]):
     config_type = RadioModuleConfig
     work_type = ImageWork
 
+    def parts(self, config: RadioModuleConfig) -> Mapping[str, Any]:
+        """The parts that the module has: all have a vision encoder and a projector."""
+        found: dict[str, Any] = {VISION: config.vision, PROJECTOR: config.projector}
+        return found if config.video is None else found | {VIDEO: config.video}
+
     def part_titles(self, config: RadioModuleConfig) -> Mapping[str, str]:
         """Titles of the parts in tables."""
-        return {VISION: "vision encoder", PROJECTOR: "projector"}
+        titles = {VISION: "vision encoder", PROJECTOR: "projector", VIDEO: "video embedding"}
+        return {name: titles[name] for name in self.parts(config)}
 
     def trains_inside(self, config: RadioModuleConfig, frozen: frozenset[str]) -> bool:
-        """Whether the vision encoder trains; the projector is on the last stage."""
-        return VISION not in frozen
+        """Whether anything before the projector trains, which is on the last stage."""
+        return any(name not in frozen for name in self.parts(config) if name != PROJECTOR)
 
     def build(self, config: RadioModuleConfig, context: BuildContext) -> "ModuleStage":
         """This rank's shard of its pipeline stage."""
@@ -61,7 +72,9 @@ class RadioAdapter(SourceAdapter[RadioModuleConfig, ImageWork]):
 
     def prefixes(self, config: RadioModuleConfig, name: str) -> Mapping[str, str]:
         """Prefixes of a Megatron checkpoint."""
-        return STORED_PREFIXES
+        if config.video is not None:
+            return STORED_PREFIXES
+        return {own: stored for own, stored in STORED_PREFIXES.items() if own != f"{VIDEO}."}
 
     def divisions(self, config: RadioModuleConfig) -> Iterable[Division]:
         """Layers divide over stages; heads and MLPs over tensor-parallel ranks."""
@@ -95,13 +108,26 @@ class RadioAdapter(SourceAdapter[RadioModuleConfig, ImageWork]):
 
     def flops(self, config: RadioModuleConfig, work: ImageWork, context: FlopsContext) -> Flops:
         """Number of operations of some work of both parts."""
-        return vision_flops(config.vision, work, context) + projector_flops(
+        return vision_flops(config, work, context) + projector_flops(
             config, work.rows, context.row_width, context
         )
 
     def work(self, config: RadioModuleConfig, packed: "PackedImages") -> ImageWork:
         """Work of packed images."""
-        return image_work(packed.lengths, config.vision)
+        videos = 0 if packed.groups is None else len(packed.groups)
+        return image_work(packed.lengths, config.vision, video_patches=videos)
+
+    def takes(self, config: RadioModuleConfig) -> str:
+        """Images, also where there are videos beside them, or videos alone."""
+        return "image" if config.images else "video"
+
+    def without_videos(
+        self, config: RadioModuleConfig
+    ) -> tuple[RadioModuleConfig, RadioModuleConfig] | None:
+        """A module for images and one for videos, of the same sizes."""
+        if config.video is None or not config.images:
+            return None
+        return replace(config, video=None), replace(config, images=False)
 
     def item_input(
         self,
@@ -113,8 +139,11 @@ class RadioAdapter(SourceAdapter[RadioModuleConfig, ImageWork]):
         tag_type: ImageTagType | None = None,
         mock_rows: int | None = None,
         noun: str = "image",
+        videos: VideoConfig | None = None,
+        audio: Any = None,
+        several: bool = False,
         **settings: Any,
-    ) -> ImageInput:
+    ) -> ImageInput | VideoInput:
         """Conversion of images to patches, tokens and rows; a frozen encoder sees no crops.
 
         Args:
@@ -125,13 +154,76 @@ class RadioAdapter(SourceAdapter[RadioModuleConfig, ImageWork]):
             tag_type: Kind of the tags around an image; None for no tags.
             mock_rows: Number of rows of every mock image; None for images of any size.
             noun: Name of one image, and of its field in stored samples.
+            videos: How a video becomes frames, for a module that takes videos alone.
+            audio: Not used.
+            several: Whether the model has another module of this family.
             settings: Fields of `ImageConfig` that the architecture leaves open.
         """
         crops = config.vision.position_crop and VISION not in frozen
+        images = config.vision.image_config(position_crop=crops, **settings)
+        if not config.images:
+            kind = name if several else "video"
+            return VideoInput(
+                config=_videos(config, videos),
+                placeholder=f"<{kind}>",
+                tags=tags_of(tag_type),
+                feeds=None,
+                images=images,
+                noun=kind,
+            )
         return ImageInput(
-            config=config.vision.image_config(position_crop=crops, **settings),
+            config=images,
             placeholder=placeholder,
             tag_type=tag_type,
             mock_rows=mock_rows,
             noun=noun,
         )
+
+    def guest_inputs(
+        self,
+        config: RadioModuleConfig,
+        *,
+        name: str,
+        frozen: frozenset[str],
+        tag_type: ImageTagType | None = None,
+        noun: str = "image",
+        videos: VideoConfig | None = None,
+        **settings: Any,
+    ) -> Mapping[str, VideoInput]:
+        """Videos, where the module embeds them; each group of frames is written like an image.
+
+        Args:
+            config: Architecture of the module.
+            name: Name of the module.
+            frozen: Names of the parts that do not train.
+            tag_type: Kind of the tags around an image; None for no tags.
+            noun: Name of one image.
+            videos: How a video becomes frames; None for all of its frames.
+            settings: Fields of images, which are not used.
+        """
+        if config.video is None or not config.images:
+            return {}
+        kind = "video" if noun == "image" else f"{name}-video"
+        return {
+            kind: VideoInput(
+                config=_videos(config, videos),
+                placeholder=f"<{kind}>",
+                tags=tags_of(tag_type),
+                feeds=name,
+                noun=kind,
+            )
+        }
+
+
+def _videos(config: RadioModuleConfig, videos: VideoConfig | None) -> VideoConfig:
+    """How a video becomes frames and patches of a module."""
+    assert config.video is not None
+    vision = config.vision
+    return replace(
+        videos or VideoConfig(),
+        temporal_patch=config.video.frames,
+        patch_dim=vision.patch_dim,
+        merge=2 if vision.pixel_shuffle else 1,
+        pixel_mean=vision.pixel_mean,
+        pixel_std=vision.pixel_std,
+    )

@@ -15,6 +15,7 @@ from megatron_mimo.modules.projector.config import ProjectorConfig
 from megatron_mimo.settings import MoreThan, Within, check_fields, check_multiple
 from megatron_mimo.settings.ranges import (
     MOST_CLASS_TOKENS,
+    MOST_FRAMES,
     MOST_LAYERS,
     MOST_PATCH,
     MOST_PIXELS,
@@ -110,13 +111,38 @@ class RadioConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VideoEmbeddingConfig:
+    """Embedding of videos: patches of several frames at once, in place of those of an image.
+
+    Attributes:
+        frames: Number of frames that are embedded together, F.
+        init_method_std: Standard deviation of the initial weights.
+    """
+
+    frames: Annotated[int, Within(2, MOST_FRAMES)] = 2
+    init_method_std: Annotated[float, MoreThan(0, 100)] = 0.02
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RadioModuleConfig:
     """Architecture of a module of RADIO and a projector; each field is a part.
 
     Attributes:
         vision: Architecture of the vision encoder.
         projector: Architecture of the projector from its rows to the language model's width.
+        video: Embedding of videos, whose tokens the vision encoder takes like those of images; None
+            where the module takes images alone.
+        images: Whether the module takes images; otherwise it takes videos alone.
     """
 
     vision: RadioConfig = field(default_factory=RadioConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    video: VideoEmbeddingConfig | None = None
+    images: bool = True
+
+    def __post_init__(self) -> None:
+        if self.video is None and not self.images:
+            raise ValueError("a vision module without images or videos: expected one of them")

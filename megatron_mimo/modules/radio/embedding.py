@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_mimo.media.images import PackedImages
-from megatron_mimo.modules.radio.config import RadioConfig
+from megatron_mimo.modules.radio.config import RadioConfig, VideoEmbeddingConfig
 
 
 class PatchEmbedding(nn.Module):
@@ -34,13 +34,47 @@ class PatchEmbedding(nn.Module):
         nn.init.normal_(self.position, std=config.position_init_std)
         nn.init.normal_(self.class_token, std=config.init_method_std)
 
-    def forward(self, images: PackedImages) -> Tensor:
-        """Tokens [L, H] of packed images, in the dtype of parameters."""
+    def forward(self, images: PackedImages, groups: Tensor | None = None) -> Tensor:
+        """Tokens [L, H] of packed images, in the dtype of parameters.
+
+        Args:
+            images: Packed images, and videos.
+            groups: Embedded patches of the videos [T - T_i, H]; None for a module without videos.
+        """
         embedded = self.projection(images.patches.to(self.position.dtype))
+        if groups is not None:
+            embedded = torch.cat([embedded, groups])
         tokens: Tensor = _PlaceTokens.apply(  # type: ignore[no-untyped-call]
             embedded, self.position, self.class_token, images
         )
         return tokens
+
+
+class VideoEmbedding(nn.Module):
+    """Embedded patches of groups of frames, which take the place of embedded patches of images.
+
+    Every tp rank holds the whole layer.
+    """
+
+    def __init__(
+        self, video: VideoEmbeddingConfig, config: RadioConfig, params_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        pixels = video.frames * 3 * config.patch_dim**2
+        self.projection = nn.Linear(pixels, config.hidden_size, bias=False, dtype=params_dtype)
+        nn.init.normal_(self.projection.weight, std=video.init_method_std)
+
+    def forward(self, images: PackedImages) -> Tensor:
+        """Embedded patches [T - T_i, H], of none where there are no videos.
+
+        The weight has a gradient then too, which is zero: a bucket of gradients waits for it.
+        """
+        weight = self.projection.weight
+        groups = images.groups
+        if groups is None:
+            groups = weight.new_zeros(0, weight.size(1))
+        embedded: Tensor = self.projection(groups.to(weight.dtype))
+        return embedded
 
 
 def gather_rows(tokens: Tensor, row_index: Tensor, row_size: int) -> Tensor:

@@ -42,6 +42,7 @@ class RadioVit(nn.Module):
         super().__init__()
         self.radio_config = config
         self.frozen = False
+        self.passes_gradients = True
         self.is_first, self.is_last = is_first_stage(pg_collection), is_last_stage(pg_collection)
         # Sequence parallelism stays off: packed lengths do not divide by the tp size.
         self.config = transformer_config(
@@ -73,9 +74,14 @@ class RadioVit(nn.Module):
             pg_collection=pg_collection,
         )
 
-    def freeze(self) -> None:
-        """Freeze all parameters, and stay in evaluation mode whatever `train` is called with."""
+    def freeze(self, *, passes_gradients: bool = False) -> None:
+        """Freeze all parameters, and stay in evaluation mode whatever `train` is called with.
+
+        Args:
+            passes_gradients: Whether what is embedded outside of it trains.
+        """
         self.frozen = True
+        self.passes_gradients = passes_gradients
         self.requires_grad_(False)
         self.eval()
 
@@ -83,20 +89,24 @@ class RadioVit(nn.Module):
         """Switch between training and evaluation; a frozen encoder stays in evaluation."""
         return super().train(mode and not self.frozen)
 
-    def forward(self, images: PackedImages, hidden: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: PackedImages, hidden: Tensor | None = None, groups: Tensor | None = None
+    ) -> Tensor:
         """Encode packed images.
 
         Args:
             images: Packed images on this stage's device.
             hidden: Tokens of the previous stage [L, H]; None on the first stage.
+            groups: Embedded patches of videos [T - T_i, H] on the first stage; None for a module
+                without videos.
 
         Returns:
             Tokens after this stage [L, H], class tokens included, in the dtype of parameters. They
-            are not part of an autograd graph where the encoder is frozen.
+            are not part of an autograd graph where the encoder, and all before it, is frozen.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.passes_gradients):
             if self.is_first:
-                hidden = self.embedding(images)
+                hidden = self.embedding(images, groups)
             assert hidden is not None
             x = hidden.unsqueeze(1)
             if not self.is_first:
