@@ -390,8 +390,8 @@ def _require(
     if faults:
         raise ValueError(
             f"{folder} does not hold what this model asks for: {listed(faults, '; ')}. Check "
-            f"--model-provider and what is frozen; --finetune or --no-load-optim load the weights "
-            f"alone"
+            f"--model-provider, --separate-video and what is frozen; --finetune or --no-load-optim "
+            f"load the weights alone"
         )
     unexpected = sorted(
         key

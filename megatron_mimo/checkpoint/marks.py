@@ -2,7 +2,7 @@
 
 megatron-core describes the weights of its own layers. Those of other modules that are divided over
 ranks, such as modules of transformers, carry marks: megatron-core's of tensor parallelism and of
-experts, `expert_axis` and `copy_of`.
+experts, `expert_axis` and `copy_of`. Those that data-parallel ranks divide say what is held.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_mimo.weights.shards import shard_spans, sharded_axis
+from megatron_mimo.weights.shards import Held, shard_spans, sharded_axis
 
 
 def is_marked(tensor: Tensor) -> bool:
@@ -58,6 +58,19 @@ def marked_tensor(name: str, tensor: Tensor, pg: ProcessGroupCollection) -> Shar
         return list(_boxes(copied or key, data, tensor, pg, replica))
 
     return ShardedTensorFactory(name, tensor, build, lambda _: None, replica_id=replica)
+
+
+def held_tensor(name: str, whole: Tensor, part: Held) -> ShardedTensor:
+    """The box of the stored tensor that a data-parallel rank holds, in place.
+
+    Args:
+        name: Name of the tensor in its module.
+        whole: Parameter whose shape [...] is that of the stored tensor.
+        part: What this rank holds of it.
+    """
+    offset = [0] * whole.dim()
+    offset[part.axis] = part.first
+    return _box(name, part.values, offset, list(whole.shape), (0, 0, 0))
 
 
 def _boxes(

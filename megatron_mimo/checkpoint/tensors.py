@@ -19,11 +19,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from megatron_mimo.checkpoint.marks import is_marked, marked_tensor
+from megatron_mimo.checkpoint.marks import held_tensor, is_marked, marked_tensor
 from megatron_mimo.checkpoint.rectangles import rectangles
 from megatron_mimo.modules.lora.apply import ADAPTERS, LoraTree, lora_adapters
 from megatron_mimo.optim.state import ParamState
-from megatron_mimo.weights.shards import full_shape, shard_spans, sharded_axis
+from megatron_mimo.weights.shards import full_shape, held_part, shard_spans, sharded_axis
 
 # Prefix and names of the optimizer's tensors, as in megatron-core.
 OPTIMIZER_PREFIX = "optimizer.state."
@@ -265,14 +265,18 @@ def _sharded(
     own: dict[str, Any] = {}
     module._save_to_state_dict(own, "", keep_vars=True)
     marked = {name: tensor for name, tensor in own.items() if is_marked(tensor)}
+    parts = {name: part for name, tensor in own.items() if (part := held_part(tensor)) is not None}
     result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-        {name: tensor for name, tensor in own.items() if name not in marked},
+        {name: one for name, one in own.items() if name not in marked and name not in parts},
         prefix,
         tp_group=pg.tp,
         dp_cp_group=metadata["dp_cp_group"],
     )
     for name, tensor in marked.items():
         result[f"{prefix}{name}"] = marked_tensor(f"{prefix}{name}", tensor, pg)
+    for name, part in parts.items():
+        if part.values.numel():
+            result[f"{prefix}{name}"] = held_tensor(f"{prefix}{name}", own[name], part)
     for name, child in module.named_children():
         if isinstance(child, LoraTree):
             continue

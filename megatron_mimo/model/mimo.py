@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_mimo.model.config import Frozen, ModelConfig, ReduceConfig, unknown
 from megatron_mimo.model.flow import gradient_flow
+from megatron_mimo.model.fully_sharded import FullySharded
 from megatron_mimo.model.initialize import initialize_lora, initialize_topology_invariant
 from megatron_mimo.modules.adapter import BuildContext, ModuleConfig
 from megatron_mimo.modules.families import adapter_of
@@ -54,6 +55,22 @@ class BuildConfig:
     lora: Lora | None = None
 
 
+class Wrapper(Protocol):
+    """A module with what sums the gradients of its replicas."""
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the module's forward."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch between training and evaluation."""
+
+    def zero_grad_buffer(self) -> None:
+        """Clear the gradients for the next step."""
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply every gradient."""
+
+
 class ModuleReplica:
     """One module on this rank, wrapped for data parallelism where it trains.
 
@@ -65,7 +82,9 @@ class ModuleReplica:
         left_out: Beginnings of the names of weights that checkpoints leave out, as a run with
             adapters does not change them.
         trains: Whether the module trains on this rank, or would with adapters of other layers.
-        ddp: Wrapper with the gradient buffers; None when no part of the module trains.
+        ddp: Wrapper with the gradient buffers; None when no part of the module trains, or its
+            replicas divide it.
+        sharded: Wrapper of a module that its replicas divide; None where each holds it whole.
     """
 
     def __init__(
@@ -78,15 +97,17 @@ class ModuleReplica:
         left_out: tuple[str, ...] = (),
         *,
         adapted: bool = False,
+        sharded: FullySharded | None = None,
     ) -> None:
         self.groups = groups
         self.module = module
         self.config = config
         self.prefixes = prefixes
         self.left_out = left_out
-        self.ddp = _wrap(groups, module, reduce or ReduceConfig())
+        self.sharded = sharded
+        self.ddp = None if sharded else _wrap(groups, module, reduce or ReduceConfig())
         # Experts' balance has gradients in all stages of a module with adapters, or in none.
-        self.trains = adapted or self.ddp is not None
+        self.trains = adapted or self.wrapper is not None
         self.train()
 
     @property
@@ -95,8 +116,15 @@ class ModuleReplica:
         return self.groups.spec.name
 
     @property
+    def wrapper(self) -> Wrapper | None:
+        """What sums the gradients of replicas; None when no part of the module trains."""
+        return self.ddp or self.sharded
+
+    @property
     def gradient_buffers(self) -> list[Tensor]:
         """Flat buffers, float32 [n], that gradients are summed in; none where no part trains."""
+        if self.sharded is not None:
+            return [weight.main for weight in self.sharded.weights]
         if self.ddp is None:
             return []
         buffers = self.ddp.buffers + self.ddp.expert_parallel_buffers
@@ -108,7 +136,7 @@ class ModuleReplica:
         Raises:
             RuntimeError: The stage returns something other than a tensor.
         """
-        output = (self.ddp or self.module)(*args)
+        output = (self.wrapper or self.module)(*args)
         if not isinstance(output, Tensor):
             # Passed on, it would look like a microbatch without rows, which peers wait for.
             raise RuntimeError(
@@ -119,23 +147,23 @@ class ModuleReplica:
 
     def zero_grad(self) -> None:
         """Clear the gradient buffers for the next step; its backward does not reduce them yet."""
-        if self.ddp is not None:
-            self.ddp.zero_grad_buffer()
+        if self.wrapper is not None:
+            self.wrapper.zero_grad_buffer()
             self._reduce_in_backward(False)
 
     def begin_last_backward(self) -> None:
         """Let backward reduce gradients as they become ready, where this is to overlap."""
-        if self.ddp is not None:
-            self._reduce_in_backward(True)
+        self._reduce_in_backward(True)
 
     def _reduce_in_backward(self, value: bool) -> None:
-        assert self.ddp is not None
+        if self.ddp is None:
+            return  # A divided module reduces in every backward.
         for group in self.ddp.bucket_groups + self.ddp.expert_parallel_bucket_groups:
             group.is_last_microbatch = value
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation; a frozen module stays in evaluation."""
-        (self.ddp or self.module).train(mode and self.trains)
+        (self.wrapper or self.module).train(mode and self.trains)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,6 +246,7 @@ def build_model(
         if groups is None:
             continue
         _seed(groups, build.seed)
+        divides = name == target.name and build.reduce.sharding == "fsdp2"
         context = BuildContext(
             pg_collection=groups.pg_collection,
             params_dtype=build.params_dtype,
@@ -227,6 +256,7 @@ def build_model(
             seq_length=build.seq_length,
             sequence_parallel=build.sequence_parallel,
             execution=build.execution,
+            without_memory=divides,
         )
         with device.building:
             module = adapter_of(architecture).build(architecture, context)
@@ -240,14 +270,20 @@ def build_model(
         if build.lora is not None:
             left_out = _add_lora(module, name, config, frozen, build, groups)
         reduce = build.reduce if name == target.name else None
+        sharded = None
+        if divides:
+            sharded = FullySharded(module, groups.pg_collection.dp_cp, device)
+        else:
+            module.to(device.torch)
         built[name] = ModuleReplica(
             groups,
-            module.to(device.torch),
+            module,
             architecture,
             prefixes[name],
             reduce,
             left_out,
             adapted=build.lora is not None and bool(config.of_module(name, build.lora.targets)),
+            sharded=sharded,
         )
     return MimoModel(
         modules={name: built[name] for name in topology.modules},

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_mimo.model.mimo import MimoModel, ModuleReplica
 from megatron_mimo.modules.families import adapter_of
 from megatron_mimo.optim.config import AdamConfig, LossScaleConfig, ScheduleConfig
+from megatron_mimo.optim.sharded_adam import ShardedAdam
 from megatron_mimo.optim.state import ParamState, param_states, set_step, state_tensors
 from megatron_mimo.runtime.megatron_core import world_is
 
@@ -77,10 +78,10 @@ class MimoOptimizer:
         self._device = model.device
         self._num_updates = 0
         self._scaler = _scaler(config.loss_scale)
-        self._optimizers: dict[str, MegatronOptimizer] = {
+        self._optimizers: dict[str, MegatronOptimizer | ShardedAdam] = {
             replica.name: _build(replica, _settings(replica, config))
             for replica in model.replicas
-            if replica.ddp is not None
+            if replica.wrapper is not None
         }
 
     @property
@@ -219,10 +220,13 @@ def finalize_gradients(
         loss_scale: Factor that the losses were multiplied by.
     """
     for replica in model.replicas:
+        if replica.sharded is not None:
+            replica.sharded.reduce_gradients()
         if replica.ddp is not None:
             finalize_model_grads([replica.ddp], pg_collection=replica.groups.pg_collection)
+        if replica.wrapper is not None:
             scale = (scales or {}).get(replica.groups.spec.name, 1.0)
-            replica.ddp.scale_gradients(scale / (num_target_tokens * loss_scale))
+            replica.wrapper.scale_gradients(scale / (num_target_tokens * loss_scale))
 
 
 def build_scheduler(
@@ -246,7 +250,7 @@ def build_scheduler(
     )
 
 
-def _own_gradients(optimizer: MegatronOptimizer) -> list[Tensor]:
+def _own_gradients(optimizer: MegatronOptimizer | ShardedAdam) -> list[Tensor]:
     """Gradients that this rank alone counts: no copies of tensor-parallel peers or tied weights."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [grad for part in parts for grad in part.get_grads_for_grad_norm()]
@@ -297,7 +301,9 @@ def _settings(replica: ModuleReplica, config: AdamConfig) -> AdamConfig:
     return replace(config, **(adapter_of(replica.config).optimizer(replica.config) or {}))
 
 
-def _build(replica: ModuleReplica, config: AdamConfig) -> MegatronOptimizer:
+def _build(replica: ModuleReplica, config: AdamConfig) -> MegatronOptimizer | ShardedAdam:
+    if replica.sharded is not None:
+        return ShardedAdam(replica.sharded, config)
     dtype = replica.module.config.params_dtype
     optimizer_config = OptimizerConfig(
         optimizer="adam",

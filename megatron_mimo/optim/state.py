@@ -1,7 +1,6 @@
 """The optimizer's tensors by weight, as a checkpoint stores them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,26 +8,13 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from megatron_mimo.optim.param_state import MOMENTS, ParamState
+from megatron_mimo.optim.sharded_adam import ShardedAdam
+
+__all__ = ["ParamState", "param_states", "set_step", "state_tensors"]
 
 
-@dataclass(frozen=True, slots=True)
-class ParamState:
-    """The part of one weight's state that this data-parallel rank owns.
-
-    Attributes:
-        start: Index of the first element that it owns, in the flattened local weight.
-        stop: Index after the last element that it owns.
-        tensors: Tensors in the optimizer's own memory: "fp32_param", "exp_avg" and "exp_avg_sq" ->
-            float32 [stop - start].
-    """
-
-    start: int
-    stop: int
-    tensors: dict[str, Tensor]
-
-
-def param_states(optimizer: MegatronOptimizer) -> dict[int, ParamState]:
+def param_states(optimizer: MegatronOptimizer | ShardedAdam) -> dict[int, ParamState]:
     """The state of each weight of which this rank owns a part, by the weight's address.
 
     Moments that do not exist before the first step are created as zeros.
@@ -36,20 +22,22 @@ def param_states(optimizer: MegatronOptimizer) -> dict[int, ParamState]:
     Args:
         optimizer: Optimizer of one module.
     """
+    if isinstance(optimizer, ShardedAdam):
+        return optimizer.param_states()
     found = {}
     for part in _parts(optimizer):
         _allocate(part)
         for param, main in _pairs(part):
             owned = part._get_model_param_range_map(param)["param"]
             state = part.optimizer.state[main]
-            tensors = {"fp32_param": main.detach()} | {name: state[name] for name in _MOMENTS}
+            tensors = {"fp32_param": main.detach()} | {name: state[name] for name in MOMENTS}
             found[param.data_ptr()] = ParamState(
                 owned.start, owned.end, {name: tensor.view(-1) for name, tensor in tensors.items()}
             )
     return found
 
 
-def state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
+def state_tensors(optimizer: MegatronOptimizer | ShardedAdam) -> Iterator[Tensor]:
     """Moments, float32 [n], and main weights that are copies, float32 [n], that this rank owns.
 
     Main weights of float32 models are those of the model. Before the first step there are no
@@ -58,15 +46,21 @@ def state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
     Args:
         optimizer: Optimizer of one module.
     """
+    if isinstance(optimizer, ShardedAdam):
+        yield from optimizer.state_tensors()
+        return
     for part in _parts(optimizer):
         for state in part.optimizer.state.values():
-            yield from (value for name, value in state.items() if name in _MOMENTS)
+            yield from (value for name, value in state.items() if name in MOMENTS)
         for group in part.shard_fp32_from_float16_groups:
             yield from group
 
 
-def set_step(optimizer: MegatronOptimizer, step: int) -> None:
+def set_step(optimizer: MegatronOptimizer | ShardedAdam, step: int) -> None:
     """Set the number of updates that the bias correction counts from."""
+    if isinstance(optimizer, ShardedAdam):
+        optimizer.set_step(step)
+        return
     for part in _parts(optimizer):
         _allocate(part)
         inner: Any = part.optimizer
@@ -107,7 +101,7 @@ def _allocate(part: DistributedOptimizer) -> None:
     for group in inner.param_groups:
         for main in group["params"]:
             state = inner.state[main]
-            for name in _MOMENTS:
+            for name in MOMENTS:
                 if name not in state:
                     state[name] = torch.zeros_like(main, dtype=torch.float32)
             if _counts_by_weight(inner) and "step" not in state:

@@ -276,7 +276,7 @@ def _load_adapters(state: TrainState, resolved: Resolved, path: str) -> None:
 def _load_first_weights(state: TrainState, first: FirstWeightsConfig, *, trust: bool) -> None:
     """Load initial weights that another program or run has written, where a flag names them."""
     if first.load_hf is not None and first.load_base is None:
-        load_folder(state, first.load_hf)
+        load_folder(state, first.load_hf, first.without)
     if first.load_base is not None:
         replicas, control = state.model.replicas, state.topology.control
         load_base(replicas, Path(first.load_base), control, trust=trust)

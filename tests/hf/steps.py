@@ -70,6 +70,7 @@ class Images:
     placeholder: str = "<image>"
     tags: tuple[str, str] = ("", "")
     endings: tuple[str, ...] = ()
+    feeds: str | None = None
     item_type: Any = One
     packed_type: Any = ProcessedImages
 
@@ -285,6 +286,7 @@ def runner_of(
     recompute: bool = False,
     length: int = LENGTH,
     lora: Any = None,
+    sharding: str = "ddp",
 ) -> Any:
     """This rank's runner with the weights of a folder.
 
@@ -297,11 +299,12 @@ def runner_of(
         recompute: Whether the language model computes its layers again in the backward.
         length: Number of tokens of a sequence.
         lora: Adapters in place of weights, a `Lora`.
+        sharding: Value of `--sharding`.
     """
     import torch
 
     from megatron_mimo.config.model_file import read_architecture, read_folder
-    from megatron_mimo.model.config import Frozen
+    from megatron_mimo.model.config import Frozen, ReduceConfig
     from megatron_mimo.model.mimo import BuildConfig
     from megatron_mimo.modules.language import ExecutionConfig
     from megatron_mimo.optim.config import AdamConfig, LossScaleConfig, ScheduleConfig
@@ -324,6 +327,7 @@ def runner_of(
             seq_length=length,
             sequence_parallel=False,
             lora=lora,
+            reduce=ReduceConfig(sharding=sharding),
         ),
         AdamConfig(
             lr=LR,
@@ -453,41 +457,63 @@ def first_gradients(
 
 
 def _gradients(runner: Any) -> "Iterator[tuple[str, Tensor]]":
-    """Gradients after the sum over replicas, put together over tensor and expert ranks.
-
-    Each data-parallel rank holds a part of the summed gradients; the buffers are summed again from
-    those parts.
-    """
+    """Gradients after the sum over replicas, put together over tensor and expert ranks."""
     import torch
-    import torch.distributed as dist
 
-    from megatron_mimo.weights.shards import is_expert, sharded_axis
+    from megatron_mimo.weights.shards import is_expert
 
     for replica in runner.model.replicas:
-        if replica.ddp is None:
-            continue
+        if replica.sharded is not None:
+            yield from _parts_together(replica.sharded)
         pg = replica.groups.pg_collection
-        for group, buffers in (
-            (pg.dp_cp, replica.ddp.buffers),
-            (pg.expt_dp, replica.ddp.expert_parallel_buffers),
-        ):
-            for buffer in buffers:
-                size, rank = group.size(), group.rank()
-                for bucket in buffer.buckets:
-                    whole = bucket.grad_data
-                    part = whole.view(size, -1)[rank].clone()
-                    dist.all_gather_into_tensor(whole, part, group=group)
-        for name, parameter in replica.module.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            gradient = parameter.main_grad.clone()
-            axis = sharded_axis(parameter)
-            if axis is not None and pg.tp.size() > 1:
-                gradient = _together(gradient, axis, pg.tp, parameter.partition_stride)
+        for name, parameter, gradient in summed_gradients(replica):
             if is_expert(parameter) and pg.ep.size() > 1:
                 gradient = _together(gradient, 0, pg.ep, 1)
             yield name.removeprefix("model."), gradient
     assert torch.is_grad_enabled()
+
+
+def _parts_together(sharded: Any) -> "Iterator[tuple[str, Tensor]]":
+    """Gradients of a divided module, whole on every rank."""
+    from torch.distributed.tensor import DTensor
+
+    for weight in sharded.weights:
+        gradient = weight.parameter.grad
+        whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+        yield weight.name.removeprefix("model."), whole
+
+
+def summed_gradients(replica: Any) -> "Iterator[tuple[str, Any, Tensor]]":
+    """Name, parameter, and gradient after the sum over replicas, put together over tensor ranks.
+
+    Each data-parallel rank holds a part of the summed gradients; the buffers are summed again from
+    those parts.
+    """
+    import torch.distributed as dist
+
+    from megatron_mimo.weights.shards import sharded_axis
+
+    if replica.ddp is None:
+        return
+    pg = replica.groups.pg_collection
+    for group, buffers in (
+        (pg.dp_cp, replica.ddp.buffers),
+        (pg.expt_dp, replica.ddp.expert_parallel_buffers),
+    ):
+        for buffer in buffers:
+            size, rank = group.size(), group.rank()
+            for bucket in buffer.buckets:
+                whole = bucket.grad_data
+                part = whole.view(size, -1)[rank].clone()
+                dist.all_gather_into_tensor(whole, part, group=group)
+    for name, parameter in replica.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        gradient = parameter.main_grad.clone()
+        axis = sharded_axis(parameter)
+        if axis is not None and pg.tp.size() > 1:
+            gradient = _together(gradient, axis, pg.tp, parameter.partition_stride)
+        yield name, parameter, gradient
 
 
 def _together(part: "Tensor", axis: int, group: Any, stride: int) -> "Tensor":

@@ -80,7 +80,12 @@ def steps(runner: Any, loader: Any, first: int, number: int) -> list[list[float]
 
 
 def straight(
-    name: str, folder: str, chosen: Layout, root: str, dtype: str = "float32"
+    name: str,
+    folder: str,
+    chosen: Layout,
+    root: str,
+    dtype: str = "float32",
+    sharding: str = "ddp",
 ) -> tuple[list[list[float]], list[Any], list[Any]]:
     """Curve after a save, and the state at the save and at the end of a run that never stops."""
     import torch.distributed as dist
@@ -91,7 +96,7 @@ def straight(
     from tests.hf.steps import Steps, runner_of
     from tests.integration.state import parts_of
 
-    runner = runner_of(folder, chosen, dtype=dtype)
+    runner = runner_of(folder, chosen, dtype=dtype, sharding=sharding)
     loader = Steps(name, chosen, dist.get_rank(), batch=BATCH)
     steps(runner, loader, 0, BEFORE)
     checkpoints = Checkpointer(runner, SaveConfig(root=Path(root)), {})
@@ -102,7 +107,12 @@ def straight(
 
 
 def resumed(
-    name: str, folder: str, chosen: Layout, root: str, dtype: str = "float32"
+    name: str,
+    folder: str,
+    chosen: Layout,
+    root: str,
+    dtype: str = "float32",
+    sharding: str = "ddp",
 ) -> tuple[list[list[float]], list[Any], list[Any]]:
     """The same of a run that begins with what `straight` has saved."""
     import torch.distributed as dist
@@ -112,7 +122,7 @@ def resumed(
     from tests.hf.steps import Steps, runner_of
     from tests.integration.state import parts_of
 
-    runner = runner_of(folder, chosen, dtype=dtype)
+    runner = runner_of(folder, chosen, dtype=dtype, sharding=sharding)
     loaded = load(runner, LoadConfig(root=Path(root)))
     assert loaded is not None and loaded.progress.iteration == BEFORE
     loader = Steps(name, chosen, dist.get_rank(), batch=BATCH)

@@ -131,7 +131,8 @@ def materialise(model: nn.Module, device: torch.device | None = None) -> None:
         vars(parameter).update(marks[name])
         # Their initialisation would take time, and the folder has them anyway.
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-    with torch.device(device), torch.no_grad():
+    # On torch's default device, as everywhere: a GPU rounds rotary frequencies in another way.
+    with torch.no_grad():
         _compute_buffers(model, model)
 
 

@@ -1,9 +1,10 @@
 """The language model of a model of transformers as a pipeline stage."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from megatron_mimo.modules.hf.cut import (
     EMBEDDING_WEIGHT,
     HEAD_WEIGHT,
     LANGUAGE,
+    Absent,
     Received,
     is_tied,
     language_stage,
@@ -79,7 +81,8 @@ class HfLanguage(ModuleStage):
         divide_experts(model.get_submodule(LANGUAGE), pg)
         divide(model, plan, pg.tp, num_experts=architecture.num_experts)
         cast(model, architecture.wide, context.params_dtype)
-        materialise(model)
+        if not context.without_memory:
+            materialise(model)
         self.model = model
         # megatron-core reduces the gradients of tied embeddings and looks for these.
         self.share_embeddings_and_output_weights = tied
@@ -109,6 +112,16 @@ class HfLanguage(ModuleStage):
     def parts(self) -> Mapping[str, nn.Module | None]:
         """The only part: the model of transformers."""
         return {PART: self.model}
+
+    @property
+    def units(self) -> Sequence[nn.Module]:
+        """The decoder layers of this stage."""
+        layers: Any = self.model.get_submodule(LANGUAGE).layers
+        return [layer for layer in layers if not isinstance(layer, Absent)]
+
+    def materialise(self, device: torch.device) -> None:
+        """Give memory to the model, with its constant buffers; weights are undefined."""
+        materialise(self.model, device)
 
     @property
     def experts_per_rank(self) -> int:

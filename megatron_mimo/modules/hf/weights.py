@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron_mimo.modules.hf.cut import EMBEDDING_WEIGHT, HEAD_WEIGHT, is_tied, meta_model
 from megatron_mimo.weights.folder import WeightFolder, require_names
 from megatron_mimo.weights.load import Place
-from megatron_mimo.weights.shards import is_expert, shard_spans, sharded_axis
+from megatron_mimo.weights.shards import Held, held_part, is_expert, shard_spans, sharded_axis
 
 PIECE = 16 * 2**20
 """Bytes of memory of the pieces in which a weight is read."""
@@ -191,6 +191,9 @@ Spans = list[tuple[int, int]]
 
 def _fill_one(folder: WeightFolder, stored: Stored, tensor: Tensor, tp: Place, ep: Place) -> None:
     """Copy this rank's part of a weight."""
+    if (part := held_part(tensor)) is not None:
+        _fill_held(folder, stored, part)
+        return
     axis = sharded_axis(tensor) if tp[1] > 1 else None
     expert = ep[1] > 1 and isinstance(tensor, nn.Parameter) and is_expert(tensor)
     rank, ranks = ep if expert else (0, 1)
@@ -214,6 +217,25 @@ def _fill_one(folder: WeightFolder, stored: Stored, tensor: Tensor, tp: Place, e
                 own_length = spans[axis - 1][0][1] // tp[1]
                 spans[axis - 1] = [(tp[0] * own_length, (tp[0] + 1) * own_length)]
             _copy(folder, name, part, spans)
+
+
+def _fill_held(folder: WeightFolder, stored: Stored, part: Held) -> None:
+    """Copy what this data-parallel rank holds of a weight."""
+    own = (part.first, part.last)
+    if not stored.stacked:
+        (name,) = stored.flat
+        spans = _whole(folder.shape(name), stored.transposed)
+        spans[part.axis] = [own]
+        _copy(folder, name, part.values, spans, transposed=stored.transposed)
+        return
+    experts = stored.names if part.axis else stored.names[slice(*own)]
+    for expert, names in zip(part.values, experts, strict=True):
+        for name, into in zip(names, expert.chunk(len(names)), strict=True):
+            spans = _whole(folder.shape(name))
+            if part.axis:
+                # Not the axis along which tensors of an expert lie end to end.
+                spans[-1] = [own]
+            _copy(folder, name, into, spans)
 
 
 def _whole(shape: list[int], transposed: bool = False) -> list[Spans]:

@@ -150,6 +150,69 @@ def test_a_layout_is_refused(
         check_shards(chosen, architecture(name, **changes))
 
 
+def sharding(chosen: Layout, model: ModelConfig, *frozen: str, **changes: Any) -> None:
+    from megatron_mimo.config.sharding import check_sharding
+    from megatron_mimo.model.config import Frozen, ReduceConfig
+    from megatron_mimo.modules.lora.config import Lora
+
+    rank = changes.pop("rank", None)
+    targets = {"language": frozenset({"q_proj"})}
+    lora = rank and Lora(rank=rank, alpha=1.0, dropout=0.0, rslora=False, targets=targets)
+    reduce = ReduceConfig(sharding="fsdp2", **changes)
+    check_sharding(reduce, chosen, model, Frozen(frozen), lora)
+
+
+NOT_DIVIDED: list[tuple[dict[str, int], tuple[str, ...], dict[str, Any], str]] = [
+    (
+        {"dp": 2, axis: 2},
+        (),
+        {},
+        f"--llm-{axis} 2 with --sharding fsdp2: data-parallel ranks alone divide the language "
+        f"model then; set --llm-{axis} 1 and raise --llm-dp, or leave --sharding out",
+    )
+    for axis in ("tp", "pp", "ep")
+] + [
+    (
+        {"dp": 2},
+        (),
+        {"rank": 4},
+        "--lora-rank 4 with --sharding fsdp2: adapters train beside weights that each rank holds "
+        "whole; leave one of them out",
+    ),
+    (
+        {"dp": 2},
+        ("language",),
+        {},
+        "--sharding fsdp2 with a language model that does not train, by --training-stage or "
+        "--freeze-lm: what is frozen is held whole, so there is nothing to divide; leave "
+        "--sharding out",
+    ),
+    (
+        {"dp": 2},
+        (),
+        {"overlap_grads": True},
+        "--overlap-grad-reduce with --sharding fsdp2, which exchanges gradients and weights layer "
+        "by layer anyway: leave --overlap-grad-reduce out",
+    ),
+]
+
+
+@pytest.mark.parametrize(("llm", "frozen", "changes", "message"), NOT_DIVIDED)
+def test_what_replicas_cannot_divide_is_refused(
+    llm: dict[str, int], frozen: tuple[str, ...], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        sharding(beside({}, llm), architecture("qwen3_vl moe"), *frozen, **changes)
+
+
+def test_language_models_of_megatron_core_are_not_divided() -> None:
+    from megatron_mimo.config.presets import PROVIDERS
+
+    with pytest.raises(ValueError, match=r"^--sharding fsdp2: only language models that run tran"):
+        sharding(beside({}, {"dp": 2}), PROVIDERS["mock"]())
+    sharding(beside({}, {"dp": 2}), architecture("gemma4 moe"), "vision", "projector")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_takes_tensor_parallelism_of_both_grids(name: str) -> None:
     # Layers of embeddings of their own have no plan: see above.
