@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
+
+from tyro.conf import UseAppendAction
 
 from megatron_mimo.settings import Derived, Folder, Number, OnlyWith, Switch, Within, named
 from megatron_mimo.settings.ranges import MOST_ITERATIONS
@@ -75,6 +77,8 @@ class FirstWeightsConfig:
     Attributes:
         load_hf: Folder of a nemotron_h_omni model to begin with; a checkpoint of --load replaces
             it.
+        without: Part of the folder of --load-hf that is neither built nor trained; an export
+            carries it over unchanged.
         load_nemotron_checkpoint: Megatron checkpoint of a Nemotron vision-language model whose
             weights to begin with, its root or one iteration's folder; a checkpoint of --load
             replaces it.
@@ -85,6 +89,11 @@ class FirstWeightsConfig:
     """
 
     load_hf: Folder = None
+    without: Annotated[
+        UseAppendAction[tuple[Literal["audio", "video"], ...]],
+        named("--load-hf-without"),
+        OnlyWith("--load-hf"),
+    ] = ()
     load_nemotron_checkpoint: Folder = None
     load_vision_from: Folder = None
     load_base: Annotated[Folder, OnlyWith("--lora-rank")] = None

@@ -28,8 +28,9 @@ from megatron_mimo.weights.torch_dist import StoredTensor, describe
 
 logger = logging.getLogger(__name__)
 
-_PREFIXES = (*STORED_PREFIXES.values(), STORED_PREFIX)
-_VISION, _PROJECTOR, _LANGUAGE = _PREFIXES
+_VISION, _PROJECTOR = STORED_PREFIXES["vision."], STORED_PREFIXES["projector."]
+_LANGUAGE = STORED_PREFIX
+_PREFIXES = (_VISION, _PROJECTOR, _LANGUAGE)
 # Part of the model -> beginnings of names that only our checkpoints have, and only Megatron's.
 _MARKS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     _VISION: (("embedding.",), ("embedder.", "position_embeddings")),

@@ -208,7 +208,8 @@ def _data(part: ShardedTensor) -> Tensor:
     assert part.data is not None
     # megatron-core's axes in front, such as that of layers, are not the data's.
     data: Tensor = part.data.detach()
-    return data.view(*(1,) * part.prepend_axis_num, *part.local_shape)
+    # As one argument, which a scalar needs.
+    return data.view((*(1,) * part.prepend_axis_num, *part.local_shape))
 
 
 class _Data:

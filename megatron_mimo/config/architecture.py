@@ -7,12 +7,12 @@ from typing import Any
 from megatron_mimo.config.model_file import Folder, read_architecture
 from megatron_mimo.config.sections import ModelSection, TrainConfig
 from megatron_mimo.model.config import Frozen, ModelConfig, unknown
-from megatron_mimo.modules.adapter import Axis
+from megatron_mimo.modules.adapter import Axis, ModuleConfig
 from megatron_mimo.modules.families import adapter_of, language_adapter, source_adapter
 from megatron_mimo.modules.language import ExecutionConfig
 from megatron_mimo.topology import Layout, SequenceSharding
 
-_VISION = "vision"
+_VISION, _VIDEO, _AUDIO = "vision", "video", "audio"
 
 
 def model_architecture(model: ModelSection, folder: Folder | None) -> ModelConfig:
@@ -30,7 +30,34 @@ def model_architecture(model: ModelSection, folder: Folder | None) -> ModelConfi
         _require_experts("--moe-router-force-load-balancing", model, config)
         target = language_adapter(config.target).with_even_load(config.target)
         config = ModelConfig(modules={**config.modules, config.target_name: target})
-    return _with_image_flags(model, config)
+    config = _with_image_flags(model, config)
+    return videos_apart(config) if model.separate_video else config
+
+
+def videos_apart(config: ModelConfig) -> ModelConfig:
+    """The config with a module "video" beside the vision encoder, whose videos it takes.
+
+    Raises:
+        ValueError: No module takes both images and videos, or several do.
+    """
+    apart = {
+        name: halves
+        for name, source in config.sources.items()
+        if (halves := source_adapter(source).without_videos(source)) is not None
+    }
+    if len(apart) != 1 or _VIDEO in config.modules:
+        raise ValueError(
+            f"--separate-video: of the modules {', '.join(config.modules)} {len(apart)} take both "
+            f"images and videos: expected one such module, and none called {_VIDEO}; leave "
+            f"--separate-video out"
+        )
+    modules: dict[str, ModuleConfig] = {}
+    for name, module in config.modules.items():
+        if name in apart:
+            modules[name], modules[_VIDEO] = apart[name]
+        else:
+            modules[name] = module
+    return ModelConfig(modules=modules)
 
 
 def _with_image_flags(model: ModelSection, config: ModelConfig) -> ModelConfig:
@@ -112,11 +139,24 @@ def frozen_parts(model: ModelSection, architecture: ModelConfig, trained: Iterab
         for part in sorted(source_adapter(source).projections(source))
     )
     encoders = tuple(part for part in known if part not in (*language, *projections))
-    vision = tuple(part for part in encoders if part.rpartition(".")[2] == _VISION)
+    named = {
+        name: tuple(part for part in encoders if part.rpartition(".")[2] == name)
+        for name in (_VISION, _VIDEO, _AUDIO)
+    }
     stages = {"stage1": (*encoders, *language), "stage2": encoders, "stage3": ()}
+    for flag, freezes, name in (
+        ("--freeze-video", model.freeze_video, _VIDEO),
+        ("--freeze-audio", model.freeze_audio, _AUDIO),
+    ):
+        if freezes and not named[name]:
+            raise ValueError(f"{flag}: this model takes no {name}; leave the flag out")
     flags: dict[str, tuple[str, ...]] = {
         f"--training-stage {model.training_stage}": stages[model.training_stage],
-        "--freeze-vit": (vision or (_VISION,)) if model.freeze_vit else (),
+        "--freeze-vit": (
+            (*(named[_VISION] or (_VISION,)), *named[_VIDEO]) if model.freeze_vit else ()
+        ),
+        "--freeze-video": named[_VIDEO] if model.freeze_video else (),
+        "--freeze-audio": named[_AUDIO] if model.freeze_audio else (),
         "--freeze-lm": language if model.freeze_lm else (),
         "--freeze-projection": (projections or ("projector",)) if model.freeze_projection else (),
         **{f"--freeze {part}": (part,) for part in model.freeze},

@@ -1,6 +1,6 @@
 """The architecture that flags ask for: a preset or a folder, a file over it, fields over that."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from megatron_mimo.config.presets import changed, model_config
 from megatron_mimo.config.yaml_file import load_mapping
@@ -8,6 +8,7 @@ from megatron_mimo.data import Tokenizer
 from megatron_mimo.model.config import ModelConfig
 from megatron_mimo.model.hf import HfFolder, read_hf
 from megatron_mimo.model.omni.config import OmniConfig, is_omni, read_omni
+from megatron_mimo.model.omni.parts import Optional
 from megatron_mimo.weights.folder import WeightFolder
 
 Folder = OmniConfig | HfFolder
@@ -39,8 +40,15 @@ def read_architecture(
     return model_config(provider, overrides, fields=fields, where=where)
 
 
-def read_folder(provider: str, folder: str | None) -> Folder | None:
+def read_folder(
+    provider: str, folder: str | None, without: Collection[Optional] = ()
+) -> Folder | None:
     """The model of the folder of `--load-hf`; None without one.
+
+    Args:
+        provider: Value of --model-provider.
+        folder: Value of --load-hf.
+        without: Values of --load-hf-without.
 
     Raises:
         ValueError: The folder is given without the provider or the other way round, or has no
@@ -56,7 +64,14 @@ def read_folder(provider: str, folder: str | None) -> Folder | None:
     if folder is None:
         return None
     with WeightFolder(folder) as weights:
-        return read_omni(weights) if is_omni(weights) else read_hf(weights)
+        if is_omni(weights):
+            return read_omni(weights, without)
+        if without:
+            raise ValueError(
+                f"--load-hf-without {' '.join(without)} with --load-hf {folder}, which holds no "
+                f"nemotron_h_omni model: leave it out"
+            )
+        return read_hf(weights)
 
 
 def table_size(tokenizer: Tokenizer, folder: Folder | None) -> int:

@@ -5,7 +5,7 @@ Everything here runs before the first process group, so that a wrong flag costs 
 
 from collections import Counter
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_mimo.checkpoint.config import (
     FirstWeightsConfig,
@@ -40,13 +40,15 @@ from megatron_mimo.config.sections import (
     RuntimeSection,
     TrainConfig,
 )
+from megatron_mimo.config.sharding import check_sharding
 from megatron_mimo.config.watch_config import WatchConfig, watch_config
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.inputs import Inputs, check_inputs
+from megatron_mimo.data.inputs import Inputs, ItemInput, check_inputs
 from megatron_mimo.data.samples.mock import check_mock_items
 from megatron_mimo.data.source import SourceConfig
 from megatron_mimo.media.images import ImageConfig
 from megatron_mimo.media.images.config import GridRule
+from megatron_mimo.media.video.config import VideoConfig
 from megatron_mimo.model.config import Frozen, ModelConfig, ReduceConfig
 from megatron_mimo.model.hf import HfFolder
 from megatron_mimo.model.omni.config import OmniConfig, is_hybrid
@@ -113,9 +115,8 @@ class Resolved:
         """Dtype of the weights that a step computes with."""
         import torch
 
-        if self.model.bf16:
-            return torch.bfloat16
-        return torch.float16 if self.model.fp16 else torch.float32
+        dtype: torch.dtype = getattr(torch, self.model.dtype)
+        return dtype
 
     @property
     def global_batch_size(self) -> int:
@@ -175,19 +176,21 @@ def check_paths(resolved: Resolved) -> None:
     check_start(checkpoints.save, checkpoints.load, checkpoints.first_weights, resolved.readers)
 
 
-def resolve(config: TrainConfig, world_size: int) -> Resolved:
+def resolve(config: TrainConfig, world_size: int, *, trains: bool = True) -> Resolved:
     """Check every flag and every relation, fill in defaults, and return the settings of each part.
 
     Args:
         config: Flags as given.
         world_size: Number of started ranks.
+        trains: Whether samples are read; otherwise mock samples need not fit a sequence.
 
     Raises:
         ValueError: A flag is wrong; the message names it and says what to do.
     """
     check(config)
     import_custom(config.model.custom_import)
-    folder = read_folder(config.model.model_provider, config.checkpoints.first_weights.load_hf)
+    first = config.checkpoints.first_weights
+    folder = read_folder(config.model.model_provider, first.load_hf, first.without)
     config = with_folder(config, folder)
     architecture = model_architecture(config.model, folder)
     layout = grids(config.grids, tuple(architecture.modules), world_size)
@@ -196,9 +199,11 @@ def resolve(config: TrainConfig, world_size: int) -> Resolved:
     check_sequence(layout, architecture, filled)
     freeze = frozen_parts(filled.model, architecture, layout.modules)
     lora = adapters(filled.model.lora, architecture, freeze, layout.modules)
+    check_sharding(filled.training.reduce, layout, architecture, freeze, lora)
     check_base(lora, filled.checkpoints.first_weights, filled.model.init)
-    data = _data(filled, architecture, freeze)
-    check_mock_items(data)
+    data = _data(filled, architecture, freeze, folder)
+    if trains and data.provider == "mock":
+        check_mock_items(data)
     data.num_microbatches(layout.num_lanes)
     training, save = filled.training, filled.checkpoints.save
     train_iters = count_iterations(training.length, data.global_batch_size)
@@ -255,7 +260,9 @@ def _fill_defaults(
     )
 
 
-def _data(config: TrainConfig, architecture: ModelConfig, freeze: Frozen) -> DataConfig:
+def _data(
+    config: TrainConfig, architecture: ModelConfig, freeze: Frozen, folder: Folder | None
+) -> DataConfig:
     """Settings of the data, from a filled config."""
     model, training = config.model, config.training
     return DataConfig(
@@ -264,13 +271,15 @@ def _data(config: TrainConfig, architecture: ModelConfig, freeze: Frozen) -> Dat
         seq_length=model.seq_length,
         micro_batch_size=training.micro_batch_size,
         global_batch_size=_given(training.global_batch_size),
-        inputs=_inputs(config, architecture, freeze),
+        inputs=_inputs(config, architecture, freeze, folder),
         prompt_format=model.tokenizer_prompt_format,
     )
 
 
-def _inputs(config: TrainConfig, architecture: ModelConfig, frozen: Frozen) -> Inputs:
-    """Kind of items of each source, from a filled config."""
+def _inputs(
+    config: TrainConfig, architecture: ModelConfig, frozen: Frozen, folder: Folder | None
+) -> Inputs:
+    """Kinds of items of each source, from a filled config."""
     model = config.model
     settings = {
         "dynamic_resolution": model.dynamic_resolution,
@@ -285,17 +294,44 @@ def _inputs(config: TrainConfig, architecture: ModelConfig, frozen: Frozen) -> I
         "placeholder": model.image_token,
         "tag_type": model.image_tag_type,
         "mock_rows": config.data.mock_image_rows,
+        "videos": _videos(model, folder),
+        "audio": folder.audio if isinstance(folder, OmniConfig) else None,
     }
-    families = Counter(type(source) for source in architecture.sources.values())
-    inputs = {}
+    words = Counter(source_adapter(each).takes(each) for each in architecture.sources.values())
+    inputs: dict[str, ItemInput] = {}
     for name, source in architecture.sources.items():
-        # Several modules of one family need a token each, and a field each in stored samples.
-        own = {"placeholder": f"<{name}>", "noun": name} if families[type(source)] > 1 else {}
-        inputs[name] = source_adapter(source).item_input(
-            source, name=name, frozen=architecture.frozen_in(name, frozen), **(settings | own)
-        )
+        adapter, left_out = source_adapter(source), architecture.frozen_in(name, frozen)
+        # Several modules of one kind need a token each, and a field each in stored samples.
+        several = words[adapter.takes(source)] > 1
+        own = {"placeholder": f"<{name}>", "noun": name, "several": True} if several else {}
+        of_module: dict[str, Any] = settings | own
+        inputs[name] = adapter.item_input(source, name=name, frozen=left_out, **of_module)
+        inputs |= adapter.guest_inputs(source, name=name, frozen=left_out, **of_module)
     check_inputs(inputs)
     return inputs
+
+
+def _videos(model: ModelSection, folder: Folder | None) -> VideoConfig:
+    """How a video becomes frames, from the folder and the flags over it."""
+    found = folder.videos if isinstance(folder, OmniConfig) else None
+    given = {
+        "fps": model.video_fps,
+        "num_frames": model.video_num_frames,
+        "max_frames": model.video_max_frames,
+        "target_patches": model.video_target_num_patches,
+    }
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if model.video_fps and model.video_num_frames:
+        raise ValueError(
+            f"--video-fps {model.video_fps} with --video-num-frames {model.video_num_frames}: each "
+            f"decides how many frames are sampled; give one of them"
+        )
+    # Either rule replaces that of the folder.
+    if model.video_fps:
+        changes["num_frames"] = 0
+    if model.video_num_frames:
+        changes["fps"] = 0.0
+    return replace(found or VideoConfig(), **changes)
 
 
 def _fill_resolution(

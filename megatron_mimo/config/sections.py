@@ -46,7 +46,7 @@ from megatron_mimo.settings.ranges import (
 from megatron_mimo.topology.spec import OFFSETS, SIZES
 
 # The names in `presets.PROVIDERS`, which would load torch; --custom-import may bring others.
-_PRESETS = "mock,nemotron-moe-vlm-tiny,nemotron-moe-vlm-20l,nemotron-moe-vlm-54l"
+_PRESETS = "mock,nemotron-moe-vlm-tiny,nemotron-moe-vlm-20l,nemotron-moe-vlm-54l,omni-tiny"
 Preset = Annotated[str, arg(metavar=f"{{{_PRESETS},…}}")]
 CustomImport = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="MODULE")]
 
@@ -119,9 +119,14 @@ class ModelSection:
         model_config: YAML file of an architecture: sections vision, projector and language, whose
             fields replace the preset's.
         override: Change of one field of the preset, as in language.num_layers=4.
+        separate_video: Whether videos have a vision encoder of their own, the module "video" on a
+            grid of its own, beside that of images. Both begin with the same weights.
         training_stage: Parts to train: stage1 trains the projectors only, stage2 all but the
             encoders, stage3 all parts.
-        freeze_vit: Whether to freeze the vision encoder, in any stage.
+        freeze_vit: Whether to freeze the vision encoder, in any stage, with its embedding of
+            videos.
+        freeze_video: Whether to freeze the embedding of videos, in any stage.
+        freeze_audio: Whether to freeze the audio encoder, in any stage.
         freeze_lm: Whether to freeze the language model, in any stage.
         freeze_projection: Whether to freeze the projectors, in any stage.
         freeze: Name of a part of the model to freeze, in any stage, as in --override.
@@ -150,6 +155,14 @@ class ModelSection:
             to its shape; without dynamic resolution.
         max_num_tiles: Largest number of tiles of an image.
         use_thumbnail: Whether to add the whole image as one more tile, where there are several.
+        video_fps: Frames a second that are sampled of a video, evenly; 0 takes every frame; left
+            out: the folder's rule, else every frame.
+        video_num_frames: Number of frames that are sampled of a video, evenly; left out: the
+            folder's rule, else every frame.
+        video_max_frames: Largest number of frames of a video, 0 for no bound; left out: the
+            folder's, else no bound.
+        video_target_num_patches: Number of patches that the grid of a frame is chosen near; left
+            out: the folder's, else 1024.
         patch_dim: Side of a square patch, pixels; left out: the preset's.
         class_token_len: Number of class tokens before an image's patches; left out: the preset's.
         pixel_shuffle: Whether to merge each 2 x 2 square of patches into one row; left out: as in
@@ -175,8 +188,11 @@ class ModelSection:
     model_provider: Annotated[str, arg(metavar=f"{{{_PRESETS},hf,…}}")] = "mock"
     model_config: File = None
     override: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="SECTION.FIELD=VALUE")] = ()
+    separate_video: Switch = False
     training_stage: Literal["stage1", "stage2", "stage3"] = "stage3"
     freeze_vit: Switch = False
+    freeze_video: Switch = False
+    freeze_audio: Switch = False
     freeze_lm: Switch = False
     freeze_projection: Switch = False
     freeze: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="PART")] = ()
@@ -200,6 +216,10 @@ class ModelSection:
     use_tiling: Switch = False
     max_num_tiles: Annotated[int, Within(1, MOST_TILES)] = 1
     use_thumbnail: Switch = False
+    video_fps: Annotated[DisallowNone[float | None], Within(0, 1000)] = None
+    video_num_frames: Annotated[Number, Within(1, MOST_POSITIONS)] = None
+    video_max_frames: Annotated[Number, Within(0, MOST_POSITIONS)] = None
+    video_target_num_patches: Annotated[Number, Within(1, MOST_POSITIONS)] = None
     patch_dim: Annotated[Number, Within(1, MOST_PATCH)] = None
     class_token_len: Annotated[Number, Within(0, MOST_CLASS_TOKENS)] = None
     pixel_shuffle: Choice = None
@@ -215,6 +235,13 @@ class ModelSection:
     scaling: Part[LossScaleConfig] = field(default_factory=LossScaleConfig)
     lora: Part[LoraConfig] = field(default_factory=LoraConfig)
     init: Literal["megatron", "topology-invariant"] = "megatron"
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype that a step computes with."""
+        if self.bf16:
+            return "bfloat16"
+        return "float16" if self.fp16 else "float32"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_mimo.data import Turn
+from megatron_mimo.data.inputs import module_of
 from megatron_mimo.data.loader.collate import collate_facts
 from megatron_mimo.data.samples.question import (
     EncodedQuestion,
@@ -22,7 +23,10 @@ from megatron_mimo.inference.pieces import Pieces
 from megatron_mimo.inference.run import Run, read_run
 from megatron_mimo.inference.sampling import Sampling, choose
 from megatron_mimo.inference.sources import read_source, require_several
+from megatron_mimo.inference.video_sampling import retained
+from megatron_mimo.media.video.clip import EncodedVideo
 from megatron_mimo.model.hf import HfFolder
+from megatron_mimo.model.omni.config import OmniConfig
 from megatron_mimo.runtime import prepare_megatron_core, resolve_device
 from megatron_mimo.runtime.staging import map_tensors
 
@@ -102,7 +106,7 @@ class LoadedModel:
                 put in front of it.
             images: Images: paths to files, contents of files (bytes), PIL images, or pixels, uint8
                 [H, W, 3]; in the order of their placeholders.
-            items: Module -> its items, for modules that take others than images.
+            items: Kind -> its items, as `kind_of` names it, for others than images.
             sampling: Fields of `Sampling`, such as `temperature` and `max_new_tokens`.
 
         Returns:
@@ -145,20 +149,25 @@ class LoadedModel:
     def _given(
         self, images: Sequence[Any], items: Mapping[str, Sequence[Any]]
     ) -> dict[str, list[Any]]:
-        """Items by module, as they were given."""
-        given = {module: require_several(sources, module) for module, sources in items.items()}
+        """Items by kind, as they were given."""
+        given = {name: require_several(sources, name) for name, sources in items.items()}
         if pictures := require_several(images, "images"):
-            given.setdefault(self._image_module(), []).extend(pictures)
-        for module in given:
-            if module not in self._modules:
+            given.setdefault(self.kind_of(IMAGE), []).extend(pictures)
+        known = [name for name in self.run.data.inputs if self._takes(name)]
+        for name in given:
+            if name not in known:
                 raise ValueError(
-                    f"items of module {module!r}: this model has "
-                    f"{', '.join(list(self._modules)[:-1]) or 'none that takes items'}"
+                    f"items of module {name!r}: this model has "
+                    f"{', '.join(known) or 'none that takes items'}"
                 )
         return given
 
+    def _takes(self, name: str) -> bool:
+        """Whether a module of this model takes the items of a kind."""
+        return module_of(name, self.run.data.inputs) in self._modules
+
     def _read(self, given: Mapping[str, Sequence[Any]]) -> dict[str, list[Source]]:
-        """Items by module, read from their files."""
+        """Items by kind, read from their files."""
         return {
             module: [
                 read_source(source, f"{self.run.data.inputs[module].words.noun} {number}")
@@ -167,17 +176,64 @@ class LoadedModel:
             for module, sources in given.items()
         }
 
-    def _image_module(self) -> str:
-        """The module that takes images."""
-        for module, kind in self.run.data.inputs.items():
-            if kind.words.noun == IMAGE and module in self._modules:
-                return module
-        raise ValueError("this model takes no images: ask without, or give items by module")
+    def kind_of(self, noun: str) -> str:
+        """Name of the kind of items that are called so, such as "image", "video" or "audio".
+
+        Raises:
+            ValueError: The model takes no such items; names those that it takes.
+        """
+        nouns = []
+        for name, kind in self.run.data.inputs.items():
+            if self._takes(name):
+                nouns.append(kind.words.plural)
+                if kind.words.noun == noun:
+                    return name
+        raise ValueError(
+            f"this model takes no {noun}s: ask without"
+            f"{f', or with {", ".join(nouns)}' if nouns else ''}"
+        )
 
     @torch.inference_mode()
     def rows(self, encoded: EncodedQuestion) -> tuple[Tensor | None, Tensor | None]:
         """Rows of all items [R, H], in the model's dtype, and positions, int64 [R]; or None."""
-        from megatron_mimo.modules.language.merge import join_rows, row_positions
+        return self._joined(*self._rows_by_module(encoded))
+
+    @torch.inference_mode()
+    def read(self, encoded: EncodedQuestion) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the language model reads of a question: tokens, rows and their positions.
+
+        Rows of videos that the model's folder leaves out (`video_pruning_rate`) are not among them.
+
+        Returns:
+            Tokens, int64 [n]; rows [R, H] in the model's dtype, and positions, int64 [R], or None.
+        """
+        rows, places = self._rows_by_module(encoded)
+        tokens = torch.from_numpy(encoded.tokens)
+        folder = self.run.resolved.folder
+        rate = folder.video_pruning_rate if isinstance(folder, OmniConfig) else 0.0
+        if rate:
+            keep = torch.ones(len(tokens), dtype=torch.bool)
+            for module, items in encoded.items.items():
+                start = 0
+                for item in items:
+                    if isinstance(item, EncodedVideo):
+                        of_item = slice(start, start + item.rows)
+                        by_group = rows[module][of_item].unflatten(0, (len(item.labels), -1))
+                        keep[places[module][of_item]] = retained(by_group, rate).flatten().cpu()
+                    start += item.rows
+            moved = keep.cumsum(0) - 1
+            for module, at in places.items():
+                kept = keep[at]
+                rows[module] = rows[module][kept.to(self.device)]
+                places[module] = moved[at[kept]]
+            tokens = tokens[keep]
+        return tokens, *self._joined(rows, places)
+
+    def _rows_by_module(
+        self, encoded: EncodedQuestion
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Module -> rows of its items [R, H], and module -> their positions on the host [R]."""
+        from megatron_mimo.modules.language.merge import row_positions
 
         found, places = {}, {}
         tokens = torch.from_numpy(encoded.tokens)[None]
@@ -186,9 +242,15 @@ class LoadedModel:
             assert packed is not None
             on_device = map_tensors(packed, lambda tensor: tensor.to(self.device))
             found[module] = self._modules[module](on_device, None)
-            placeholder = self.run.tokenizer.placeholder_ids[module]
-            places[module] = row_positions(tokens, placeholder).to(self.device)
-        return join_rows(found, places)
+            places[module] = row_positions(tokens, self.run.tokenizer.placeholder_ids[module])
+        return found, places
+
+    def _joined(
+        self, rows: Mapping[str, Tensor], places: Mapping[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        from megatron_mimo.modules.language.merge import join_rows
+
+        return join_rows(rows, {module: at.to(self.device) for module, at in places.items()})
 
     def decoding(
         self, max_length: int, encoded: EncodedQuestion | None = None
@@ -234,6 +296,7 @@ class Stream(Iterator[str]):
         self._model = model
         self._encoded = encoded
         self._tokens: list[int] = []
+        self._prompt_tokens = len(encoded.tokens)
         self._text = ""
         self._stopped: Literal["end", "length", "left"] = "left"
         self._start = time.perf_counter()
@@ -254,7 +317,7 @@ class Stream(Iterator[str]):
         return Answer(
             text=self._text,
             tokens=tuple(self._tokens),
-            prompt_tokens=len(self._encoded.tokens),
+            prompt_tokens=self._prompt_tokens,
             stopped=self._stopped,
             seconds=self._seconds,
         )
@@ -265,9 +328,9 @@ class Stream(Iterator[str]):
         # The last token is written and never read.
         most = len(self._encoded.tokens) + sampling.max_new_tokens - 1
         decoding = model.decoding(most, self._encoded)
-        rows, positions = model.rows(self._encoded)
-        tokens = torch.from_numpy(self._encoded.tokens)[None].to(model.device)
-        logits = decoding.read(tokens, rows, positions)
+        tokens, rows, positions = model.read(self._encoded)
+        self._prompt_tokens = len(tokens)
+        logits = decoding.read(tokens[None].to(model.device), rows, positions)
         while True:
             # The table has more rows than the tokenizer has tokens.
             token = choose(logits[: tokenizer.num_tokens], sampling, random)

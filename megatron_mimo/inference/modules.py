@@ -142,11 +142,12 @@ def _require_same(run: Run, modules: "Mapping[str, ModuleStage]", *, trust: bool
 
 
 def _load_folder(run: Run, path: Path, modules: "Mapping[str, ModuleStage]") -> None:
-    """Fill from a folder of transformers, whose architecture has one source."""
+    """Fill from a folder of transformers."""
     from megatron_mimo.model.hf import HfFolder
     from megatron_mimo.model.hf.weights import Places, load_hf
     from megatron_mimo.model.omni.weights import load_omni
     from megatron_mimo.modules.language.module import LanguageModule
+    from megatron_mimo.modules.parakeet.module import ParakeetModule
     from megatron_mimo.modules.radio.module import RadioModule
     from megatron_mimo.weights.folder import WeightFolder
 
@@ -154,9 +155,25 @@ def _load_folder(run: Run, path: Path, modules: "Mapping[str, ModuleStage]") -> 
         if isinstance(run.resolved.folder, HfFolder):
             load_hf(folder, ((stage, Places()) for stage in hf_stages(modules)))
             return
-        encoder, language = modules.values()
-        assert isinstance(encoder, RadioModule) and isinstance(language, LanguageModule)
-        load_omni(folder, encoder=encoder, language=language)
+        encoder = video = audio = language = None
+        for stage in modules.values():
+            match stage:
+                case RadioModule() if stage.architecture.images:
+                    encoder = stage
+                case RadioModule():
+                    video = stage
+                case ParakeetModule():
+                    audio = stage
+                case LanguageModule():
+                    language = stage
+        load_omni(
+            folder,
+            encoder=encoder,
+            video_encoder=video,
+            audio=audio,
+            language=language,
+            without=run.resolved.first_weights.without,
+        )
 
 
 def hf_stages(modules: "Mapping[str, ModuleStage]") -> "list[HfEncoder | HfLanguage]":

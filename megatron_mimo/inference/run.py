@@ -114,7 +114,7 @@ def read_run(
         _require_source(flags.get("load_hf"), path)
     if tokenizer_model is not None:
         flags["tokenizer_model"] = tokenizer_model
-    resolved = resolve(from_values(flags, where), 1)
+    resolved = resolve(from_values(flags, where), 1, trains=False)
     tokenizer = tokenizer_for(resolved.data, resolved.model.tokenizer_model)
     return Run(
         path=path,
@@ -161,7 +161,7 @@ def _of_model(saved: Mapping[str, Any]) -> dict[str, Any]:
     else:
         names -= TRAINING_ONLY - _OF_BASE | {"load-lora"}
         names |= {"seed", "load-base", "load-nemotron-checkpoint"}
-    names |= {"llm-only", "load-hf"}
+    names |= {"llm-only", "load-hf", "load-hf-without"}
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in saved.items()
@@ -198,7 +198,11 @@ def _of_folder(path: Path) -> dict[str, Any]:
             f"{path}: its tokenizer has no token {omni.image_token_id}, the image_token_id of "
             f"{_CONFIG}: expected the model's own tokenizer"
         )
-    return flags | {"image_token": image, "image_tag_type": tag_type(tags, str(path))}
+    return flags | {
+        "seq_length": omni.seq_length,
+        "image_token": image,
+        "image_tag_type": tag_type(tags, str(path)),
+    }
 
 
 def _require_source(folder: str | None, path: Path) -> None:

@@ -7,7 +7,7 @@ device as it is (`runtime.staging`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -77,13 +77,21 @@ class InputReader:
     Args:
         model: The modules of this rank.
         placeholder_ids: Source name -> number of the token that its rows replace.
+        seq_length: Number of positions of a sequence, S; None for the model's own.
 
     Attributes:
         tokens_on_every_stage: Whether every stage of this rank's language model reads tokens and
             what is known of items.
     """
 
-    def __init__(self, model: MimoModel, placeholder_ids: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        model: MimoModel,
+        placeholder_ids: Mapping[str, int],
+        *,
+        seq_length: int | None = None,
+    ) -> None:
+        self._model = model
         self._staging = Staging(model.device)
         self._sources = tuple(name for name in model.modules if name != model.target_name)
         self._placeholder_ids = placeholder_ids
@@ -94,10 +102,23 @@ class InputReader:
             adapter = language_adapter(model.target.config)
             self.tokens_on_every_stage = adapter.tokens_on_every_stage
             sharding, place = model.sharding, self._groups.place
+            if seq_length is not None:
+                sharding = replace(sharding, seq_length=seq_length)
             shard = sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
             # Positions that this cp rank reads, and those that this rank embeds.
             self._read = positions_in(sharding.cp_intervals(place.cp))
             self._embedded = positions_in(sharding.intervals(shard))
+
+    def at_length(self, seq_length: int) -> "InputReader":
+        """A reader of sequences of another length, for evaluation.
+
+        Args:
+            seq_length: Number of positions of a sequence, S.
+
+        Raises:
+            ValueError: The ranks of a lane cannot share so many evenly.
+        """
+        return InputReader(self._model, self._placeholder_ids, seq_length=seq_length)
 
     def of(self, data: StepData) -> StepInputs:
         """The inputs of a step: those that were prepared ahead, or else new ones."""

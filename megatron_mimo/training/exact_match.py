@@ -27,7 +27,8 @@ def write_answers(
     Args:
         runner: Model, optimizer and executor of this rank.
         samples: Questions with their items; the answers are not shown to the model.
-        data: Settings of the sequences and items.
+        data: Settings of the sequences and items; sequences may be shorter than in training, as
+            each has one sample.
         role: Part of the data that this rank needs.
         tokenizer: Tokenizer of the texts.
 
@@ -35,11 +36,18 @@ def write_answers(
         Answers by key on the logging rank, None elsewhere.
     """
     batch_size = min(_MICRO_BATCH_SIZE, -(-len(samples) // role.num_lanes))
+    # A sequence for each: an answer grows at its end.
     batch = dataclasses.replace(
-        data, micro_batch_size=batch_size, global_batch_size=batch_size * role.num_lanes
+        data,
+        packing_buffer_size=None,
+        micro_batch_size=batch_size,
+        global_batch_size=batch_size * role.num_lanes,
     )
     loader = build_list_loader(samples, batch, role, tokenizer)
     longest = max(len(tokenizer.encode(sample.answer)) for sample in samples)
+    reader = runner.inputs
+    if data.seq_length != runner.model.sharding.seq_length:
+        reader = reader.at_length(data.seq_length)
     runner.model.train(False)
     answers: list[Answer] = []
     for _ in range(-(-len(samples) // batch.global_batch_size)):
@@ -47,7 +55,7 @@ def write_answers(
         program = GreedyStep(
             runner.model,
             step.microbatches,
-            runner.inputs,
+            reader,
             pad_id=tokenizer.pad_id,
             eos_id=tokenizer.eos_id,
             max_new_tokens=longest + 1,

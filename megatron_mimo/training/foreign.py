@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable, Collection
 
 from megatron_mimo.model.config import ModelConfig
 from megatron_mimo.model.hf.weights import Places as HfPlaces
@@ -9,12 +10,15 @@ from megatron_mimo.model.hf.weights import load_hf
 from megatron_mimo.model.mimo import ModuleReplica
 from megatron_mimo.model.omni.config import is_omni
 from megatron_mimo.model.omni.lora import peft_layers, peft_tables
+from megatron_mimo.model.omni.parts import Optional
 from megatron_mimo.model.omni.weights import Places, describe_carried, load_omni
 from megatron_mimo.modules.hf.encoder import HfEncoder
 from megatron_mimo.modules.hf.language import HfLanguage
 from megatron_mimo.modules.language.module import LanguageModule
 from megatron_mimo.modules.lora.exchange import fill_lora
+from megatron_mimo.modules.parakeet.module import ParakeetModule
 from megatron_mimo.modules.radio.module import RadioModule
+from megatron_mimo.modules.stage import ModuleStage
 from megatron_mimo.optim.train_state import TrainState
 from megatron_mimo.weights.folder import WeightFolder
 from megatron_mimo.weights.peft import read_peft
@@ -22,19 +26,20 @@ from megatron_mimo.weights.peft import read_peft
 logger = logging.getLogger(__name__)
 
 
-def load_folder(state: TrainState, path: str) -> None:
+def load_folder(state: TrainState, path: str, without: Collection[Optional] = ()) -> None:
     """Load the weights of a folder of transformers; each rank reads its own shards.
 
     Args:
         state: State of this rank, freshly built.
         path: Path to the folder.
+        without: Parts of the folder that the model leaves out.
 
     Raises:
         ValueError: Weights are missing, unexpected or of another shape; the message lists them.
     """
     start = time.perf_counter()
     with WeightFolder(path) as folder:
-        carried = _load_omni(state, folder) if is_omni(folder) else _load_hf(state, folder)
+        carried = _load_omni(state, folder, without) if is_omni(folder) else _load_hf(state, folder)
     # The optimizer has copies of the initial weights.
     state.optimizer.refresh_main_params()
     if carried:
@@ -55,24 +60,35 @@ def _placed(replica: ModuleReplica) -> tuple[HfEncoder | HfLanguage, HfPlaces]:
     return stage, HfPlaces(tp=(place.tp, spec.tp), ep=(place.ep, spec.ep))
 
 
-def _load_omni(state: TrainState, folder: WeightFolder) -> str:
+def _load_omni(state: TrainState, folder: WeightFolder, without: Collection[Optional]) -> str:
     """Fill the modules of a `nemotron_h_omni` model; a sentence on what is carried over."""
-    model = state.model
-    # A folder's architecture has one source.
-    encoder = next((one for one in model.replicas if one is not model.target), None)
-    language = model.target
-    encoder_module = None if encoder is None else encoder.module
-    language_module = None if language is None else language.module
-    assert encoder_module is None or isinstance(encoder_module, RadioModule)
-    assert language_module is None or isinstance(language_module, LanguageModule)
+    encoder, encoder_place = _held(state, RadioModule, lambda stage: stage.architecture.images)
+    video, video_place = _held(state, RadioModule, lambda stage: not stage.architecture.images)
+    audio, audio_place = _held(state, ParakeetModule)
+    language, language_place = _held(state, LanguageModule)
     carried = load_omni(
         folder,
-        encoder=encoder_module,
-        language=language_module,
-        encoder_place=_place(encoder),
-        language_place=_place(language),
+        encoder=encoder,
+        video_encoder=video,
+        audio=audio,
+        language=language,
+        without=without,
+        encoder_place=encoder_place,
+        video_place=video_place,
+        audio_place=audio_place,
+        language_place=language_place,
     )
     return describe_carried(carried)
+
+
+def _held[S: ModuleStage](
+    state: TrainState, kind: type[S], fits: Callable[[S], bool] = lambda _: True
+) -> tuple[S | None, Places]:
+    """The stage of a family that this rank holds and that fits, and its positions."""
+    for replica in state.model.replicas:
+        if isinstance(replica.module, kind) and fits(replica.module):
+            return replica.module, _place(replica)
+    return None, Places()
 
 
 def load_adapters(state: TrainState, architecture: ModelConfig, path: str) -> None:
@@ -120,9 +136,7 @@ def load_adapters(state: TrainState, architecture: ModelConfig, path: str) -> No
     logger.info("loaded the adapters of %d layers of %s", len(layers), path)
 
 
-def _place(replica: ModuleReplica | None) -> Places:
-    if replica is None:
-        return Places()
+def _place(replica: ModuleReplica) -> Places:
     place, spec = replica.groups.place, replica.groups.spec
     return Places(
         tp=(place.tp, spec.tp),

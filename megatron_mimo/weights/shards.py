@@ -1,9 +1,36 @@
-"""Which part of a whole weight a tensor-parallel rank holds."""
+"""Which part of a whole weight a rank holds."""
 
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a data-parallel rank holds of a whole weight, where replicas divide weights.
+
+    Attributes:
+        values: Its part [...] of the weight, in the dtype that the module computes in.
+        axis: Axis along which the weight is divided.
+        first: Index along that axis of the part's first element in the whole weight.
+    """
+
+    values: Tensor
+    axis: int
+    first: int
+
+    @property
+    def last(self) -> int:
+        """Index along the axis after the part's last element."""
+        return self.first + self.values.size(self.axis)
+
+
+def held_part(parameter: Tensor) -> Held | None:
+    """What this rank holds of a parameter [...]; None where it holds all of it."""
+    found: Held | None = getattr(parameter, "held_part", None)
+    return found
 
 
 def shard_spans(

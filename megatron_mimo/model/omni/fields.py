@@ -5,7 +5,7 @@ nothing that the class computes. A field that is in none of the tables is refuse
 decides what becomes of it here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,8 +13,13 @@ from megatron_mimo.media.images import ImageConfig, ImageInput
 from megatron_mimo.modules.gpt.config import GptConfig
 from megatron_mimo.modules.hf.config import HfEncoderConfig, HfLanguageConfig
 from megatron_mimo.modules.hybrid.config import HybridConfig
+from megatron_mimo.modules.parakeet.config import ParakeetConfig, ParakeetModuleConfig
 from megatron_mimo.modules.projector.config import ProjectorConfig
-from megatron_mimo.modules.radio.config import RadioConfig, RadioModuleConfig
+from megatron_mimo.modules.radio.config import (
+    RadioConfig,
+    RadioModuleConfig,
+    VideoEmbeddingConfig,
+)
 
 OMNI = "transformers' NemotronH_Omni_Reasoning_V3"
 _PROCESSOR = "its image processor"
@@ -69,6 +74,10 @@ def _text(name: str) -> Carried:
     return Carried(f"`text_config.{name}`")
 
 
+def _audio(name: str) -> Carried:
+    return Carried(f"`audio_config.{name}`")
+
+
 def _vision(name: str) -> Carried:
     return Carried(f"`vision_config.{name}`")
 
@@ -107,6 +116,27 @@ FATES: Mapping[type[Any], Mapping[str, Fate]] = {
         "bias": Fixed(False, "a bias in the projector's layers"),
         "layernorm_epsilon": Fixed(1e-5, "a field for the epsilon of the projector's norm"),
         "init_method_std": _INITIAL,
+    },
+    VideoEmbeddingConfig: {
+        "frames": Carried("`video_temporal_patch_size`, and the processor"),
+        "init_method_std": _INITIAL,
+    },
+    ParakeetConfig: {
+        "num_layers": _audio("num_hidden_layers"),
+        "hidden_size": _audio("hidden_size"),
+        "num_attention_heads": _audio("num_attention_heads"),
+        "ffn_hidden_size": _audio("intermediate_size"),
+        "activation": _audio("hidden_act"),
+        "attention_bias": _audio("attention_bias"),
+        "convolution_bias": _audio("convolution_bias"),
+        "conv_kernel_size": _audio("conv_kernel_size"),
+        "subsampling_factor": _audio("subsampling_factor"),
+        "subsampling_conv_channels": _audio("subsampling_conv_channels"),
+        "num_mel_bins": _audio("num_mel_bins"),
+        "scale_input": _audio("scale_input"),
+        "batch_norm": _TRAINING,
+        "init_method_std": _INITIAL,
+        "convolution_init_std": _INITIAL,
     },
     HybridConfig: {
         "pattern": _text("layers_block_type"),
@@ -169,6 +199,7 @@ FATES: Mapping[type[Any], Mapping[str, Fate]] = {
 
 FAMILIES: Mapping[type[Any], str | None] = {
     RadioModuleConfig: None,
+    ParakeetModuleConfig: None,
     HybridConfig: None,
     GptConfig: "a dense decoder as its language model, which is a hybrid of Mamba-2 and attention",
     # Runs of these become folders of the model that they began from.
@@ -178,22 +209,25 @@ FAMILIES: Mapping[type[Any], str | None] = {
 """Architecture of a module -> what the class would need to have it; None for those that it has."""
 
 
-def require_carried(name: str, config: Any) -> None:
+def require_carried(name: str, config: Any, more: Collection[str] = ()) -> None:
     """Refuse a config with a value that transformers' class does not have.
 
     Args:
         name: Name of the part in messages, such as "vision".
         config: One of the configs of `FATES`.
+        more: Fields that this part carries, and others of its kind do not.
 
     Raises:
         ValueError: A field has such a value, or is in no table; the message names it.
     """
-    for fault in _faults(name, config):
+    for fault in _faults(name, config, more):
         raise ValueError(fault)
 
 
-def _faults(name: str, config: Any) -> Iterator[str]:
+def _faults(name: str, config: Any, more: Collection[str]) -> Iterator[str]:
     for field in fields(config):
+        if field.name in more:
+            continue
         value, fate = getattr(config, field.name), FATES[type(config)].get(field.name)
         match fate:
             case Fixed(supported, needs, flag) if value != supported:

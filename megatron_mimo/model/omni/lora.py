@@ -5,11 +5,14 @@ from collections.abc import Mapping
 from megatron_mimo.model.config import ModelConfig
 from megatron_mimo.model.hf.lora import hf_tables
 from megatron_mimo.model.omni.config import require_exportable, require_hybrid
-from megatron_mimo.model.omni.parts import cut, projector_table
+from megatron_mimo.model.omni.parts import audio_projector_table, cut, projector_table
 from megatron_mimo.modules.hf.adapter import HfLanguageAdapter
 from megatron_mimo.modules.hybrid.weights import name_table as language_table
 from megatron_mimo.modules.language.adapter import PART
 from megatron_mimo.modules.lora.config import Lora, layer_name
+from megatron_mimo.modules.parakeet.config import ParakeetModuleConfig
+from megatron_mimo.modules.parakeet.weights import name_table as audio_table
+from megatron_mimo.modules.radio.config import RadioModuleConfig
 from megatron_mimo.modules.radio.weights import MODULES, layer_scales, names_of
 from megatron_mimo.modules.radio.weights import name_table as vision_table
 from megatron_mimo.weights.folder import WeightFolder
@@ -18,6 +21,7 @@ from megatron_mimo.weights.table import Entry, Tables
 # Beginnings of names in files -> those of transformers' modules.
 _LANGUAGE = {"backbone.": "model."}
 _PROJECTOR = {"1.": "linear_1.", "3.": "linear_2."}
+_AUDIO_PROJECTOR = {"norm.": "layer_norm.", "linear1.": "linear_1.", "linear2.": "linear_2."}
 
 
 def peft_tables(architecture: ModelConfig, *, text_alone: bool) -> Mapping[str, Tables]:
@@ -46,13 +50,25 @@ def peft_tables(architecture: ModelConfig, *, text_alone: bool) -> Mapping[str, 
     }
     if text_alone:
         return found
-    (source,) = architecture.sources
-    vision = vision_table(architecture.part("vision"), MODULES)
-    projector = projector_table()
-    found[source] = {
-        "vision": [_renamed(entry, "vision_model.", {}) for entry in vision],
-        "projector": [_renamed(e, "multi_modal_projector.", _PROJECTOR) for e in projector],
-    }
+    for source, config in architecture.sources.items():
+        match config:
+            case RadioModuleConfig():
+                vision, projector = vision_table(config.vision, MODULES), projector_table()
+                found[source] = {
+                    "vision": [_renamed(entry, "vision_model.", {}) for entry in vision],
+                    "projector": [
+                        _renamed(entry, "multi_modal_projector.", _PROJECTOR) for entry in projector
+                    ],
+                }
+            case ParakeetModuleConfig():
+                audio = audio_table(config.audio)
+                projector = audio_projector_table(config.audio_projector)
+                found[source] = {
+                    "audio": [_renamed(entry, "audio_tower.", {}) for entry in audio],
+                    "audio_projector": [
+                        _renamed(entry, "embed_audio.", _AUDIO_PROJECTOR) for entry in projector
+                    ],
+                }
     return found
 
 

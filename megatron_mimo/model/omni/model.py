@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_mimo.model.omni.config import OmniConfig, read_omni
-from megatron_mimo.model.omni.parts import cut
+from megatron_mimo.model.omni.parts import ALL, cut
 from megatron_mimo.modules.adapter import ModuleConfig
 from megatron_mimo.modules.language.merge import merge_rows, row_positions
 from megatron_mimo.modules.radio import RadioEncoder
@@ -198,10 +198,11 @@ def load_pretrained(
     from megatron_mimo.model.omni.weights import describe_carried, load_omni
 
     source = WeightFolder(folder)
-    config = read_omni(source)
+    # The model of this class takes images alone.
+    config = read_omni(source, ALL)
     stored = cut(source).language.dtype("backbone.embeddings.weight")
     encoder, language = _build(config, dtype or stored)
-    carried = load_omni(source, encoder=encoder, language=language)
+    carried = load_omni(source, encoder=encoder, language=language, without=ALL)
     if carried:
         logger.info("%s: %s", source.path, describe_carried(carried))
     model = OmniModel(
@@ -222,6 +223,7 @@ class _Encoder:
     architecture: RadioModuleConfig
     vision: nn.Module
     projector: nn.Module
+    video: None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,27 +1,41 @@
-"""The parts of a folder: those of each module, and those that are not trained."""
+"""The parts of a folder: those of each module, and those that belong to none."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
+from megatron_mimo.model.config import ModelConfig
+from megatron_mimo.modules.projector.config import ProjectorConfig
 from megatron_mimo.modules.radio.weights import MODULES, PUBLISHED
 from megatron_mimo.weights.folder import WeightFolder
 from megatron_mimo.weights.table import Entry
 
 VISION, PROJECTOR, LANGUAGE = "vision_model.", "mlp1.", "language_model."
-VIDEO_EMBEDDER = "vision_model.radio_model.model.patch_generator.video_embedder.weight"
+AUDIO, AUDIO_PROJECTOR = "sound_encoder.encoder.", "sound_projection."
+VIDEO = "vision_model.radio_model.model.patch_generator.video_embedder."
+# As the modules of transformers' `RadioModel` are called.
+_VIDEO_MODULE = "vision_model.embeddings.video_patch_projection."
 NORM = "vision_final_layernorm"
 """The norm after the vision encoder, which is not one of its own weights in transformers."""
-# Weights of parts that are not trained here, by the start of their names.
-_CARRIED: Mapping[str, tuple[str, ...]] = {
+type Optional = Literal["audio", "video"]
+"""A part that a folder may have and a run may leave out."""
+# Starts of the names of its weights.
+_OPTIONAL: Mapping[Optional, tuple[str, ...]] = {
     "audio": ("sound_encoder.", "sound_projection."),
-    "video": (VIDEO_EMBEDDER, "vision_model.embeddings.video_patch_projection."),
+    "video": (VIDEO, _VIDEO_MODULE),
 }
+ALL = frozenset(_OPTIONAL)
+"""All optional parts."""
+# Mel filters and a window, which transformers does not read either: its processor has its own.
+_UNUSED = f"{AUDIO}feature_extractor."
 # Names of fields before transformers 5; either is read.
 _OLDER = {
     "image_token_id": "img_context_token_id",
+    "video_token_id": "video_context_token_id",
+    "audio_token_id": "sound_context_token_id",
     "text_config": "llm_config",
+    "audio_config": "sound_config",
     "vision_hidden_size": "vit_hidden_size",
 }
 
@@ -35,19 +49,36 @@ class OmniParts:
         projector: Folder of the projector, as if it were stored alone; its config is that of the
             whole model.
         language: Folder of NemotronH, as if it were stored alone.
-        carried: Part that is not trained -> names of its tensors in the folder; parts that the
-            folder does not have are left out.
+        audio: Folder of Parakeet, as if it were stored alone.
+        audio_projector: Folder of its projector, as if it were stored alone.
+        video: Folder of the embedding of videos, as if it were stored alone.
+        optional: Part that not every folder has -> names of its tensors in the folder; parts that
+            this folder does not have are left out.
+        unused: Names of tensors of no part.
     """
 
     vision: WeightFolder
     projector: WeightFolder
     language: WeightFolder
-    carried: Mapping[str, tuple[str, ...]]
+    audio: WeightFolder
+    audio_projector: WeightFolder
+    video: WeightFolder
+    optional: Mapping[Optional, tuple[str, ...]]
+    unused: tuple[str, ...]
 
-    @property
-    def carried_names(self) -> tuple[str, ...]:
-        """All tensors that are not trained."""
-        return tuple(chain.from_iterable(self.carried.values()))
+    def carried(self, model: ModelConfig) -> Mapping[str, tuple[str, ...]]:
+        """Part that a model leaves out -> names of its tensors in the folder."""
+        held = parts_of(model)
+        return {part: names for part, names in self.optional.items() if part not in held}
+
+    def carried_names(self, model: ModelConfig) -> tuple[str, ...]:
+        """All tensors that belong to no part of a model."""
+        return (*chain.from_iterable(self.carried(model).values()), *self.unused)
+
+
+def parts_of(model: ModelConfig) -> frozenset[Optional]:
+    """Those of the optional parts that a model has."""
+    return frozenset(part for part in _OPTIONAL if part in model.parts)
 
 
 def cut(folder: WeightFolder) -> OmniParts:
@@ -56,9 +87,12 @@ def cut(folder: WeightFolder) -> OmniParts:
     Raises:
         ValueError: A section of config.json is missing.
     """
-    found = {part: tuple(_starting(folder, starts)) for part, starts in _CARRIED.items()}
-    carried = {part: names for part, names in found.items() if names}
-    without = tuple(chain.from_iterable(found.values()))
+    found = {
+        part: tuple(name for name in _starting(folder, starts) if not name.startswith(_UNUSED))
+        for part, starts in _OPTIONAL.items()
+    }
+    video = _VIDEO_MODULE if f"{_VIDEO_MODULE}weight" in folder.names else VIDEO
+    audio = field(folder.config, "audio_config") or {}
     # Vision weights say what kind they are where the section does not.
     vision = {"model_type": "radio"} | _section(folder, "vision_config")
     language = _section(folder, "text_config")
@@ -73,11 +107,17 @@ def cut(folder: WeightFolder) -> OmniParts:
         language = language | {"num_nextn_predict_layers": 0}
     return OmniParts(
         vision=folder.part(
-            VISION, section="vision_config", config=vision, without=without, beside=beside
+            VISION, section="vision_config", config=vision, without=found["video"], beside=beside
         ),
         projector=folder.part(PROJECTOR, section="projector", config=folder.config),
         language=folder.part(LANGUAGE, section="text_config", config=language),
-        carried=carried,
+        audio=folder.part(
+            AUDIO, section="audio_config", config=audio, without=_starting(folder, (_UNUSED,))
+        ),
+        audio_projector=folder.part(AUDIO_PROJECTOR, section="audio_config", config=audio),
+        video=folder.part(video, section="vision_config", config=vision),
+        optional={part: names for part, names in found.items() if names},
+        unused=tuple(_starting(folder, (_UNUSED,))),
     )
 
 
@@ -118,9 +158,23 @@ def described_by(
 
 
 def projector_table() -> tuple[Entry, ...]:
-    """Every weight of a projector, with its names here and in the folder."""
+    """Every weight of the vision projector, with its names here and in the folder."""
     names = {"norm": "0", "mlp.linear_fc1": "1", "mlp.linear_fc2": "3"}
     return tuple(Entry(f"{ours}.weight", (f"{theirs}.weight",)) for ours, theirs in names.items())
+
+
+def audio_projector_table(config: ProjectorConfig) -> tuple[Entry, ...]:
+    """Every weight of the audio projector, with its names here and in the folder."""
+    entries = [Entry("norm.weight", ("norm.weight",))]
+    for ours, theirs in (("mlp.linear_fc1", "linear1"), ("mlp.linear_fc2", "linear2")):
+        for kind in ("weight", "bias") if config.bias else ("weight",):
+            entries.append(Entry(f"{ours}.{kind}", (f"{theirs}.{kind}",)))
+    return tuple(entries)
+
+
+def video_table() -> tuple[Entry, ...]:
+    """The weight of the embedding of videos, with its name here and in the folder."""
+    return (Entry("projection.weight", ("weight",)),)
 
 
 def _section(folder: WeightFolder, name: str) -> dict[str, Any]:

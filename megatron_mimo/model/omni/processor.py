@@ -8,8 +8,9 @@ from typing import Any
 from megatron_mimo.settings.ranges import MOST_POSITIONS
 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
-_VIDEO_FILE = "video_preprocessor_config.json"
-_IMAGES, _VIDEOS, _SOUNDS = "image_processor", "video_processor", "feature_extractor"
+VIDEO_FILE = "video_preprocessor_config.json"
+IMAGES, VIDEOS, SOUNDS = "image_processor", "video_processor", "feature_extractor"
+"""Sections of processor_config.json."""
 _CLASS = "NemotronH_Omni_Reasoning_V3"
 MERGE = 0.5
 """Side of a grid of rows, as a fraction of that of patches."""
@@ -29,8 +30,8 @@ def read_processing(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: A file is not JSON.
     """
-    for name, section in ((PROCESSOR, _IMAGES), (PREPROCESSOR, None)):
-        found = _read(folder / name)
+    for name, section in ((PROCESSOR, IMAGES), (PREPROCESSOR, None)):
+        found = read_json(folder / name)
         held: dict[str, Any] | None = found if section is None else found.get(section)
         if held:
             return held
@@ -101,31 +102,31 @@ def write_processor(
         "downsample_ratio": MERGE,
         "video_target_num_patches": min(_VIDEO_PATCHES, max_patches or _VIDEO_PATCHES),
     }
-    found, before = _read(folder / PROCESSOR), read_processing(folder)
+    found, before = read_json(folder / PROCESSOR), read_processing(folder)
     merged = {name: value for name, value in before.items() if name not in _OLDER} | images
     whole = {
         "processor_class": f"{_CLASS}Processor",
         "video_temporal_patch_dim": frames,
-        _VIDEOS: videos,
-        _SOUNDS: _sounds(folder),
+        VIDEOS: videos,
+        SOUNDS: _sounds(folder),
         **found,
-        _IMAGES: merged,
+        IMAGES: merged,
     }
-    older = _read(folder / PREPROCESSOR)
-    if (folder / _VIDEO_FILE).exists() and _VIDEOS not in found:
-        del whole[_VIDEOS]
-    if "feature_extractor_type" in older and _SOUNDS not in found:
-        del whole[_SOUNDS]
-    _write(folder / PROCESSOR, whole)
+    older = read_json(folder / PREPROCESSOR)
+    if (folder / VIDEO_FILE).exists() and VIDEOS not in found:
+        del whole[VIDEOS]
+    if "feature_extractor_type" in older and SOUNDS not in found:
+        del whole[SOUNDS]
+    write_json(folder / PROCESSOR, whole)
     if older:
         # So that the two do not differ.
         kept = {name: value for name, value in older.items() if name not in _OLDER}
-        _write(folder / PREPROCESSOR, kept | images)
+        write_json(folder / PREPROCESSOR, kept | images)
 
 
 def _sounds(folder: Path) -> dict[str, Any]:
     """What transformers has for recordings, with as many mel bins as the folder's audio takes."""
-    audio = _read(folder / "config.json").get("audio_config") or {}
+    audio = read_json(folder / "config.json").get("audio_config") or {}
     bins = {"feature_size": audio["num_mel_bins"]} if "num_mel_bins" in audio else {}
     return {"feature_extractor_type": "ParakeetFeatureExtractor", **bins}
 
@@ -139,7 +140,12 @@ def _context(patches: int) -> int:
     return -(-patches // _patches(5)) + 4
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Contents of a JSON file of a folder; empty where there is none.
+
+    Raises:
+        ValueError: The file is not JSON.
+    """
     if not path.exists():
         return {}
     try:
@@ -149,5 +155,6 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file of a folder."""
     path.write_text(json.dumps(content, indent=2) + "\n")

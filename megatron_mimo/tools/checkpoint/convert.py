@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_mimo.checkpoint.whole import WholeModule
-    from megatron_mimo.model.omni import OmniModel
+    from megatron_mimo.model.omni.whole import WholeOmni
 
 _CONFIG = "config.json"
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
@@ -181,9 +181,9 @@ def to_checkpoint(source: Path, root: Path) -> str:
     Raises:
         ValueError: `source` is damaged, or holds an architecture that is not supported.
     """
-    from megatron_mimo.model.omni import load_pretrained
+    from megatron_mimo.model.omni.whole import WholeOmni
 
-    model = load_pretrained(source, device="cpu")
+    model = WholeOmni(source)
     import torch
 
     from megatron_mimo.checkpoint import folder as folders
@@ -199,7 +199,7 @@ def to_checkpoint(source: Path, root: Path) -> str:
         "iteration": 0,
         "consumed_train_samples": 0,
         "opt_param_scheduler": {"num_steps": 0},
-        "grids": {name: asdict(ModuleGridSpec(name=name)) for name in ("encoder", "llm")},
+        "grids": {name: asdict(ModuleGridSpec(name=name)) for name in model.config.model.modules},
     }
     staged = folders.staging_folder(root, 0, "convert")
     staged.mkdir(parents=True)
@@ -241,9 +241,9 @@ def to_folder(checkpoint: Path, source: Path, target: Path) -> str:
             f"{checkpoint} holds no {_EMBEDDING}: expected a checkpoint of `megatron-mimo train` "
             f"with vision encoder, projector and language model"
         )
-    from megatron_mimo.model.omni import load_pretrained
+    from megatron_mimo.model.omni.whole import WholeOmni
 
-    model = load_pretrained(source, stored[_EMBEDDING].dtype, device="cpu")
+    model = WholeOmni(source, stored[_EMBEDDING].dtype)
     from megatron_mimo.checkpoint.sharded_files import read
     from megatron_mimo.checkpoint.tensors import reads
     from megatron_mimo.runtime.solo import solo_world
@@ -257,22 +257,21 @@ def to_folder(checkpoint: Path, source: Path, target: Path) -> str:
             source,
         )
         read(wanted, metadata)
-    model.save_pretrained(target)
+    model.save(target)
     return f"the weights of {checkpoint}"
 
 
-def _whole(model: "OmniModel") -> "WholeModule":
+def _whole(model: "WholeOmni") -> "WholeModule":
     """A whole model, by the names of its modules' parts in training."""
     from torch import nn
 
     from megatron_mimo.checkpoint.whole import SoloGroups, WholeModule
     from megatron_mimo.runtime.solo import solo_groups
 
-    parts = {"vision": model.vision.vit, "projector": model.projector, "model": model.language}
     prefixes: dict[str, str] = {}
     for of_module in model.config.model.prefixes().values():
         prefixes |= of_module
-    return WholeModule(nn.ModuleDict(parts), SoloGroups(solo_groups()), prefixes)
+    return WholeModule(nn.ModuleDict(model.parts), SoloGroups(solo_groups()), prefixes)
 
 
 type _Described = Mapping[str, "tuple[tuple[int, ...], torch.dtype]"]

@@ -170,23 +170,33 @@ def omni_config(run: "Run") -> "OmniConfig":
     Raises:
         ValueError: The class does not have them; the message names the field.
     """
+    from megatron_mimo.media.audio.input import AudioInput
     from megatron_mimo.media.images import ImageInput
+    from megatron_mimo.media.video.input import VideoInput
     from megatron_mimo.model.omni.config import OmniConfig, require_exportable
     from megatron_mimo.model.omni.fields import require_carried
 
     resolved, folder = run.resolved, run.resolved.folder
     require_exportable(resolved.architecture)
-    ((module, kind),) = run.data.inputs.items()
+    kinds = {type(kind): (name, kind) for name, kind in run.data.inputs.items()}
+    module, kind = kinds[ImageInput]
     assert isinstance(kind, ImageInput)
     require_carried("items", kind)
     require_carried("images", kind.config)
+    _, videos = kinds.get(VideoInput, ("", None))
+    audio, clips = kinds.get(AudioInput, ("", None))
+    assert videos is None or isinstance(videos, VideoInput)
+    assert clips is None or isinstance(clips, AudioInput)
     return OmniConfig(
         model=resolved.architecture,
         vocab_size=run.vocab_size,
         seq_length=resolved.model.seq_length if folder is None else folder.seq_length,
         image_token_id=run.tokenizer.placeholder_ids[module],
+        audio_token_id=None if clips is None else run.tokenizer.placeholder_ids[audio],
         min_patches=kind.config.min_patches,
         max_patches=kind.config.max_patches,
+        videos=None if videos is None else videos.config,
+        audio=None if clips is None else clips.config,
     )
 
 
@@ -207,11 +217,15 @@ def _write_omni(
     from megatron_mimo.model.omni.config import save_processor
     from megatron_mimo.model.omni.weights import save_omni
     from megatron_mimo.modules.language.module import LanguageModule
+    from megatron_mimo.modules.parakeet.module import ParakeetModule
     from megatron_mimo.modules.radio.module import RadioModule
     from megatron_mimo.weights.folder import WeightFolder
 
-    encoder, language = modules.values()
+    held = {type(module): module for module in modules.values()}
+    encoder, audio = held[RadioModule], held.get(ParakeetModule)
+    language = held[LanguageModule]
     assert isinstance(encoder, RadioModule) and isinstance(language, LanguageModule)
+    assert audio is None or isinstance(audio, ParakeetModule)
     assert encoder.projector is not None
     source = run.resolved.config.checkpoints.first_weights.load_hf
     save_omni(
@@ -220,6 +234,9 @@ def _write_omni(
         vision=encoder.vision,
         projector=encoder.projector,
         language=language.model,
+        video=encoder.video,
+        audio=None if audio is None else audio.audio,
+        audio_projector=None if audio is None else audio.audio_projector,
         source=None if source is None else WeightFolder(source),
         tokens=_token_ids(run),
     )

@@ -23,7 +23,8 @@ from tests.unit_tests.config.test_flags import FLAGS
 SMALL_HYBRID = Path(__file__).parents[3] / "examples/mimo/models/small-hybrid.yaml"
 HYBRID = "--model-provider nemotron-moe-vlm-tiny"
 ENERGON = "--dataset-provider energon --data-path d"
-IMAGE = "data.inputs.encoder.config"
+IMAGE, VIDEO = "data.inputs.encoder.config", "data.inputs.video.config"
+OMNI = "--model-provider omni-tiny --seq-length 1024"
 DRAWN = "--init topology-invariant"
 FIXED = "--no-dynamic-resolution --img-h 16 --img-w 16"
 TRACE = "--timeline-profile --timeline-dir d"
@@ -85,8 +86,11 @@ ROWS = (
     Row("--model-provider nemotron-moe-vlm-20l", "architecture.parts.language"),
     Row(f"--model-config {SMALL_HYBRID}", "architecture.parts.language.pattern", HYBRID),
     Row("--override vision.num_layers=1", "architecture.parts.vision.num_layers"),
+    Row("--separate-video", "architecture.modules.encoder.video", OMNI),
     Row("--training-stage stage2", "freeze"),
     Row("--freeze-vit", "freeze"),
+    Row("--freeze-video", "freeze", OMNI),
+    Row("--freeze-audio", "freeze", OMNI),
     Row("--freeze-lm", "freeze"),
     Row("--freeze-projection", "freeze"),
     Row("--freeze projector", "freeze"),
@@ -104,6 +108,10 @@ ROWS = (
     Row("--use-tiling", f"{IMAGE}.use_tiling", FIXED),
     Row("--max-num-tiles 4", f"{IMAGE}.max_num_tiles", f"{FIXED} --use-tiling"),
     Row("--use-thumbnail", f"{IMAGE}.use_thumbnail", f"{FIXED} --use-tiling --max-num-tiles 4"),
+    Row("--video-fps 2", f"{VIDEO}.fps", OMNI),
+    Row("--video-num-frames 4", f"{VIDEO}.num_frames", OMNI),
+    Row("--video-max-frames 8", f"{VIDEO}.max_frames", OMNI),
+    Row("--video-target-num-patches 16", f"{VIDEO}.target_patches", OMNI),
     Row("--patch-dim 4", "architecture.parts.vision.patch_dim"),
     Row("--class-token-len 4", "architecture.parts.vision.class_token_len"),
     Row("--no-pixel-shuffle", "architecture.parts.vision.pixel_shuffle"),
@@ -194,6 +202,7 @@ ROWS = (
         "schedule.wsd_decay_style",
         "--lr-decay-style WSD --lr-wsd-decay-iters 5",
     ),
+    Row("--sharding fsdp2", message="--sharding fsdp2: only language models that run"),
     Row("--overlap-grad-reduce", "reduce.overlap_grads"),
     Row("--overlap-param-gather", "reduce.overlap_params", "--overlap-grad-reduce"),
     Row("--ddp-num-buckets 2", "reduce.num_buckets", "--overlap-grad-reduce"),
@@ -214,6 +223,7 @@ ROWS = (
     Row("--no-load-scheduler", "load.without_scheduler", "--load d"),
     Row("--no-load-rng", "load.without_rng", "--load d"),
     Row("--load-hf absent", base="--model-provider hf", message="absent"),
+    Row("--load-hf-without audio", base="--load-hf absent --model-provider hf", message="absent"),
     Row("--load-nemotron-checkpoint d", "run.first_weights"),
     Row("--load-vision-from d", "run.first_weights"),
     Row("--load-base d", "run.first_weights", f"{DRAWN} --lora-rank 4"),

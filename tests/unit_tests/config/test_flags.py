@@ -17,12 +17,14 @@ FLAGS = """
     grid encoder-offset encoder-tp encoder-cp encoder-pp encoder-dp encoder-ep encoder-expt-tp
     llm-offset llm-tp llm-cp llm-pp llm-dp llm-ep llm-expt-tp llm-only sequence-parallel
     encoder-run-ahead check-bridge
-    custom-import model-provider model-config override training-stage freeze-vit freeze-lm
+    custom-import model-provider model-config override separate-video training-stage freeze-vit
+    freeze-video freeze-audio freeze-lm
     freeze-projection freeze tokenizer-model tokenizer-prompt-format image-token image-tag-type
     seq-length
     dynamic-resolution dynamic-resolution-min-patches
     dynamic-resolution-max-patches dynamic-resolution-rule
-    img-h img-w use-tiling max-num-tiles use-thumbnail patch-dim
+    img-h img-w use-tiling max-num-tiles use-thumbnail video-fps video-num-frames
+    video-max-frames video-target-num-patches patch-dim
     class-token-len pixel-shuffle moe-router-force-load-balancing moe-grouped-gemm
     recompute-granularity recompute-modules bf16 fp16 fp32 loss-scale
     initial-loss-scale min-loss-scale loss-scale-window hysteresis
@@ -37,11 +39,11 @@ FLAGS = """
     correct-encoder-grad-for-partial-participation
     lr-decay-style lr-warmup-iters lr-warmup-samples lr-decay-iters lr-decay-samples
     lr-wsd-decay-iters lr-wsd-decay-samples lr-wsd-decay-style
-    overlap-grad-reduce overlap-param-gather ddp-num-buckets ddp-bucket-size
+    sharding overlap-grad-reduce overlap-param-gather ddp-num-buckets ddp-bucket-size
     ddp-pad-buckets-for-high-nccl-busbw eval-interval eval-iters
     save save-interval no-save-optim no-save-rng async-save keep-last
     load finetune no-load-optim no-load-scheduler no-load-rng
-    load-hf load-nemotron-checkpoint load-vision-from load-base
+    load-hf load-hf-without load-nemotron-checkpoint load-vision-from load-base
     trust-checkpoint dist-ckpt-optim-fully-reshardable
     log-interval tensorboard-dir save-activations save-activations-step
     timeline-profile timeline-dir timeline-ranks profile profile-step-start profile-step-end

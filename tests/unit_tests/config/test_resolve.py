@@ -137,8 +137,24 @@ def test_any_part_is_frozen_by_name() -> None:
     }
     with pytest.raises(ValueError, match="--freeze projecter: unknown 'projecter'; did you mean"):
         run(1, "--freeze projecter")
+    with pytest.raises(ValueError, match="--freeze-audio: this model takes no audio; leave the"):
+        run(1, "--freeze-audio")
     with pytest.raises(ValueError, match="nothing is left to train with --freeze-lm, --freeze v"):
         run(1, "--freeze-lm --freeze vision --freeze projector")
+
+
+def test_only_mock_items_have_to_fit() -> None:
+    short = "--model-provider omni-tiny --seq-length 64"
+    with pytest.raises(ValueError, match="a mock clip .* --seq-length leaves 32: raise it"):
+        run(1, short)
+    assert run(1, f"{short} --dataset-provider energon --data-path d").data.seq_length == 64
+
+
+def test_videos_are_taken_apart_once() -> None:
+    omni = "--model-provider omni-tiny --seq-length 1024 --separate-video"
+    assert list(run(4, omni).layout.modules) == ["encoder", "video", "audio", "llm"]
+    with pytest.raises(ValueError, match="encoder, llm 0 take both images and videos: .* leave --"):
+        run(2, "--separate-video")
 
 
 def test_schedule_counts_samples() -> None:

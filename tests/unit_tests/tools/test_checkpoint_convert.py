@@ -12,16 +12,26 @@ from typing import Any
 import pytest
 
 from megatron_mimo.cli import main
-from megatron_mimo.topology import Layout
+from megatron_mimo.topology import Layout, ModuleGridSpec
 from tests.integration.engines import beside, layout
 from tests.unit_tests.model.omni.peer import write_omni
 from tests.unit_tests.model.omni.test_omni_weights import changed, edit_weights
 
 PATTERN = "ME*-"
+
+
+def with_audio(chosen: Layout, audio: dict[str, int]) -> Layout:
+    """A layout with an audio encoder on its first ranks."""
+    encoder, llm = chosen.modules.values()
+    return Layout.of(
+        encoder, ModuleGridSpec(name="audio", **audio), llm, world_size=chosen.world_size
+    )
+
+
 LAYOUTS = {
-    "llm ep 2": beside({"dp": 2}, {"dp": 2, "ep": 2}),
-    "tp 2 each": layout({"tp": 2}, {"tp": 2, "ep": 2}),
-    "pp 2 each": beside({"pp": 2}, {"pp": 2}),
+    "llm ep 2": with_audio(beside({"dp": 2}, {"dp": 2, "ep": 2}), {"dp": 2}),
+    "tp 2 each": with_audio(layout({"tp": 2}, {"tp": 2, "ep": 2}), {"tp": 2}),
+    "pp 2 each": with_audio(beside({"pp": 2}, {"pp": 2}), {}),
 }
 
 
@@ -137,7 +147,9 @@ def trained(chosen: Layout, source: Path, root: Path, later: Path) -> None:
             lr=1e-3, min_lr=0.0, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_grad=1.0
         ),
         ScheduleConfig(style="constant", warmup_samples=0, decay_samples=8),
-        StepConfig(placeholder_ids={"encoder": config.image_token_id}, validate_data=False),
+        StepConfig(
+            placeholder_ids={"encoder": config.image_token_id, "audio": 9}, validate_data=False
+        ),
         device=Device("cpu"),
     )
     parts = built
@@ -154,13 +166,14 @@ def expected(source: Path, folder: Path) -> None:
     """The same change in one process."""
     import torch
 
-    import megatron_mimo
+    from megatron_mimo.model.omni.whole import WholeOmni
 
-    model = megatron_mimo.load_pretrained(source, device="cpu")
+    model = WholeOmni(source)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.25)
-    model.save_pretrained(folder)
+        for part in model.parts.values():
+            for parameter in part.parameters():
+                parameter.mul_(1.25)
+    model.save(folder)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -33,6 +33,7 @@ def write_omni(
     audio: bool = True,
     vision: dict[str, Any] | None = None,
     text: dict[str, Any] | None = None,
+    frames: int = 2,
 ) -> Any:
     """A random `NemotronH_Omni_Reasoning_V3` in evaluation mode, saved in a folder."""
     import torch
@@ -44,13 +45,14 @@ def write_omni(
     torch.manual_seed(1)
     kinds = [KINDS[letter] for letter in pattern]
     language = LANGUAGE | {"model_type": "nemotron_h", "layers_block_type": kinds} | (text or {})
-    radio = VISION | {"model_type": "radio", "video_temporal_patch_size": 2} | (vision or {})
+    radio = VISION | {"model_type": "radio", "video_temporal_patch_size": frames} | (vision or {})
     model = NemotronH_Omni_Reasoning_V3(
         NemotronH_Omni_Reasoning_V3_Config(
             vision_config=radio,
             text_config=language,
             audio_config=AUDIO | {"model_type": "parakeet_encoder"} if audio else None,
             projector_hidden_size=40,
+            video_temporal_patch_size=frames,
             vision_hidden_size=radio["hidden_size"],
             image_token_id=IMAGE_TOKEN,
             video_token_id=8,

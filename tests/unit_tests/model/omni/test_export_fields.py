@@ -7,7 +7,7 @@ import pytest
 
 from megatron_mimo.config.presets import PROVIDERS, model_config
 from megatron_mimo.media.images import ImageConfig
-from megatron_mimo.model.config import ModelConfig
+from megatron_mimo.model.config import ModelConfig, vision_language
 from megatron_mimo.model.omni.config import (
     OmniConfig,
     require_exportable,
@@ -17,8 +17,13 @@ from megatron_mimo.model.omni.fields import FAMILIES, FATES, Carried, Fixed, req
 from megatron_mimo.modules.families import _FAMILIES
 from megatron_mimo.modules.gpt.config import GptConfig
 from megatron_mimo.modules.hybrid.config import HybridConfig
+from megatron_mimo.modules.parakeet.config import ParakeetConfig, ParakeetModuleConfig
 from megatron_mimo.modules.projector.config import ProjectorConfig
-from megatron_mimo.modules.radio.config import RadioConfig, RadioModuleConfig
+from megatron_mimo.modules.radio.config import (
+    RadioConfig,
+    RadioModuleConfig,
+    VideoEmbeddingConfig,
+)
 
 TINY = "nemotron-moe-vlm-tiny"
 # Another value of each field that is fixed.
@@ -54,6 +59,12 @@ CHANGED: dict[str, Any] = {
     "language.moe_shared_expert_intermediate_size": 64,
     "language.moe_router_topk_scaling_factor": 1.5, "language.layernorm_epsilon": 1e-3,
     "language.share_embeddings_and_output_weights": True,
+    "video.frames": 3,
+    "audio.num_layers": 3, "audio.hidden_size": 32, "audio.num_attention_heads": 2,
+    "audio.ffn_hidden_size": 100, "audio.activation": "gelu", "audio.attention_bias": True,
+    "audio.convolution_bias": False, "audio.conv_kernel_size": 5, "audio.subsampling_factor": 4,
+    "audio.subsampling_conv_channels": 4, "audio.num_mel_bins": 32, "audio.scale_input": True,
+    "audio_projector.ffn_hidden_size": 100, "audio_projector.bias": True,
 }  # fmt: skip
 # Not in config.json: in the processor's file, or in the weights.
 ELSEWHERE = {"vision.pixel_mean", "vision.pixel_std", "vision.layer_scale"}
@@ -70,7 +81,8 @@ def test_every_family_has_a_fate() -> None:
     assert FAMILIES.keys() == ours
     parts = {type(part) for build in PROVIDERS.values() for part in build().parts.values()}
     assert parts - {GptConfig} <= FATES.keys()
-    assert {field.name for field in fields(RadioModuleConfig)} == {"vision", "projector"}
+    names = {field.name for field in fields(RadioModuleConfig)}
+    assert names == {"vision", "projector", "video", "images"}
 
 
 def test_every_fixed_field_is_tried() -> None:
@@ -110,13 +122,21 @@ def described(model: ModelConfig) -> dict[str, Any]:
 
 
 def test_every_carried_field_changes_what_is_written() -> None:
-    base = model_config(TINY)
+    tiny = model_config(TINY)
+    base = vision_language(
+        vision=tiny.part("vision"),
+        projector=tiny.part("projector"),
+        language=tiny.part("language"),
+        video=VideoEmbeddingConfig(),
+        audio=ParakeetModuleConfig(audio=ParakeetConfig(num_layers=2, hidden_size=64)),
+    )
     carried = {
         f"{part}.{name}"
-        for part in ("vision", "projector", "language")
+        for part in ("vision", "projector", "language", "video", "audio", "audio_projector")
         for name, fate in FATES[type(base.part(part))].items()
         if isinstance(fate, Carried)
     }
+    carried.add("audio_projector.bias")
     assert carried == CHANGED.keys() | ELSEWHERE
     for name, value in CHANGED.items():
         part, _, field = name.partition(".")
@@ -126,7 +146,7 @@ def test_every_carried_field_changes_what_is_written() -> None:
 
 def test_presets() -> None:
     for name in PROVIDERS:
-        if name == "mock":
+        if name in ("mock", "omni-tiny"):
             with pytest.raises(ValueError, match="llm of the model is a GptConfig: .* would need"):
                 require_exportable(model_config(name))
         else:

@@ -139,6 +139,7 @@ def without_source(folder: Path) -> tuple[float, set[str], set[str]]:
 
     import megatron_mimo
     from megatron_mimo.model.omni import read_omni
+    from megatron_mimo.model.omni.parts import ALL
     from megatron_mimo.model.omni.weights import save_omni
     from megatron_mimo.weights.folder import WeightFolder
 
@@ -155,7 +156,7 @@ def without_source(folder: Path) -> tuple[float, set[str], set[str]]:
     theirs, info = NemotronH_Omni_Reasoning_V3.from_pretrained(
         folder / "out", output_loading_info=True
     )
-    again = read_omni(WeightFolder(folder / "out"))
+    again = read_omni(WeightFolder(folder / "out"), ALL)
     assert again == model.config
     ids, labels, images = random_samples()
     with torch.no_grad():
@@ -364,7 +365,7 @@ def shards(folder: Path, encoder: dict[str, int], llm: dict[str, int]) -> dict[s
     import torch
 
     from megatron_mimo.model.omni import read_omni
-    from megatron_mimo.model.omni.parts import projector_table
+    from megatron_mimo.model.omni.parts import ALL, projector_table
     from megatron_mimo.model.omni.weights import Places, describe_carried, load_omni
     from megatron_mimo.modules.adapter import BuildContext
     from megatron_mimo.modules.families import adapter_of
@@ -396,7 +397,7 @@ def shards(folder: Path, encoder: dict[str, int], llm: dict[str, int]) -> dict[s
     seed_everything(1, tp_rank=0, pp_rank=0, dp_rank=0)
     wrong, owned = [], 0
     with Counting(folder) as weights:
-        config = read_omni(weights)
+        config = read_omni(weights, ALL)
         read.clear()
         held_encoder, held_language, places = None, None, Places()
         modules: list[Any] = []
@@ -454,6 +455,7 @@ def shards(folder: Path, encoder: dict[str, int], llm: dict[str, int]) -> dict[s
             weights,
             encoder=held_encoder,
             language=held_language,
+            without=ALL,
             encoder_place=places,
             language_place=places,
         )
