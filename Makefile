@@ -5,6 +5,7 @@
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 UV ?= $(shell command -v uv)
 DEMO_FLAGS ?=
+DEMO_OMNI_FLAGS ?=
 PYTEST_FLAGS ?=
 FAULTS ?=
 # Number of a slice of the slow tests, 0 to 10: another one with each commit.
@@ -55,7 +56,7 @@ TEST_BUDGET_S := 1500
 TEST_CI_BUDGET_S := 2000
 
 .PHONY: install transformer-engine triton-kernels lmms-eval web-packages service-packages demo \
-  demo-short test test-ci test-all test-faults lint docs bench bench-results clean help
+  demo-short demo-omni demo-omni-short test test-ci test-all test-faults lint docs bench bench-results clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -109,6 +110,13 @@ $(SERVICES): constraints-services.txt | $(INSTALLED)
 
 demo: $(INSTALLED)  ## Train a small vision-language model on two grids, 4 ranks (about 5 minutes)
 	@$(BIN)/megatron-mimo demo $(DEMO_FLAGS)
+
+demo-omni: $(INSTALLED)  ## Train a small model on pictures, calls and videos, three grids, 4 ranks (about 6 minutes)
+	@$(BIN)/megatron-mimo demo-omni $(DEMO_OMNI_FLAGS)
+
+demo-omni-short: $(INSTALLED)  ## That demo for a few iterations: that it runs, not what it learns
+	@$(BIN)/megatron-mimo demo-omni --train-iters 10 --num-train 500 --num-questions 28 \
+	  --out runs/demo-omni-short $(DEMO_OMNI_FLAGS)
 
 demo-short: $(INSTALLED)  ## The demo for a few iterations: that it runs, not what it learns
 	@$(BIN)/megatron-mimo demo --train-iters 20 --out runs/demo-short $(DEMO_FLAGS)

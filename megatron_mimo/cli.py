@@ -130,6 +130,12 @@ def _demo(argv: Sequence[str]) -> int:
     return run_demo(parse_arguments(argv, DemoConfig, prog="megatron-mimo demo"))
 
 
+def _demo_omni(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.demo.omni import OmniDemoConfig, run_omni_demo
+
+    return run_omni_demo(parse_arguments(argv, OmniDemoConfig, prog="megatron-mimo demo-omni"))
+
+
 def _data(argv: Sequence[str]) -> int:
     return _dispatch("megatron-mimo data", _DATA_COMMANDS, argv)
 
@@ -138,6 +144,13 @@ def _digits(argv: Sequence[str]) -> int:
     from megatron_mimo.tools.data.digits import DigitsCommandLine, run_digits
 
     return run_digits(parse_arguments(argv, DigitsCommandLine, prog="megatron-mimo data digits"))
+
+
+def _omni_digits(argv: Sequence[str]) -> int:
+    from megatron_mimo.tools.data.omni_digits import OmniDigitsCommandLine, run_omni_digits
+
+    prog = "megatron-mimo data omni-digits"
+    return run_omni_digits(parse_arguments(argv, OmniDigitsCommandLine, prog=prog))
 
 
 def _prepare(argv: Sequence[str]) -> int:
@@ -322,6 +335,7 @@ _DATA_COMMANDS: dict[str, tuple[str, Command]] = {
     "inspect": ("show a dataset as the model will see it", _inspect_data),
     "bench": ("measure how fast a dataset can be read here, and what limits it", _bench_data),
     "digits": ("write a dataset of handwritten digits to try things on", _digits),
+    "omni-digits": ("write one of pictures, calls and videos of digits", _omni_digits),
 }
 _CHECKPOINT_COMMANDS: dict[str, tuple[str, Command]] = {
     "inspect": ("show what a checkpoint holds", _inspect),
@@ -330,6 +344,7 @@ _CHECKPOINT_COMMANDS: dict[str, tuple[str, Command]] = {
 _COMMANDS: dict[str, tuple[str, Command]] = {
     "train": ("train a model", _train),
     "demo": ("train a small model on digits, on two grids, and report", _demo),
+    "demo-omni": ("the same with pictures, calls and videos, on three grids", _demo_omni),
     "generate": ("let a trained model answer a question", _generate),
     "chat": ("talk with a trained model on a terminal or in a browser", _chat),
     "evaluate": ("score a trained model on a dataset", _evaluate),

@@ -13,6 +13,7 @@ STYLE = """
                  border-radius: .3rem; background: #fff; overflow-wrap: anywhere; }
   .grid figure.wrong { border-left-color: #c0392b; }
   .grid img { height: 3.5rem; max-width: 100%; object-fit: contain; image-rendering: pixelated; }
+  .grid audio { display: block; width: 100%; height: 2rem; margin: .3rem 0; }
 """
 
 
@@ -30,15 +31,29 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sound:
+    """An audio file of a kind that browsers play.
+
+    Attributes:
+        content: Contents of the file.
+        media_type: Its media type, such as "audio/wav".
+    """
+
+    content: bytes
+    media_type: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
     """A question with the answer of the model.
 
     Attributes:
-        pictures: Images that it is about.
+        pictures: Images that it is about; those that move are videos.
         question: Text of the question.
         expected: The right answer.
         answer: Answer of the model.
         is_right: Whether the answer counts as right.
+        sounds: Audio files that it is about.
         remark: Line in small print below it, such as the task; empty for none.
     """
 
@@ -47,6 +62,7 @@ class Card:
     expected: str
     answer: str
     is_right: bool
+    sounds: tuple[Sound, ...] = ()
     remark: str = ""
 
 
@@ -65,11 +81,19 @@ def _figure(card: Card) -> str:
     remark = page.note(card.remark) if card.remark else ""
     return (
         f'<figure class="{"right" if card.is_right else "wrong"}">'
-        f"{''.join(map(_image, card.pictures))}"
+        f"{''.join(map(_image, card.pictures))}{''.join(map(_player, card.sounds))}"
         f"<figcaption>{page.escape(card.question)}<br>{verdict}{remark}</figcaption></figure>"
     )
 
 
 def _image(picture: Picture) -> str:
-    data = base64.b64encode(picture.content).decode("ascii")
-    return f'<img src="data:{picture.media_type};base64,{data}" alt="image of the question">'
+    data = _data(picture.content, picture.media_type)
+    return f'<img src="{data}" alt="image of the question">'
+
+
+def _player(sound: Sound) -> str:
+    return f'<audio controls src="{_data(sound.content, sound.media_type)}"></audio>'
+
+
+def _data(content: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"

@@ -20,6 +20,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in bare.splitlines() if line.startswith("  ")] == [
         "train",
         "demo",
+        "demo-omni",
         "generate",
         "chat",
         "evaluate",

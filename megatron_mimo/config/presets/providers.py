@@ -12,6 +12,7 @@ from megatron_mimo.config.presets.nemotron import (
     nemotron_moe_vlm_54l,
     nemotron_moe_vlm_tiny,
 )
+from megatron_mimo.config.presets.omni import omni_tiny
 from megatron_mimo.model.config import ModelConfig, unknown
 from megatron_mimo.settings import Declared, declared, unmet
 
@@ -20,6 +21,7 @@ PROVIDERS: dict[str, Callable[[], ModelConfig]] = {
     "nemotron-moe-vlm-tiny": nemotron_moe_vlm_tiny,
     "nemotron-moe-vlm-20l": nemotron_moe_vlm_20l,
     "nemotron-moe-vlm-54l": nemotron_moe_vlm_54l,
+    "omni-tiny": omni_tiny,
 }
 
 

@@ -2,10 +2,8 @@
 
 import io
 import json
-import os
 import shlex
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,15 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import arg
 
-from megatron_mimo.checkpoint.folder import TRACKER
 from megatron_mimo.data import RawSample
 from megatron_mimo.data.samples.digits import read_digits_split, write_digits_dataset
-from megatron_mimo.launch.preload import can_fork
-from megatron_mimo.launch.ranks import launch
 from megatron_mimo.settings import Number, Within
 from megatron_mimo.settings.ranges import MOST_ITERATIONS, MOST_RANKS
 from megatron_mimo.tools.cards import STYLE, Card, Picture
 from megatron_mimo.tools.demo.page import examples_section, results_section
+from megatron_mimo.tools.demo.ranks import forget_earlier_run, train_and_ask
 from megatron_mimo.tools.report.command import run_sections, write_run_page
 
 _EXAMPLES = 48
@@ -94,23 +90,16 @@ def run_demo(config: DemoConfig) -> int:
     if not (dataset / ".nv-meta").is_dir():
         shutil.rmtree(dataset, ignore_errors=True)
         write_digits_dataset(dataset)
-    # Curves and answers of an earlier run must not pass for this one's.
-    for name in ("summary.json", "report.html", EXAMPLE, TRACKER):
-        (out / name).unlink(missing_ok=True)
-    for old in (out / "tensorboard", *out.glob("iter_*")):
-        shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=out) as folder:
-        answers = Path(folder) / "answers.json"
-        os.environ["MIMO_DEMO_ANSWERS"] = str(answers)
-        code = launch(
-            config.encoder_dp + config.llm_dp,
-            training_flags(config, dataset, out),
-            "megatron_mimo.tools.demo.worker",
-            fork=can_fork(config.device),
-        )
-        if code != 0:
-            return code
-        run = json.loads(answers.read_text(encoding="utf-8"))
+    forget_earlier_run(out, (EXAMPLE,))
+    run = train_and_ask(
+        out,
+        config.encoder_dp + config.llm_dp,
+        training_flags(config, dataset, out),
+        "megatron_mimo.tools.demo.worker",
+        device=config.device,
+    )
+    if isinstance(run, int):
+        return run
     return _conclude(config, out, dataset, run)
 
 
