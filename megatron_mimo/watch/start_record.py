@@ -97,7 +97,7 @@ def read_starts(folder: Path) -> list[StartRecord]:
     if not path.exists():
         return []
     starts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             starts.append(StartRecord(**json.loads(line)))
         except (ValueError, TypeError) as error:

@@ -158,7 +158,7 @@ def test_a_sample_whose_images_are_missing_in_its_text_stops_the_run(digits: Pat
     run = train(*energon(digits), nproc=2)
     assert run.returncode != 0
     assert key in run.stderr
-    assert "0 <image> placeholders and 1 images" in run.stderr
+    assert "0 <image> placeholders and 1 image" in run.stderr
 
 
 def test_a_run_in_samples_goes_on_with_another_batch(tmp_path: Path) -> None:

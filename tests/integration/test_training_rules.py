@@ -1,6 +1,7 @@
 """What must always hold: frozen parts stay, vision counts, bad gradients change nothing."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -307,6 +308,16 @@ def learn_and_answer(chosen: Layout, bf16: bool) -> tuple[float, dict | None]:
     for iteration in range(1, steps + 1):
         loss = float(train_step(engine, loader, iteration, 8).loss)
     answers = write_answers(engine, samples, config, role, ByteTokenizer())
+    # As a run that packs samples asks: with a sequence for each, of another length.
+    packed = replace(
+        config,
+        micro_batch_size=1,
+        provider="energon",
+        path="/nowhere",
+        packing_buffer_size=8,
+        seq_length=config.seq_length + 16,
+    )
+    assert write_answers(engine, samples, packed, role, ByteTokenizer()) == answers
     if answers is None:
         return loss, None
     right = {s.key: (*s.answer.encode(), ByteTokenizer.eos_id) for s in samples}

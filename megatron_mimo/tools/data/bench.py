@@ -21,6 +21,7 @@ from megatron_mimo.data.text.tokenizer import Tokenizer
 from megatron_mimo.settings import MoreThan, Number, Real, Switch, Within
 from megatron_mimo.settings.ranges import MOST_SAMPLES
 from megatron_mimo.tools.data.inspect import settings
+from megatron_mimo.tools.data.statistics import items_by_kind
 from megatron_mimo.tools.data.timing import Stage, TimedLoader
 from megatron_mimo.tools.words import in_words
 from megatron_mimo.topology import Layout
@@ -62,7 +63,7 @@ class Counts:
         skipped: Number of samples that were left out.
         sequences: Number of sequences.
         tokens: Number of positions of the samples: tokens of text, and rows of items.
-        items: Number of items, such as images, by module.
+        items: Number of items, such as images, by kind.
         stages: Seconds of each stage.
     """
 
@@ -141,7 +142,8 @@ def run_bench(path: str, line: BenchCommandLine) -> int:
 def _layout(line: BenchCommandLine) -> tuple[Layout, int]:
     """The grids of the run, and the sequences of a step on a lane."""
     model, training = line.train.model, line.train.training
-    folder = read_folder(model.model_provider, line.train.checkpoints.first_weights.load_hf)
+    first = line.train.checkpoints.first_weights
+    folder = read_folder(model.model_provider, first.load_hf, first.without)
     architecture = read_architecture(
         model.model_provider, model.model_config, model.override, folder
     )
@@ -181,16 +183,16 @@ def measure(
     """
     loader = TimedLoader(config, role, tokenizer)
     if line.samples is not None:
-        only = _read(loader, math.inf, line.samples)
+        only = _read(loader, config, math.inf, line.samples)
         return [only], loader.dataset_size, only.samples + only.skipped
-    warm = _read(loader, line.seconds * _WARM_UP, MOST_SAMPLES)
+    warm = _read(loader, config, line.seconds * _WARM_UP, MOST_SAMPLES)
     share = line.seconds * (1 - _WARM_UP) / _REPEATS
-    repeats = [_read(loader, share, MOST_SAMPLES) for _ in range(_REPEATS)]
+    repeats = [_read(loader, config, share, MOST_SAMPLES) for _ in range(_REPEATS)]
     read = sum(each.samples + each.skipped for each in (warm, *repeats))
     return repeats, loader.dataset_size, read
 
 
-def _read(loader: TimedLoader, seconds: float, samples: int) -> Counts:
+def _read(loader: TimedLoader, config: DataConfig, seconds: float, samples: int) -> Counts:
     """Read at least a sequence, until one of the limits."""
     begin, before = time.perf_counter(), dict(loader.clock.seconds)
     found = Counts()
@@ -198,7 +200,8 @@ def _read(loader: TimedLoader, seconds: float, samples: int) -> Counts:
         drawn = loader.next_sequence()
         items: dict[str, int] = {}
         for document in drawn.documents:
-            items = _sums(items, {name: len(each) for name, each in document.items.items()})
+            by_kind = items_by_kind(document, config.inputs)
+            items = _sums(items, {kind: len(each) for kind, each in by_kind.items()})
         found += Counts(
             samples=len(drawn.documents),
             skipped=len(drawn.skipped),
@@ -273,9 +276,9 @@ def describe(
     yield ""
     yield _rate("samples/s", [each.samples / each.seconds for each in repeats])
     yield _rate("tokens/s", [each.tokens / each.seconds for each in repeats])
-    for module, kind in config.inputs.items():
-        if whole.items.get(module):
-            rates = [each.items.get(module, 0) / each.seconds for each in repeats]
+    for name, kind in config.inputs.items():
+        if whole.items.get(name):
+            rates = [each.items.get(name, 0) / each.seconds for each in repeats]
             yield _rate(f"{kind.words.plural}/s", rates)
     yield ""
     yield f"{'stage':<10}{'ms of a sample':>16}{'share':>8}"

@@ -30,7 +30,7 @@ def wrong_sample(
     read = read_sample(key, _WHERE, parts, media, inputs)
     if isinstance(read, RawSample):
         config = DataConfig(seq_length=_ENDLESS, inputs=inputs, prompt_format="plain")
-        outcome = try_encode(read, config, ByteTokenizer(tuple(inputs)), content=())
+        outcome = try_encode(read, config, ByteTokenizer(tuple(config.hosts)), content=())
     else:
         outcome = read
     match outcome:

@@ -53,8 +53,8 @@ class InspectCommandLine(CommandLine):
         split: Name of the split to read.
         samples: Number of sequences to show on the page.
         limit: Largest number of samples to read of each dataset; left out: all.
-        decode: Whether to decode every image, to find those that appear complete and are not; slow.
-        out: HTML file for a page of samples, with their images and tokens.
+        decode: Whether to decode every item, to find those that appear complete and are not; slow.
+        out: HTML file for a page of samples, with their images, videos, clips and tokens.
     """
 
     split: Literal["train", "val"] = "train"
@@ -148,7 +148,7 @@ def survey(
         tokenizer: Tokenizer of the texts.
         line: Flags with the split, and the number of samples to read and to show.
     """
-    statistics = Statistics()
+    statistics = Statistics(inputs=config.inputs)
     places: dict[int, Observation] = {}
 
     def observe(seen: Observation) -> None:
@@ -167,7 +167,11 @@ def survey(
         from_where = tuple(places.pop(number) for number in sequence.numbers if number in places)
         chosen.offer((sequence, from_where))
     return statistics, [
-        Shown(documents=reader.with_content(sequence), places=from_where)
+        Shown(
+            documents=reader.with_content(sequence),
+            stored=reader.as_stored(sequence),
+            places=from_where,
+        )
         for sequence, from_where in chosen.taken()
     ]
 
@@ -205,8 +209,8 @@ def describe(statistics: Statistics, config: DataConfig, split: str) -> Iterator
         ("rows of a sample with images", statistics.rows_of_samples),
         ("rows of an image", statistics.rows_of_images),
         *(
-            (f"rows of {config.inputs[module].words.one}", distribution)
-            for module, distribution in statistics.rows_of_others.items()
+            (f"rows of {config.inputs[kind].words.one}", distribution)
+            for kind, distribution in statistics.rows_of_others.items()
         ),
     ):
         if distribution.counts:

@@ -1,32 +1,25 @@
 """The page of `megatron-mimo data inspect`: one HTML file without external resources."""
 
-import base64
 import html
-import io
-import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from einops import rearrange
-from numpy.typing import NDArray
-from PIL import Image
-
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.inputs import ENCODER, Inputs, Item, ItemInput
-from megatron_mimo.data.samples.sample import EncodedSample
+from megatron_mimo.data.inputs import Inputs
+from megatron_mimo.data.samples.sample import EncodedSample, RawSample
 from megatron_mimo.data.text.tokenizer import Tokenizer
-from megatron_mimo.media.images import EncodedImage
-from megatron_mimo.media.processors import ProcessedImage, ProcessorInput
 from megatron_mimo.tools import page
+from megatron_mimo.tools.data.figures import figures
 from megatron_mimo.tools.data.statistics import (
     PERCENTILES,
     Distribution,
     Observation,
     Source,
     Statistics,
+    kind_of_item,
 )
 
 _MOST_SHARDS = 200
@@ -37,11 +30,13 @@ class Shown:
     """A sequence to show.
 
     Attributes:
-        documents: Samples that share the sequence, with patches of their images.
+        documents: Samples that share the sequence, with the content of their items.
+        stored: The same samples with the files of their items.
         places: Origin of each sample.
     """
 
     documents: tuple[EncodedSample, ...]
+    stored: tuple[RawSample, ...]
     places: tuple[Observation, ...]
 
 
@@ -77,6 +72,9 @@ _STYLE = """
   .images { display: flex; flex-wrap: wrap; gap: .75rem; margin: .4rem 0; }
   figure img { min-height: 4rem; max-height: 16rem; max-width: 100%; object-fit: contain;
                image-rendering: pixelated; border: 1px solid #d9dce0; }
+  .frames { display: flex; gap: .2rem; overflow-x: auto; }
+  .frames img { max-height: 8rem; }
+  figure svg { display: block; width: 24rem; max-width: 100%; height: 4rem; background: #eef0f2; }
   .tokens { font: 13px/1.6 ui-monospace, monospace; white-space: pre-wrap;
             overflow-wrap: anywhere; }
   .tokens span { background: #eef0f2; border-radius: .15rem; }
@@ -86,7 +84,7 @@ _STYLE = """
 """
 _KEY = (
     '<p class="tokens"><span class="target">learnt</span> <span>read only</span> '
-    '<span class="image">rows of an image</span> <span class="special">special token</span></p>'
+    '<span class="image">rows of an item</span> <span class="special">special token</span></p>'
 )
 
 
@@ -119,8 +117,8 @@ def write_page(
             ("rows of a sample with images", statistics.rows_of_samples),
             ("rows of an image", statistics.rows_of_images),
             *(
-                (f"rows of {config.inputs[module].words.one}", distribution)
-                for module, distribution in statistics.rows_of_others.items()
+                (f"rows of {config.inputs[kind].words.one}", distribution)
+                for kind, distribution in statistics.rows_of_others.items()
             ),
             ("images of a sample", statistics.images),
             ("positions taken of a sequence", statistics.filled),
@@ -214,14 +212,17 @@ def _sequence(shown: Shown, config: DataConfig, tokenizer: Tokenizer) -> str:
         f'<div style="width: {100 * size / config.seq_length:.2f}%"></div>' for size in sizes
     )
     documents = "".join(
-        _document(document, place, bound, config, tokenizer)
-        for document, place, bound in zip(shown.documents, shown.places, bounds, strict=True)
+        _document(document, stored, place, bound, config, tokenizer)
+        for document, stored, place, bound in zip(
+            shown.documents, shown.stored, shown.places, bounds, strict=True
+        )
     )
     return f'<section><h3>{title}</h3><div class="strip">{strip}</div>{documents}</section>'
 
 
 def _document(
     document: EncodedSample,
+    stored: RawSample,
     place: Observation,
     bound: tuple[int, int],
     config: DataConfig,
@@ -236,80 +237,13 @@ def _document(
     flaw = (
         "" if document.flaw is None else f'<p class="small">{html.escape(document.flaw.reason)}</p>'
     )
-    kind = config.inputs.get(ENCODER)
-    images = "".join(
-        _figure(number, item, *seen)
-        for number, item in enumerate(document.items.get(ENCODER, ()), 1)
-        if (seen := _seen(item, kind)) is not None
-    )
+    images = figures(document, stored, config.inputs)
     tokens = "".join(map(_span, spans(document, config.inputs, tokenizer)))
     return (
         f"<article><h3>{html.escape(document.key)}</h3>"
         f'<p class="small">{html.escape(about)}</p>{flaw}'
         f'<div class="images">{images}</div><div class="tokens">{tokens}</div></article>'
     )
-
-
-def _seen(item: Item, kind: ItemInput | None) -> tuple[list[NDArray[np.uint8]], str] | None:
-    """What an encoder sees of an image, and words for it; None for items of other kinds."""
-    if isinstance(item, EncodedImage):
-        patch_dim = _patch_dim(item)
-        rows, columns = item.grids[0]
-        pieces = f", {len(item.grids)} pieces" if len(item.grids) > 1 else ""
-        size = f"{columns * patch_dim} x {rows * patch_dim} pixels"
-        return list(unpatchify(item)), f"{size}, {columns} x {rows} patches{pieces}"
-    if isinstance(item, ProcessedImage) and isinstance(kind, ProcessorInput):
-        pictures = kind.pictures(item)
-        height, width = pictures[0].shape[:2]
-        pieces = f", {len(pictures)} tiles" if len(pictures) > 1 else ""
-        size = f"{width} x {height} pixels"
-        return pictures, f"{size}, {item.outline.num_tokens} tokens of the tower{pieces}"
-    return None
-
-
-def _figure(number: int, item: Item, pictures: Sequence[NDArray[np.uint8]], words: str) -> str:
-    sources = "".join(
-        f'<img src="data:image/png;base64,{base64.b64encode(_png(pixels)).decode("ascii")}" '
-        f'alt="image {number}">'
-        for pixels in pictures
-    )
-    return (
-        f"<figure>{sources}<figcaption>image {number}: {words}, {item.rows} rows"
-        f"</figcaption></figure>"
-    )
-
-
-def _png(pixels: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _patch_dim(image: EncodedImage) -> int:
-    assert image.patches is not None, "the image was encoded without patches"
-    return math.isqrt(image.patches.shape[1] // 3)
-
-
-def unpatchify(image: EncodedImage) -> Iterator[NDArray[np.uint8]]:
-    """The pixels of an image's pieces, uint8 [H, W, 3] each, from its patches.
-
-    Args:
-        image: Encoded image with patches.
-    """
-    patch_dim = _patch_dim(image)
-    assert image.patches is not None
-    start = 0
-    for rows, columns in image.grids:
-        patches = image.patches[start : start + rows * columns]
-        start += rows * columns
-        pixels = rearrange(
-            patches,
-            "(row column) (c y x) -> (row y) (column x) c",
-            row=rows,
-            y=patch_dim,
-            x=patch_dim,
-        )
-        yield np.rint(pixels.clip(0, 255)).astype(np.uint8)
 
 
 def _span(span: Span) -> str:
@@ -330,7 +264,8 @@ def spans(document: EncodedSample, inputs: Inputs, tokenizer: Tokenizer) -> list
     text: list[int] = []
     tokens, targets = document.tokens.tolist(), document.targets.tolist()
     modules = {token: module for module, token in tokenizer.placeholder_ids.items()}
-    items = {module: enumerate(of_module, 1) for module, of_module in document.items.items()}
+    items = {module: iter(of_module) for module, of_module in document.items.items()}
+    numbers: Counter[str] = Counter()
 
     def flush(is_target: bool) -> None:
         if text:
@@ -346,11 +281,13 @@ def spans(document: EncodedSample, inputs: Inputs, tokenizer: Tokenizer) -> list
         if token in modules:
             flush(is_target)
             module = modules[token]
-            number, item = next(items[module])
-            shown = f"{inputs[module].words.noun} {number}: {item.rows} rows"
+            item = next(items[module])
+            kind = kind_of_item(item, module, inputs)
+            numbers[kind] += 1
+            shown = f"{inputs[kind].words.noun} {numbers[kind]}: {item.rows} rows"
             first, left = at, item.rows
             while left:
-                # Marks between the lines of an item count with it.
+                # Marks and texts between the lines of an item count with it.
                 left -= tokens[at] == token
                 at += 1
             found.append(Span(kind="image", text=shown, is_target=False, number=at - first))

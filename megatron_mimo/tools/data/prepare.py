@@ -7,7 +7,7 @@ sample stays in memory.
 import shlex
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +22,10 @@ from megatron_mimo.data.inputs import ENCODER, Inputs
 from megatron_mimo.data.reading.webdataset import ShardWriter, prepare
 from megatron_mimo.data.samples.media import MediaFolder, check_roots
 from megatron_mimo.data.samples.sample import UnusableError
+from megatron_mimo.media.audio import AudioInput
 from megatron_mimo.media.images import ImageInput
+from megatron_mimo.media.video.config import VideoConfig
+from megatron_mimo.media.video.input import VideoInput
 from megatron_mimo.settings import AtLeast, Folder, Part, Switch, Within, check_bounds
 from megatron_mimo.settings.ranges import MOST_SAMPLES
 from megatron_mimo.tools.data.building import building
@@ -53,13 +56,14 @@ class PrepareConfig:
     SOURCE is a folder of images with a caption beside each (cat.jpg with cat.txt or cat.json), a
     JSONL file of samples with paths of images, a JSON file that holds an array of them, a local
     dataset of Hugging Face's (a folder of parquet files, what save_to_disk wrote, or one file), or
-    a folder of tar shards in webdataset form, which are indexed as they are.
+    a folder of tar shards in webdataset form, which are indexed as they are. Videos and audio clips
+    are taken wherever images are, except from datasets of Hugging Face's.
 
     Attributes:
         out: Folder to create; must not exist. For tar shards it may be SOURCE, and is if left out;
             another folder gets links to them.
-        image_root: Folder that paths of images are relative to; left out: that of the JSONL or JSON
-            file, or of the dataset's files.
+        image_root: Folder that paths of images, videos and clips are relative to; left out: that of
+            the JSONL or JSON file, or of the dataset's files.
         media_root: Folder outside of SOURCE, or of --image-root, whose files samples may name, or
             links may lead to; give it once for each.
         val_fraction: Fraction of the samples that becomes the val split, 0 to 1; 0 for none.
@@ -91,7 +95,13 @@ class PrepareConfig:
     @property
     def inputs(self) -> Inputs:
         """Kinds of items that samples may have."""
-        return {ENCODER: ImageInput(placeholder=self.image_token)}
+        # Whatever a run makes of them later: one frame tells whether a video can be used.
+        videos = VideoInput(config=VideoConfig(num_frames=1), tags=("", ""), feeds=ENCODER)
+        return {
+            ENCODER: ImageInput(placeholder=self.image_token),
+            "video": videos,
+            "audio": AudioInput(tags=("", "")),
+        }
 
 
 @dataclass(kw_only=True, slots=True)
@@ -103,12 +113,14 @@ class Survey:
         num_bad: Number of bad samples.
         num_missing: Number of those that name a file which is not there.
         problems: Problems of the first bad samples.
+        kinds: Kinds of items that good samples have.
     """
 
     verdicts: bytearray = field(default_factory=bytearray)
     num_bad: int = 0
     num_missing: int = 0
     problems: list[Problem] = field(default_factory=list)
+    kinds: set[str] = field(default_factory=set)
 
 
 def run_prepare(source: str, config: PrepareConfig) -> int:
@@ -132,8 +144,8 @@ def run_prepare(source: str, config: PrepareConfig) -> int:
     _refuse_target(path, out, kind)
     _refuse_flags(path, kind, config)
     try:
-        report = (
-            _index_shards(path, out, config)
+        report, kinds = (
+            (_index_shards(path, out, config), set())
             if kind == "shards"
             else _write_dataset(_opened(path, kind, config), out, config)
         )
@@ -141,7 +153,7 @@ def run_prepare(source: str, config: PrepareConfig) -> int:
         show_traceback(error)
         sys.stderr.write(f"error: {out} was not written: {reason_of(error)}\n")
         return _FAILED
-    sys.stdout.write(report + _next_commands(out))
+    sys.stdout.write(report + _next_commands(out, kinds))
     return 0
 
 
@@ -173,12 +185,14 @@ def _refuse_flags(source: Path, kind: Kind, config: PrepareConfig) -> None:
     check_roots(config.media_root)
 
 
-def _next_commands(out: Path) -> str:
+def _next_commands(out: Path, kinds: Collection[str]) -> str:
     path = shlex.quote(str(out))
-    flags = "--model-provider nemotron-moe-vlm-tiny --seq-length 1024 --packing-buffer-size 100"
+    # A model that takes all that the samples have.
+    model, ranks = ("omni-tiny", 3) if {*kinds} - {ENCODER} else ("nemotron-moe-vlm-tiny", 2)
+    flags = f"--model-provider {model} --seq-length 1024 --packing-buffer-size 100"
     return (
         f"\nlook at it:  megatron-mimo data inspect {path} {flags} --out inspect.html\n"
-        f"train on it: megatron-mimo train --nproc 2 {flags} --dataset-provider energon "
+        f"train on it: megatron-mimo train --nproc {ranks} {flags} --dataset-provider energon "
         f"--data-path {path}\n"
     )
 
@@ -193,17 +207,17 @@ class _Source:
     Attributes:
         path: Its path.
         read: Function that reads it from the beginning.
-        images_in: Folder that paths of images in it begin in; None where they are beside captions.
+        files_in: Folder that paths of files in it begin in; None where they are beside captions.
     """
 
     path: Path
     read: Callable[[], Iterator[Found | Problem]]
-    images_in: Path | None
+    files_in: Path | None
 
 
 def _opened(path: Path, kind: Kind, config: PrepareConfig) -> _Source:
     if kind == "folder":
-        return _Source(path, lambda: read_folder(path, config.media_root), None)
+        return _Source(path, lambda: read_folder(path, config.inputs, config.media_root), None)
     folder = path if path.is_dir() else path.parent
     root = folder if config.image_root is None else Path(config.image_root)
     media = MediaFolder(root, config.media_root)
@@ -213,8 +227,10 @@ def _opened(path: Path, kind: Kind, config: PrepareConfig) -> _Source:
     return _Source(path, lambda: read(path, media, config.inputs), root)
 
 
-def _write_dataset(source: _Source, out: Path, config: PrepareConfig) -> str:
-    """Check, split and write; returns a description for the user."""
+def _write_dataset(
+    source: _Source, out: Path, config: PrepareConfig
+) -> tuple[str, Collection[str]]:
+    """Check, split and write; returns a description for the user, and the kinds of items."""
     survey = survey_samples(source.read(), config)
     total = len(survey.verdicts)
     if survey.num_bad and not (config.skip_bad and survey.num_bad < total):
@@ -230,11 +246,12 @@ def _write_dataset(source: _Source, out: Path, config: PrepareConfig) -> str:
         prepare(folder, shards, workers=config.workers, source=source.path)
     num_shards = sum(map(len, shards.values()))
     size = sum(shard.stat().st_size for shard in out.rglob("*.tar"))
-    return (
+    report = (
         f"wrote {survey.verdicts.count(_TRAIN)} train and {survey.verdicts.count(_VAL)} val "
         f"samples in {num_shards} shards ({size / 1e6:.1f} MB) to {out}\n"
         + _left_out(survey.problems, survey.num_bad)
     )
+    return report, survey.kinds
 
 
 def survey_samples(samples: Iterable[Found | Problem], config: PrepareConfig) -> Survey:
@@ -263,6 +280,7 @@ def survey_samples(samples: Iterable[Found | Problem], config: PrepareConfig) ->
             if len(survey.problems) < _SHOWN:
                 survey.problems.append(sample)
             continue
+        survey.kinds.update(sample.items)
         if sample.split is not None:
             survey.verdicts.append(_VAL if sample.split == "val" else _TRAIN)
             continue
@@ -298,7 +316,10 @@ def _write_shards(
         for writer in writers.values():
             stack.callback(writer.close)
         good = _good(samples, verdicts)
-        for split, key, parts in _in_order(_with_parts, good, config.workers):
+        inputs = config.inputs
+        for split, key, parts in _in_order(
+            lambda sample: _with_parts(sample, inputs), good, config.workers
+        ):
             writers[split].add(key, parts)
     return {split: writer.shards for split, writer in writers.items()}
 
@@ -320,11 +341,11 @@ def _good(samples: Iterable[Found | Problem], verdicts: bytearray) -> Iterator[t
         )
 
 
-def _with_parts(good: tuple[Split, Found]) -> tuple[Split, str, dict[str, bytes]]:
+def _with_parts(good: tuple[Split, Found], inputs: Inputs) -> tuple[Split, str, dict[str, bytes]]:
     """Split, key and files of a sample."""
     split, sample = good
     try:
-        return split, sample.key, sample.parts()
+        return split, sample.key, sample.parts(inputs)
     except (OSError, UnusableError) as error:
         raise ValueError(
             f"{sample.where}: {reason_of(error)} since it was checked: start again"
@@ -444,10 +465,10 @@ def _where_images_are(source: _Source, survey: Survey) -> str | None:
 
     Files such as LLaVA's come without their images. So many missing ones are hardly bad samples.
     """
-    if source.images_in is None or survey.num_missing * 2 < survey.num_bad:
+    if source.files_in is None or survey.num_missing * 2 < survey.num_bad:
         return None
     return (
-        f"{survey.num_missing} of them name images that are not in {source.images_in}: pass "
+        f"{survey.num_missing} of them name files that are not in {source.files_in}: pass "
         f"--image-root with the folder that their paths begin in"
     )
 

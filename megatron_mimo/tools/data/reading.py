@@ -24,7 +24,13 @@ from megatron_mimo.data.reading.dataset_errors import (
 )
 from megatron_mimo.data.reading.task_encoder import MimoTaskEncoder
 from megatron_mimo.data.samples.media import check_roots
-from megatron_mimo.data.samples.sample import EncodedSample, Outcome, SkippedSample, name_source
+from megatron_mimo.data.samples.sample import (
+    EncodedSample,
+    Outcome,
+    RawSample,
+    SkippedSample,
+    name_source,
+)
 from megatron_mimo.data.text.tokenizer import Tokenizer
 from megatron_mimo.settings.ranges import MOST_POSITIONS
 from megatron_mimo.tools.data.statistics import Observation, kind_of_message
@@ -149,6 +155,13 @@ class DatasetReader:
         documents = tuple(o for o in outcomes if isinstance(o, EncodedSample))
         assert len(documents) == len(outcomes), outcomes
         return documents
+
+    def as_stored(self, sequence: Sequence) -> tuple[RawSample, ...]:
+        """The documents of a sequence with the files of their items."""
+        parsed = [self._encoder.parse(stored) for stored in sequence.stored]
+        samples = tuple(sample for sample in parsed if isinstance(sample, RawSample))
+        assert len(samples) == len(parsed), parsed
+        return samples
 
 
 class _WatchedEncoder(MimoTaskEncoder):

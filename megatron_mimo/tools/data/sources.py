@@ -1,11 +1,10 @@
-"""Sources of `megatron-mimo data prepare`: folders of images with captions, JSONL, JSON files.
+"""Sources of `megatron-mimo data prepare`: folders of files with captions, JSONL, JSON files.
 
 `tables.py` has datasets of Hugging Face's, and `shards.py` tar shards.
 
 Sources are read as streams, one sample at a time, and always in the same order.
 """
 
-import io
 import json
 import os
 import re
@@ -16,22 +15,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, TextIO
 
-from PIL import Image
-
 from megatron_mimo.border import border, reason_of
-from megatron_mimo.data.inputs import ENCODER, Inputs
+from megatron_mimo.data.inputs import BrokenItemError, Inputs
 from megatron_mimo.data.samples.media import MISSING, MediaFolder, on_one_line, shortened
 from megatron_mimo.data.samples.sample import UnusableError
 from megatron_mimo.data.text.clean import MalformedError
 from megatron_mimo.data.text.conversation import parse_conversation, parse_json
-from megatron_mimo.media.images import IMAGE_ENDINGS, BrokenImageError, examine_image
+from megatron_mimo.tools.data.endings import names_of_parts
 from megatron_mimo.tools.data.forms import wrong_sample
 from megatron_mimo.tools.data.hub_folder import TABLES, is_table
 
-# PIL's name of a format -> file ending.
-_ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "PPM": "ppm"}
 _TEXT_ENDINGS = ("txt", "json")
-_IMAGE = "image"  # in messages
 Split = Literal["train", "val"]
 # Largest length of a key in bytes: plain tar headers have 155 for folders and 100 for the file.
 _LONGEST_KEY, _LONGEST_NAME = 150, 80
@@ -43,7 +37,7 @@ _LONGEST_ITEM = 64 * _CHUNK
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """A sample of a source whose images have not been read yet.
+    """A sample of a source whose items have not been read yet.
 
     Attributes:
         where: Line or file, for messages to the user.
@@ -51,8 +45,9 @@ class Found:
         identity: Text that decides the split: samples with the same text are in the same split.
         text: Contents of the sample's text file.
         ending: Ending of the text file: "json", or "txt" for a caption.
-        images: Images in order: the path of a file as the sample names it, or its contents.
-        images_in: Files that samples may name.
+        items: Kind -> its items in order: the path of a file as the sample names it, or its
+            contents; only kinds with items.
+        files: Files that samples may name.
         split: Split that the sample belongs to; None where its identity decides.
     """
 
@@ -61,33 +56,44 @@ class Found:
     identity: str
     text: bytes
     ending: Literal["json", "txt"]
-    images: tuple[str | bytes, ...]
-    images_in: MediaFolder
+    items: Mapping[str, tuple[str | bytes, ...]]
+    files: MediaFolder
     split: Split | None = None
 
-    @property
-    def named_images(self) -> list[str]:
-        """A name for each image, for messages: its path, or its number."""
-        return [
-            image if isinstance(image, str) else str(number)
-            for number, image in enumerate(self.images, 1)
-        ]
+    def contents(self, inputs: Inputs) -> dict[str, list[tuple[str, bytes]]]:
+        """Kind -> name of each of its items, for messages, and its contents.
 
-    def parts(self) -> dict[str, bytes]:
-        """Contents by file ending, byte for byte: the text, then the images in order.
+        The name is the path, or the number.
 
         Raises:
-            UnusableError: An image is missing, may not be named, or is of an unknown kind.
-            OSError: An image cannot be read.
+            UnusableError: A file is missing, or may not be named.
+            OSError: A file cannot be read.
         """
-        contents = [
-            image if isinstance(image, bytes) else self.images_in.read(image, _IMAGE)
-            for image in self.images
-        ]
-        endings = list(map(_image_ending, self.named_images, contents))
-        if len(endings) > 1:
-            endings = [f"{number}.{ending}" for number, ending in enumerate(endings, 1)]
-        return {self.ending: self.text, **dict(zip(endings, contents, strict=True))}
+        return {
+            kind: [
+                (str(number), item)
+                if isinstance(item, bytes)
+                else (item, self.files.read(item, inputs[kind].words.noun))
+                for number, item in enumerate(of_kind, 1)
+            ]
+            for kind, of_kind in self.items.items()
+        }
+
+    def parts(self, inputs: Inputs) -> dict[str, bytes]:
+        """Contents by file ending, byte for byte: the text, then the items in order.
+
+        Args:
+            inputs: Kinds of items that samples may have.
+
+        Raises:
+            UnusableError: A file is missing, may not be named, or is of an unknown kind.
+            OSError: A file cannot be read.
+        """
+        parts: dict[str, bytes] = {self.ending: self.text}
+        for kind, of_kind in self.contents(inputs).items():
+            names = names_of_parts(kind, of_kind, inputs)
+            parts |= dict(zip(names, (data for _, data in of_kind), strict=True))
+        return parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,40 +117,43 @@ class Problem:
 
 
 def problem_of(found: Found, inputs: Inputs) -> Problem | None:
-    """Problem of a sample, or None; images are read, but not decoded.
+    """Problem of a sample, or None; items are read, but not decoded.
 
     Args:
         found: Sample of a source.
         inputs: Kinds of items that samples may have.
     """
     try:
-        parts = found.parts()
+        parts = found.parts(inputs)
     except UnusableError as error:
         is_missing = error.kind == MISSING
         return Problem(where=found.where, reason=str(error), is_missing=is_missing)
     except OSError as error:
         return Problem(where=found.where, reason=f"cannot be read: {reason_of(error)}")
-    reason = wrong_sample(found.key, parts, inputs, found.images_in)
+    reason = wrong_sample(found.key, parts, inputs, found.files)
     if reason is None:
         return None
-    return Problem(where=found.where, reason=_blame(found, parts) or reason)
+    return Problem(where=found.where, reason=_blame(found, inputs) or reason)
 
 
-def read_folder(folder: Path, media_roots: Sequence[str] = ()) -> Iterator[Found | Problem]:
-    """Images with a caption file beside each: cat.jpg with cat.txt or cat.json.
+def read_folder(
+    folder: Path, inputs: Inputs, media_roots: Sequence[str] = ()
+) -> Iterator[Found | Problem]:
+    """Files with a caption file beside each: cat.jpg or cat.mp4 with cat.txt or cat.json.
 
     Subfolders are read too, all in natural order; hidden files and files of other kinds are
     skipped.
 
     Args:
         folder: Path to the folder.
+        inputs: Kinds of items that samples may have.
         media_roots: Folders that links in it may lead to.
     """
-    yield from _read_folder((str(folder), *media_roots), folder, ())
+    yield from _read_folder((str(folder), *media_roots), folder, inputs, ())
 
 
 def _read_folder(
-    roots: Sequence[str], folder: Path, above: tuple[tuple[int, int], ...]
+    roots: Sequence[str], folder: Path, inputs: Inputs, above: tuple[tuple[int, int], ...]
 ) -> Iterator[Found | Problem]:
     stat = folder.stat()
     here = (stat.st_dev, stat.st_ino)
@@ -153,6 +162,7 @@ def _read_folder(
     media = MediaFolder(folder, roots)
     stems: dict[str, list[str]] = {}
     folders = []
+    known = {*_TEXT_ENDINGS, *chain.from_iterable(kind.endings for kind in inputs.values())}
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -166,12 +176,12 @@ def _read_folder(
                     yield Problem(where=where, reason=str(error))
                 continue
             stem, dot, ending = entry.name.rpartition(".")
-            if dot and ending.lower() in (*IMAGE_ENDINGS, *_TEXT_ENDINGS):
+            if dot and ending.lower() in known:
                 stems.setdefault(stem, []).append(entry.name)
     for stem in sorted(stems, key=_natural):
-        yield _pair(Path(roots[0]), media, stem, sorted(stems[stem]))
+        yield _pair(Path(roots[0]), media, stem, sorted(stems[stem]), inputs)
     for name in sorted(folders, key=_natural):
-        yield from _read_folder(roots, folder / name, (*above, here))
+        yield from _read_folder(roots, folder / name, inputs, (*above, here))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -182,21 +192,28 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _pair(root: Path, media: MediaFolder, stem: str, names: list[str]) -> Found | Problem:
-    """Sample of the files that share a stem."""
+def _pair(
+    root: Path, media: MediaFolder, stem: str, names: list[str], inputs: Inputs
+) -> Found | Problem:
+    """Sample of the files that share a stem: a caption, and one item of a kind or of several."""
     folder = media.folder
     texts = [name for name in names if _ending(name) in _TEXT_ENDINGS]
-    images = [name for name in names if name not in texts]
-    if len(images) != 1 or len(texts) != 1:
-        where = str((folder / (images or texts)[0]).relative_to(root))
+    files = [name for name in names if name not in texts]
+    items = {
+        kind: tuple(name for name in files if _ending(name) in found.endings)
+        for kind, found in inputs.items()
+    }
+    items = {kind: of_kind for kind, of_kind in items.items() if of_kind}
+    if not files or len(texts) != 1 or any(len(of_kind) > 1 for of_kind in items.values()):
+        where = str((folder / (files or texts)[0]).relative_to(root))
         if not texts:
             reason = f"no caption: expected {stem}.txt or {stem}.json beside it"
-        elif not images:
+        elif not files:
             reason = f"no image beside it: expected {stem}.jpg or another image"
         else:
             reason = f"{', '.join(names)} share a name: expected one image and one caption"
         return Problem(where=where, reason=reason)
-    where = str((folder / images[0]).relative_to(root))
+    where = str((folder / files[0]).relative_to(root))
     try:
         contents = media.read(texts[0], "caption")
     except UnusableError as error:
@@ -209,8 +226,8 @@ def _pair(root: Path, media: MediaFolder, stem: str, names: list[str]) -> Found 
         identity=where,
         text=contents,
         ending="txt" if _ending(texts[0]) == "txt" else "json",
-        images=(images[0],),
-        images_in=media,
+        items=items,
+        files=media,
     )
 
 
@@ -299,8 +316,8 @@ def _item(
 ) -> Found | Problem:
     try:
         conversation = parse_conversation(parse_json(text), inputs, {})
-        paths = conversation.paths.get(ENCODER, ())
-        identity = "\n".join(paths) or text.decode()
+        paths = conversation.paths
+        identity = "\n".join(chain.from_iterable(paths.values())) or text.decode()
     except (MalformedError, ValueError) as error:
         return Problem(where=where, reason=str(error))
     return Found(
@@ -309,44 +326,23 @@ def _item(
         identity=identity,
         text=text,
         ending="json",
-        images=paths,
-        images_in=media,
+        items=paths,
+        files=media,
     )
 
 
-# -- images ----------------------------------------------------------------------------------------
+# -- items -----------------------------------------------------------------------------------------
 
 
-def _blame(found: Found, parts: Mapping[str, bytes]) -> str | None:
-    """Message that names the broken image, if an image is the cause."""
-    for path, data in zip(found.named_images, list(parts.values())[1:], strict=True):
-        try:
-            examine_image(data)
-        except BrokenImageError as error:
-            return f"image {shortened(path)} is broken: {error}"
+def _blame(found: Found, inputs: Inputs) -> str | None:
+    """Message that names the broken item, if an item is the cause."""
+    for kind, of_kind in found.contents(inputs).items():
+        for name, data in of_kind:
+            try:
+                inputs[kind].examine(data)
+            except BrokenItemError as error:
+                return f"{inputs[kind].words.noun} {shortened(name)} is broken: {error}"
     return None
-
-
-def _image_ending(path: str, data: bytes) -> str:
-    """Ending of the file, or the ending that fits its contents.
-
-    Raises:
-        UnusableError: Neither is of an image.
-    """
-    if not data:
-        raise UnusableError("empty image", f"image {shortened(path)} is empty")
-    ending = _ending(path)
-    if ending in IMAGE_ENDINGS:
-        return ending
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            return _ENDINGS[str(opened.format)]
-    # PIL raises nearly anything on broken bytes; a format that has no ending here is unknown too.
-    except Exception as error:
-        raise UnusableError(
-            "unknown kind of image",
-            f"image {shortened(path)} is of an unknown kind: expected {', '.join(IMAGE_ENDINGS)}",
-        ) from error
 
 
 def _ending(name: str) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from megatron_mimo.data.inputs import ENCODER
+from megatron_mimo.data.inputs import ENCODER, Inputs, Item, module_of
 from megatron_mimo.data.samples.sample import EncodedSample
 
 PERCENTILES = (5, 50, 95, 99)
@@ -122,14 +122,14 @@ class Source:
     tokens: int = 0
     targets: int = 0
 
-    def add(self, seen: Observation) -> None:
-        """Count a sample."""
+    def add(self, seen: Observation, images: int) -> None:
+        """Count a sample, which has so many images if it is good."""
         self.samples += 1
         if seen.sample is None:
             self.bad += 1
             return
         self.text_only += not any(seen.sample.items.values())
-        self.images += len(seen.sample.items.get(ENCODER, ()))
+        self.images += images
         self.tokens += seen.positions
         self.targets += seen.sample.target_tokens
 
@@ -164,10 +164,11 @@ class Statistics:
         images: Number of images of each good sample.
         rows_of_samples: Number of rows of each good sample that has an image.
         rows_of_images: Number of rows of each image.
-        rows_of_others: Module -> number of rows of each of its items, for further modules.
+        rows_of_others: Kind -> number of rows of each of its items, for further kinds.
         num_text_only: Number of good samples that have no item of any module.
         filled: Number of used positions of each sequence.
         documents: Number of samples of each sequence.
+        inputs: Kinds of items that the samples may have.
     """
 
     sources: dict[str, Source] = field(default_factory=dict)
@@ -183,11 +184,14 @@ class Statistics:
     num_text_only: int = 0
     filled: Distribution = field(default_factory=Distribution)
     documents: Distribution = field(default_factory=Distribution)
+    inputs: Inputs = field(default_factory=dict)
 
     def add(self, seen: Observation) -> None:
         """Count a stored sample."""
-        self.sources.setdefault(seen.source, Source()).add(seen)
-        self.shards.setdefault((seen.source, seen.shard), Source()).add(seen)
+        by_kind = {} if seen.sample is None else items_by_kind(seen.sample, self.inputs)
+        images = by_kind.get(ENCODER, [])
+        self.sources.setdefault(seen.source, Source()).add(seen, len(images))
+        self.shards.setdefault((seen.source, seen.shard), Source()).add(seen, len(images))
         if seen.positions:
             self.positions.add(seen.positions)
         sample = seen.sample
@@ -202,15 +206,14 @@ class Statistics:
             self.blanks.setdefault(sample.flaw.kind, blanks).count += 1
         self.targets.add(sample.target_tokens)
         self.num_text_only += not any(sample.items.values())
-        images = sample.items.get(ENCODER, ())
         self.images.add(len(images))
         if images:
             self.rows_of_samples.add(sum(image.rows for image in images))
-        for module, items in sample.items.items():
+        for kind, items in by_kind.items():
             rows_of_items = (
                 self.rows_of_images
-                if module == ENCODER
-                else self.rows_of_others.setdefault(module, Distribution())
+                if kind == ENCODER
+                else self.rows_of_others.setdefault(kind, Distribution())
             )
             for item in items:
                 rows_of_items.add(item.rows)
@@ -240,9 +243,30 @@ class Statistics:
         return self.filled.total / (max(1, self.filled.number) * seq_length)
 
 
+def items_by_kind(sample: EncodedSample, inputs: Inputs) -> dict[str, list[Item]]:
+    """Kind -> its items of a sample; a module may have items of several kinds."""
+    found: dict[str, list[Item]] = {}
+    for module, items in sample.items.items():
+        for item in items:
+            found.setdefault(kind_of_item(item, module, inputs), []).append(item)
+    return found
+
+
+def kind_of_item(item: Item, module: str, inputs: Inputs) -> str:
+    """Name of the kind of an item of a module."""
+    return next(
+        (
+            name
+            for name, kind in inputs.items()
+            if module_of(name, inputs) == module and type(item) is kind.item_type
+        ),
+        module,
+    )
+
+
 def kind_of_message(message: str) -> str:
     """Message without the parts that differ between samples, such as numbers and names."""
-    return re.sub(r"\d[\d,.]*", "N", re.sub(r"'[^']*'|\"[^\"]*\"", "…", message))
+    return re.sub(r"(?<![^\W\d])\d+(?:[,.]\d+)*", "N", re.sub(r"'[^']*'|\"[^\"]*\"", "…", message))
 
 
 def draw_bars(distribution: Distribution, width: int = 40) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import UseAppendAction, arg
 
-from megatron_mimo.data.inputs import Inputs
+from megatron_mimo.data.inputs import ENCODER, Inputs
 from megatron_mimo.data.samples.media import MediaFolder
 from megatron_mimo.data.text.clean import MalformedError
 from megatron_mimo.tools.data.columns import Role, Roles, RowSample, find_roles, to_sample
@@ -140,8 +140,8 @@ class TableSource:
             identity=_identity(found, text),
             text=text,
             ending="json",
-            images=found.images,
-            images_in=self._media,
+            items={ENCODER: found.images} if found.images else {},
+            files=self._media,
             split=part.becomes,
         )
 

@@ -35,17 +35,20 @@ def run_generate(run: str, question: str | None, config: GenerateConfig) -> int:
             "expected either a QUESTION after RUN, or --questions FILE"
             f"{'' if question is None else ', got both'}"
         )
-    if config.questions is not None and config.image:
-        raise ValueError(
-            f"--image {config.image[0]} with --questions: name images in the file, a field image "
-            f"or images of each line"
-        )
+    given = {"image": config.image, "video": config.video, "audio": config.audio}
+    if config.questions is not None:
+        for noun, files in given.items():
+            if files:
+                raise ValueError(
+                    f"--{noun} {files[0]} with --questions: name {noun}s in the file, a field "
+                    f"{noun} or {noun}s of each line"
+                )
     # Before the model is loaded, which takes a while.
     asked = [] if config.questions is None else read_questions(Path(config.questions))
-    _require_files(asked, config.image)
+    _require_files(asked, given)
     model = open_model(run, config.model)
     if question is not None:
-        _answer_one(model, question, config)
+        _answer_one(model, question, given, config)
     for one in asked:
         _answer_line(model, one, config.sampling)
     return 0
@@ -76,26 +79,44 @@ def fields_of(sampling: "Sampling") -> dict[str, Any]:
     return dataclasses.asdict(sampling)
 
 
-def _answer_one(model: "LoadedModel", question: str, config: GenerateConfig) -> None:
+def _answer_one(
+    model: "LoadedModel",
+    question: str,
+    given: Mapping[str, Sequence[str]],
+    config: GenerateConfig,
+) -> None:
     """Print the answer as it is written, or JSON when it is complete."""
-    stream = model.stream(question, config.image, **fields_of(config.sampling))
+    stream = model.stream(question, items=_by_kind(model, given), **fields_of(config.sampling))
     for piece in stream:
         if not config.json:
             sys.stdout.write(printable(piece))
             sys.stdout.flush()
     if config.json:
-        asked = {"question": question, "images": list(config.image)}
-        _print_json(asked, stream.answer)
+        files = {f"{noun}s": list(named) for noun, named in given.items()}
+        others = {name: named for name, named in files.items() if named and name != "images"}
+        _print_json({"question": question, "images": files["images"], **others}, stream.answer)
     else:
         sys.stdout.write("\n")
 
 
 def _answer_line(model: "LoadedModel", question: Question, sampling: "Sampling") -> None:
     try:
-        answer = model.generate(question.text, question.images, **fields_of(sampling))
+        items = _by_kind(model, question.files)
+        answer = model.generate(question.text, items=items, **fields_of(sampling))
     except ValueError as error:
         raise ValueError(f"{question.where}: {error}") from error
     _print_json(question.fields, answer)
+
+
+def _by_kind(
+    model: "LoadedModel", files: Mapping[str, Sequence[str | Path]]
+) -> dict[str, Sequence[str | Path]]:
+    """Files by the kinds of the model's items, from those by noun.
+
+    Raises:
+        ValueError: The model takes no such items.
+    """
+    return {model.kind_of(noun): named for noun, named in files.items() if named}
 
 
 def _print_json(asked: Mapping[str, Any], answer: "Answer") -> None:
@@ -113,11 +134,17 @@ def _print_json(asked: Mapping[str, Any], answer: "Answer") -> None:
     sys.stdout.flush()
 
 
-def _require_files(asked: Sequence[Question], images: Sequence[str]) -> None:
-    """Refuse images that are not there before a model is loaded, and questions are answered."""
-    named = [("--image", Path(image)) for image in images]
-    named += [(f"{one.where}: image", image) for one in asked for image in one.images]
-    for what, path in named:
+def _require_files(asked: Sequence[Question], given: Mapping[str, Sequence[str]]) -> None:
+    """Refuse files that are not there before a model is loaded, and questions are answered."""
+    named = [(f"--{noun}", noun, Path(file)) for noun, files in given.items() for file in files]
+    named += [
+        (f"{one.where}: {noun}", noun, file)
+        for one in asked
+        for noun, files in one.files.items()
+        for file in files
+    ]
+    for what, noun, path in named:
         if not path.is_file():
             wrong = "is not a file" if path.exists() else "is not there"
-            raise ValueError(f"{what} {path} {wrong}: expected an image file")
+            article = "a" if noun == "video" else "an"
+            raise ValueError(f"{what} {path} {wrong}: expected {article} {noun} file")

@@ -34,18 +34,23 @@ class GenerateConfig:
 
     RUN is the folder that --save named, of which the newest checkpoint is taken, or the folder of
     one checkpoint; or a folder of transformers' NemotronH_Omni_Reasoning_V3. QUESTION is a text;
-    without <image> in it, images are put in front of it.
+    without <image>, <video> or <audio> in it, such files are put in front of it.
 
     Attributes:
         image: Image file that the question is about; give it once for each image.
+        video: Video file that the question is about; give it once for each video.
+        audio: Audio file that the question is about; give it once for each clip.
         questions: JSON Lines file of questions in place of QUESTION: each line has "question", and
-            "image" or "images", paths from the file's folder. A line of JSON answers each.
+            paths from the file's folder as "image" or "images", "video" or "videos", "audio" or
+            "audios". A line of JSON answers each.
         json: Whether to print JSON, once the answer is complete.
         sampling: How tokens are chosen.
         model: How the model is loaded.
     """
 
     image: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE")] = ()
+    video: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE")] = ()
+    audio: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE")] = ()
     questions: File = None
     json: Switch = False
     sampling: Part[Sampling] = field(default_factory=Sampling)

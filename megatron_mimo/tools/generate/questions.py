@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_mimo.border import reason_of
 
-_IMAGE_FIELDS = ("image", "images")
+_NOUNS = ("image", "video", "audio")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,13 +18,13 @@ class Question:
     Attributes:
         where: File and line, for messages.
         text: Text of the question.
-        images: Paths of its images.
+        files: Noun of a kind of items, such as "image" -> paths of its files.
         fields: The line as it is stored; its fields stand in the answer too.
     """
 
     where: str
     text: str
-    images: tuple[Path, ...]
+    files: Mapping[str, tuple[Path, ...]]
     fields: Mapping[str, Any]
 
 
@@ -32,14 +32,14 @@ def read_questions(path: Path) -> list[Question]:
     """Read every question before the first is asked.
 
     Args:
-        path: Path to the file; images are named from its folder. Empty lines are passed over.
+        path: Path to the file; others are named from its folder. Empty lines are passed over.
 
     Raises:
         ValueError: The file cannot be read, has no question, or a line is not one; the message
             names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--questions {path} cannot be read: {reason_of(error)}") from error
     questions = [
@@ -64,18 +64,19 @@ def _question(line: str, where: str, folder: Path) -> Question:
             else type(fields).__name__
         )
         raise ValueError(f'{where} is {found}: expected an object with the text "question"')
-    given = [name for name in _IMAGE_FIELDS if fields.get(name) not in (None, [], "")]
+    files = {noun: _files(fields, noun, where, folder) for noun in _NOUNS}
+    return Question(where=where, text=fields["question"], files=files, fields=fields)
+
+
+def _files(fields: Mapping[str, Any], noun: str, where: str, folder: Path) -> tuple[Path, ...]:
+    """Paths that a line names as one file or as several."""
+    given = [name for name in (noun, f"{noun}s") if fields.get(name) not in (None, [], "")]
     if len(given) > 1:
-        raise ValueError(f"{where} has image and images: expected one of them")
+        raise ValueError(f"{where} has {given[0]} and {given[1]}: expected one of them")
     named = fields[given[0]] if given else []
     named = named if isinstance(named, list) else [named]
     if not all(isinstance(name, str) for name in named):
         raise ValueError(
             f"{where}: {given[0]} is {named!r}: expected the path of a file, or a list"
         )
-    return Question(
-        where=where,
-        text=fields["question"],
-        images=tuple(folder / name for name in named),
-        fields=fields,
-    )
+    return tuple(folder / name for name in named)

@@ -14,6 +14,7 @@ from megatron_mimo.config.flags import CommandLine, to_yaml
 from megatron_mimo.config.layout import grids
 from megatron_mimo.config.lora import adapters
 from megatron_mimo.config.model_file import read_architecture, read_folder
+from megatron_mimo.config.sharding import check_sharding
 from megatron_mimo.data.config import DataConfig
 from megatron_mimo.model.config import Frozen, ModelConfig
 from megatron_mimo.model.flow import gradient_flow
@@ -91,7 +92,8 @@ def run_plan(line: PlanCommandLine) -> int:
     train = line.train
     model = train.model
     import_custom(model.custom_import)
-    folder = read_folder(model.model_provider, train.checkpoints.first_weights.load_hf)
+    first = train.checkpoints.first_weights
+    folder = read_folder(model.model_provider, first.load_hf, first.without)
     architecture = read_architecture(
         model.model_provider, model.model_config, model.override, folder
     )
@@ -196,11 +198,22 @@ def _show_parameters(line: PlanCommandLine, architecture: ModelConfig, layout: L
         table.add_column(name, justify="left" if name == "module" else "right")
     frozen = frozen_parts(line.train.model, architecture, layout.modules)
     lora = adapters(line.train.model.lora, architecture, frozen, layout.modules)
-    for count in count_parameters(architecture, layout.modules, line.vocab_size, lora):
+    reduce = line.train.training.reduce
+    check_sharding(reduce, layout, architecture, frozen, lora)
+    counts = count_parameters(
+        architecture,
+        layout.modules,
+        line.vocab_size,
+        lora,
+        dtype=line.train.model.dtype,
+        divided=() if reduce.sharding == "ddp" else (llm.name,),
+    )
+    for count in counts:
         ranks = " | ".join(f"{size:,}" for size in count.stages)
         table.add_row(count.name, f"{count.total:,}", f"{count.active:,}", ranks)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     console.print(
         "active: parameters that one token uses; on a rank: those of one rank, by pipeline stage"
+        + ("" if reduce.sharding == "ddp" else ", of the rank with most")
     )

@@ -1,7 +1,7 @@
 """Number of parameters of a model and of a rank, without building the weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,6 +38,9 @@ def count_parameters(
     grids: Mapping[str, ModuleGridSpec],
     vocab_size: int,
     lora: Lora | None = None,
+    *,
+    dtype: str = "bfloat16",
+    divided: Collection[str] = (),
 ) -> tuple[ParameterCount, ...]:
     """Count the parts of every module, on torch's meta device; adapters of a part by themselves.
 
@@ -46,6 +49,8 @@ def count_parameters(
         grids: Name of a module -> its grid, of those to count.
         vocab_size: Number of tokens of the vocabulary, V.
         lora: Adapters that train in place of weights; None for none.
+        dtype: Name of the dtype that the run computes with.
+        divided: Names of the modules whose weights data-parallel ranks divide among them.
     """
     prepare_megatron_core(Device("cpu"))
     counts = []
@@ -54,7 +59,10 @@ def count_parameters(
         adapter = adapter_of(config)
         sizes = (architecture.row_width, vocab_size)
         targets = {} if lora is None else architecture.of_module(name, lora.targets)
-        build = partial(_parts, lora=lora, targets=targets)
+        computes = getattr(torch, dtype)
+        build = partial(_parts, lora=lora, targets=targets, dtype=computes)
+        held = partial(_held, ranks=grid.dp * grid.cp, dtype=computes)
+        size = held if name in divided else _size
         whole = build(adapter.one_stage(config), ModuleGridSpec(name=name), 0, *sizes)
         stages = [build(config, grid, stage, *sizes) for stage in range(grid.pp)]
         for part, title in adapter.part_titles(config).items():
@@ -64,14 +72,19 @@ def count_parameters(
                     name=title,
                     total=total,
                     active=total - _idle(whole[part], adapter.experts(config)),
-                    stages=tuple(_size(stage[part]) for stage in stages),
+                    stages=tuple(size(stage[part]) for stage in stages),
                 )
             )
         for part in targets:
             title = f"{adapter.part_titles(config)[part]}: adapters"
-            held = [_size(of_stage.get(f"lora.{part}")) for of_stage in (whole, *stages)]
+            sizes_of = [_size(of_stage.get(f"lora.{part}")) for of_stage in (whole, *stages)]
             counts.append(
-                ParameterCount(name=title, total=held[0], active=held[0], stages=tuple(held[1:]))
+                ParameterCount(
+                    name=title,
+                    total=sizes_of[0],
+                    active=sizes_of[0],
+                    stages=tuple(sizes_of[1:]),
+                )
             )
     return tuple(counts)
 
@@ -90,6 +103,14 @@ def _size(module: nn.Module | None) -> int:
     return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
+def _held(module: nn.Module | None, *, ranks: int, dtype: torch.dtype) -> int:
+    """Parameters of the data-parallel rank that holds most, where these divide weights."""
+    from megatron_mimo.model.fully_sharded import most_held
+
+    weights = [] if module is None else module.parameters()
+    return sum(most_held(weight, ranks, dtype) for weight in weights)
+
+
 def _parts(
     config: ModuleConfig,
     spec: ModuleGridSpec,
@@ -99,6 +120,7 @@ def _parts(
     *,
     lora: Lora | None,
     targets: Mapping[str, frozenset[str]],
+    dtype: torch.dtype,
 ) -> Mapping[str, nn.Module | None]:
     """Parts of a stage of a module, and their adapters, which the stage's first rank holds."""
     from megatron_mimo.modules.lora.apply import ADAPTERS, add_lora
@@ -109,7 +131,7 @@ def _parts(
     with solo_world(), torch.device("meta"):
         context = BuildContext(
             pg_collection=paper_groups(places),
-            params_dtype=torch.bfloat16,
+            params_dtype=dtype,
             row_width=row_width,
             vocab_size=vocab_size,
             seq_length=math.lcm(64, 2 * spec.cp * spec.tp),

@@ -256,4 +256,40 @@ GRADIENTS = (
         "found[:, -1] /= num_microbatches",
         "The reported balance loss is a sum over lanes: experts with LLM dp > 1.",
     ),
+    Fault(
+        "divided-module-takes-means",
+        "model/fully_sharded.py",
+        "            unit.set_gradient_divide_factor(1.0)\n",
+        "",
+        "Gradients of a divided language model are means over its ranks: --sharding fsdp2.",
+    ),
+    Fault(
+        "divided-module-keeps-copies-apart",
+        "model/fully_sharded.py",
+        "        dist.all_reduce(flat, group=self._group)\n",
+        "",
+        "Weights of which every rank has a copy learn from the first rank's samples alone: "
+        "--sharding fsdp2 in bf16, models with float32 weights.",
+    ),
+    Fault(
+        "divided-module-does-not-publish",
+        "model/fully_sharded.py",
+        "            dist.broadcast(flat, group=self._group, group_src=0)\n",
+        "",
+        "Weights of which every rank has a copy stay as they were but on one: as before.",
+    ),
+    Fault(
+        "divided-vectors-decay",
+        "optim/sharded_adam.py",
+        "return weight.dimensions > 1 and",
+        "return weight.dimensions > 0 and",
+        "Norms of a divided language model are decayed: --sharding fsdp2.",
+    ),
+    Fault(
+        "divided-update-leaves-short-weights",
+        "model/fully_sharded.py",
+        "                weight.values.copy_(weight.main)\n",
+        "                pass\n",
+        "Checkpoints have the weights that a run began with: --sharding fsdp2 in bf16.",
+    ),
 )

@@ -43,8 +43,8 @@ LORA = (
     Fault(
         "stage-without-adapters-evaluates",
         "model/mimo.py",
-        "self.trains = adapted or self.ddp is not None",
-        "self.trains = self.ddp is not None",
+        "self.trains = adapted or self.wrapper is not None",
+        "self.trains = self.wrapper is not None",
         "The balance of experts has no gradient in a stage whose layers have no adapters: pp > 1.",
     ),
 )

@@ -30,7 +30,7 @@ def test_the_pages_are_up_to_date() -> None:
 
 def test_every_command_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     def commands(*path: str) -> set[tuple[str, ...]]:
-        listed = re.findall(r"^  ([a-z]+) ", shown_by(capsys, *path), re.M)
+        listed = re.findall(r"^  ([a-z-]+) ", shown_by(capsys, *path), re.M)
         return {
             command
             for name in listed

@@ -36,6 +36,7 @@ UNPINNED = {
     "eval-iters": "--eval-interval 0",
     "max-nonfinite-steps": "ends runs that are lost, and changes no curve",
     "save": "the launcher's",
+    "sharding": "how weights are held, which changes no curve",
 }
 OF_FOLDER = ("tokenizer-model", "dynamic-resolution", "max-num-tiles")
 """What the folder of `--load-hf` decides, or what has no effect beside its processor."""

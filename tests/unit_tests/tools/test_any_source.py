@@ -214,7 +214,7 @@ def test_every_file_of_a_folder_is_taken_or_named(rng: random.Random) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         fill(folder, rng)
-        found = list(read_folder(folder))
+        found = list(read_folder(folder, PrepareConfig().inputs))
         survey = survey_samples(found, PrepareConfig())
         assert len(survey.verdicts) == len(found)
         assert survey.num_bad == len(survey.problems) or survey.num_bad > 20

@@ -26,13 +26,14 @@ from megatron_mimo.data.reading.webdataset import prepare, write_shard
 from megatron_mimo.data.samples.sample import RawSample, encode_sample
 from megatron_mimo.data.text.tokenizer import ByteTokenizer
 from megatron_mimo.media.images import EncodedImage, ImageConfig, ImageInput
+from megatron_mimo.tools.data.figures import unpatchify
 from megatron_mimo.tools.data.inspect import (
     InspectCommandLine,
     describe,
     settings,
     survey,
 )
-from megatron_mimo.tools.data.page import spans, unpatchify
+from megatron_mimo.tools.data.page import spans
 from megatron_mimo.tools.data.statistics import Distribution, Observation, Statistics, draw_bars
 from megatron_mimo.tools.even_choice import EvenChoice
 from tests.unit_tests.data.toy import ToneInput, tone
@@ -473,5 +474,5 @@ def test_the_how_to_works_as_written(
                     argv.append("--print-config")
                 assert main(argv) == 0, line
                 commands += 1
-    assert commands == 9
+    assert commands == 12
     assert "wrote 142 train and 8 val samples" in capsys.readouterr().out

@@ -138,14 +138,14 @@ def test_folder_of_images_with_captions(
 
 
 def test_order_is_natural_and_folders_follow_files(photos: Path) -> None:
-    where = [sample.where for sample in read_folder(photos)]
+    where = [sample.where for sample in read_folder(photos, PrepareConfig().inputs)]
     assert where[:12] == [f"cat{i}.jpg" for i in range(12)]
     assert where[12:] == [f"more.of them/dög.{i}.PNG" for i in range(3)]
 
 
 def test_a_link_to_a_folder_above_is_not_followed_round(photos: Path) -> None:
     (photos / "more.of them" / "up").symlink_to(photos)
-    assert len(list(read_folder(photos))) == 15
+    assert len(list(read_folder(photos, PrepareConfig().inputs))) == 15
 
 
 FORMS: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
@@ -424,7 +424,7 @@ def test_images_of_another_folder_are_a_flag_and_not_bad_samples(
     for flags in ((), ("--skip-bad",)):
         assert prepare(source, "--out", tmp_path / "out", *flags) == 2
         assert (
-            f"\n3 of them name images that are not in {source.parent}: pass --image-root with the "
+            f"\n3 of them name files that are not in {source.parent}: pass --image-root with the "
             f"folder that their paths begin in\n"
         ) in capsys.readouterr().err
     assert prepare(source, "--out", tmp_path / "out", "--image-root", media) == 0
@@ -570,8 +570,8 @@ def texts(number: int) -> list[Found]:
             identity=f"text {i}",
             text=json.dumps({"text": f"text {i}"}).encode(),
             ending="json",
-            images=(),
-            images_in=Path(),
+            items={},
+            files=MediaFolder("."),
         )
         for i in range(number)
     ]

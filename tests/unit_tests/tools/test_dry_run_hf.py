@@ -1,6 +1,9 @@
 """Dry runs of models of transformers, from folders without weights, against real ranks."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,3 +115,40 @@ def test_a_step_on_paper_holds_and_sends_what_a_real_one_does(
         assert set(outcome.exchanges) == set(sent)
         assert len(outcome.exchanges) == len(sent)
         assert outcome.activations > 0
+
+
+def test_divided_language_models_are_counted_and_not_stepped(tmp_path: Path) -> None:
+    folder_without_weights("mistral3", "mistral3", STAGES, tmp_path)
+    flags = flags_of(tmp_path, "--llm-offset 1 --llm-dp 3 --sharding fsdp2")
+    flags.remove("--overlap-grad-reduce")
+    flags[flags.index("--global-batch-size") + 1] = "6"
+    command = [sys.executable, "-m", "megatron_mimo.cli", "plan"]
+    counted, stepped = (
+        subprocess.run(
+            [*command, *mode, *flags], capture_output=True, text=True, timeout=200, check=False
+        )
+        for mode in (["--params"], ["--dry-run", "--nproc", "4"])
+    )
+    whole, held = held_by_hand(tmp_path)
+    row = re.search(r"│ language model +│ +([\d,]+) │ +[\d,]+ │ +([\d,]+) │", counted.stdout)
+    assert row is not None, counted.stdout + counted.stderr
+    assert [int(number.replace(",", "")) for number in row.groups()] == [whole, held]
+    assert stepped.returncode == 2
+    assert stepped.stderr.startswith(
+        "error: --dry-run with --sharding fsdp2: torch's fully_shard does not run on weights "
+    )
+
+
+def held_by_hand(folder: Path) -> tuple[int, int]:
+    """Weights of the language model, and those of the first of three ranks, by torch's chunks."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.Mistral3ForConditionalGeneration._from_config(config)
+    weights = list(model.model.language_model.parameters())
+    if not config.tie_word_embeddings:
+        weights.append(model.lm_head.weight)
+    whole = sum(weight.numel() for weight in weights)
+    return whole, sum(weight.chunk(3)[0].numel() for weight in weights)

@@ -160,9 +160,19 @@ def test_questions_are_read_with_their_fields(tmp_path: Path) -> None:
     file.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
     first, second, third = read_questions(file)
     assert first.text == "é?" and first.fields["id"] == 1
-    assert first.images == (tmp_path / "a.png",)
-    assert second.images == (tmp_path / "x/b.png", Path("/c.png"))
-    assert third.images == () and third.where.endswith("line 5")
+    assert first.files["image"] == (tmp_path / "a.png",)
+    assert second.files["image"] == (tmp_path / "x/b.png", Path("/c.png"))
+    assert not any(third.files.values()) and third.where.endswith("line 5")
+
+
+def test_questions_name_videos_and_clips_and_may_hold_any_character(tmp_path: Path) -> None:
+    file = tmp_path / "asked.jsonl"
+    line = {"question": "a\u2028b\x85c?", "video": "v.mp4", "audios": ["1.wav", "2.wav"]}
+    file.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    (found,) = read_questions(file)
+    assert found.text == line["question"]
+    assert found.files["video"] == (tmp_path / "v.mp4",)
+    assert found.files["audio"] == (tmp_path / "1.wav", tmp_path / "2.wav")
 
 
 @pytest.mark.parametrize(

@@ -379,7 +379,7 @@ def test_images_by_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert prepare(source, "--out", out) == 2
     err = capsys.readouterr().err
     assert f"train row 0: its image p/0.png is not in {source}" in err
-    assert f"1 of them name images that are not in {source}: pass --image-root" in err
+    assert f"1 of them name files that are not in {source}: pass --image-root" in err
     (tmp_path / "elsewhere/p").mkdir(parents=True)
     (tmp_path / "elsewhere/p/0.png").write_bytes(picture(3))
     flags = ("--image-root", tmp_path / "elsewhere", "--val-fraction", 0)
@@ -553,7 +553,7 @@ def test_a_few_rows_are_in_memory_at_a_time(tmp_path: Path) -> None:
     before, most = pa.total_allocated_bytes(), 0
     source = TableSource(tmp_path / "a.parquet", TableFlags(), MediaFolder(tmp_path), INPUTS)
     for sample, expected in zip(source.read(), content, strict=True):
-        assert isinstance(sample, Found) and sample.images == (expected["bytes"],)
+        assert isinstance(sample, Found) and sample.items == {"encoder": (expected["bytes"],)}
         most = max(most, pa.total_allocated_bytes() - before)
     assert 1 << 20 <= most < 4 << 20
 

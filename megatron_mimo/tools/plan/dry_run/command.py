@@ -71,7 +71,14 @@ def run_dry_run(argv: Sequence[str]) -> int:
     if world_size is None:
         raise ValueError("--dry-run needs --nproc N: the number of ranks of the run")
     check_bounds(line)
-    layout = resolve(line.train, world_size).layout
+    resolved = resolve(line.train, world_size)
+    if resolved.reduce.sharding == "fsdp2":
+        raise ValueError(
+            "--dry-run with --sharding fsdp2: torch's fully_shard does not run on weights without "
+            "content; plan --params counts those of a rank, and a dry run without --sharding shows "
+            "everything else"
+        )
+    layout = resolved.layout
     roles = distinct_roles(layout)
     sys.stdout.write(f"{layout.table()}\n\n")
     faults = []

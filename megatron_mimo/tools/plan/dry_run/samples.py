@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.inputs import Inputs, ItemInput
+from megatron_mimo.data.inputs import Inputs, ItemInput, hosts
 from megatron_mimo.data.loader.batch import StepData, StepLoader
 from megatron_mimo.data.loader.stream_loader import StreamLoader
 from megatron_mimo.data.reading.stream import LaneStream
@@ -20,8 +21,9 @@ from megatron_mimo.data.role import data_role
 from megatron_mimo.data.samples.mock import Split, check_mock_items, mock_sample
 from megatron_mimo.data.samples.sample import Drawn, EncodedSample, RejectedSample, try_encode
 from megatron_mimo.data.text.tokenizer import Tokenizer
-from megatron_mimo.media.images import EncodedImage, ImageInput, PackedImages
+from megatron_mimo.media.images import EncodedImage, ImageConfig, ImageInput, PackedImages
 from megatron_mimo.media.images.packing import pack_patches
+from megatron_mimo.media.video.clip import EncodedVideo
 from megatron_mimo.topology import Layout
 
 # Of an image, where nothing sets its size: 512 x 512 pixels at 16 pixels to the side of a patch and
@@ -101,7 +103,7 @@ def outlined(inputs: Inputs, seq_length: int) -> dict[str, ItemInput]:
         inputs: Kind of items of each module.
         seq_length: Number of positions of a sequence, which the modules share.
     """
-    room = seq_length // max(1, len(inputs))
+    room = seq_length // max(1, len(hosts(inputs)))
     return {
         module: _outline(kind, room) if isinstance(kind, ImageInput) else kind
         for module, kind in inputs.items()
@@ -135,14 +137,26 @@ class _OutlinedImages(ImageInput):
     ) -> tuple[EncodedImage, str | None]:
         return ImageInput.encode(self, source, shape, with_content=False)
 
-    def pack(self, items: Sequence[EncodedImage], seeds: Sequence[int]) -> PackedImages | None:
+    def pack(
+        self, items: Sequence[EncodedImage | EncodedVideo], seeds: Sequence[int]
+    ) -> PackedImages | None:
+        images = [item for item in items if isinstance(item, EncodedImage)]
+        if len(images) < len(items):  # Videos have their frames.
+            return ImageInput.pack(self, [_blank(item, self.config) for item in items], seeds)
         if not items:
             return None
-        grids = [grid for item in items for grid in item.grids]
+        grids = [grid for item in images for grid in item.grids]
         patches = sum(rows * columns for rows, columns in grids)
         width = 3 * self.config.patch_dim**2
         # One number that stands at every place.
         return pack_patches(torch.zeros(1, 1).expand(patches, width), grids, self.config)
+
+
+def _blank(item: EncodedImage | EncodedVideo, config: ImageConfig) -> EncodedImage | EncodedVideo:
+    if isinstance(item, EncodedVideo):
+        return item
+    patches = sum(rows * columns for rows, columns in item.grids)
+    return replace(item, patches=np.zeros((patches, 3 * config.patch_dim**2), np.uint8))
 
 
 def _as_mock(config: DataConfig) -> DataConfig:
@@ -163,7 +177,7 @@ def _sample(config: DataConfig, tokenizer: Tokenizer, content: tuple[str, ...]) 
             reason = outcome.message if isinstance(outcome, RejectedSample) else outcome.reason
         elif best is None or len(outcome.items) > len(best.items):
             best = outcome
-        if best is not None and len(best.items) == len(config.inputs):
+        if best is not None and len(best.items) == len(config.hosts):
             break
     if best is None:
         raise ValueError(f"no sample of a dry run can be made: {reason}")
