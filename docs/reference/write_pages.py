@@ -22,8 +22,10 @@ from megatron_mimo.tools.checkpoint.inspect import InspectConfig
 from megatron_mimo.tools.data.bench import BenchCommandLine
 from megatron_mimo.tools.data.digits import DigitsCommandLine
 from megatron_mimo.tools.data.inspect import InspectCommandLine
+from megatron_mimo.tools.data.omni_digits import OmniDigitsCommandLine
 from megatron_mimo.tools.data.prepare import PrepareConfig
 from megatron_mimo.tools.demo.command import DemoConfig
+from megatron_mimo.tools.demo.omni import OmniDemoConfig
 from megatron_mimo.tools.doctor.command import DoctorConfig
 from megatron_mimo.tools.evaluate.config import EvaluateConfig
 from megatron_mimo.tools.generate.config import ChatConfig, GenerateConfig
@@ -35,6 +37,7 @@ from megatron_mimo.tools.report.command import ReportConfig
 COMMANDS: dict[str, type] = {
     "megatron-mimo train": TrainCommandLine,
     "megatron-mimo demo": DemoConfig,
+    "megatron-mimo demo-omni": OmniDemoConfig,
     "megatron-mimo generate RUN QUESTION": GenerateConfig,
     "megatron-mimo chat RUN": ChatConfig,
     "megatron-mimo evaluate RUN --data DATASET": EvaluateConfig,
@@ -42,6 +45,7 @@ COMMANDS: dict[str, type] = {
     "megatron-mimo data inspect PATH": InspectCommandLine,
     "megatron-mimo data bench DATASET": BenchCommandLine,
     "megatron-mimo data digits": DigitsCommandLine,
+    "megatron-mimo data omni-digits": OmniDigitsCommandLine,
     "megatron-mimo parity RUN_A RUN_B": ParityConfig,
     "megatron-mimo doctor": DoctorConfig,
     "megatron-mimo report RUN": ReportConfig,

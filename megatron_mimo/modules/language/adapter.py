@@ -28,12 +28,15 @@ class LanguageAdapter[C: ModuleConfig](ModuleAdapter[C, TextWork]):
         sequence_parallel: Whether tensor-parallel ranks can divide the sequence among them.
         layers_of_megatron: Whether the layers are megatron-core's, which can recompute their parts
             and compute experts in groups.
+        replicas_divide: Whether a stage can be built without memory, so that data-parallel ranks
+            divide its weights among them (`ModuleStage.units`).
     """
 
     work_type = TextWork
     tokens_on_every_stage = False
     sequence_parallel = True
     layers_of_megatron = True
+    replicas_divide = False
 
     def parts(self, config: C) -> Mapping[str, Any]:
         """The config itself, as the only part."""
