@@ -15,8 +15,8 @@ from megatron_mimo.modules.parakeet.flops import (
     AudioWork,
     audio_flops,
     audio_work,
-    projector_flops,
 )
+from megatron_mimo.modules.projector.flops import projector_flops
 
 if TYPE_CHECKING:
     from megatron_mimo.media.audio.packing import PackedClips
@@ -97,7 +97,12 @@ class ParakeetAdapter(SourceAdapter[ParakeetModuleConfig, AudioWork]):
     def flops(self, config: ParakeetModuleConfig, work: AudioWork, context: FlopsContext) -> Flops:
         """Number of operations of some work of both parts."""
         return audio_flops(config.audio, work, context) + projector_flops(
-            config, work.rows, context.row_width, context
+            config.audio_projector,
+            context,
+            part=PROJECTOR,
+            size=config.audio.hidden_size,
+            rows=work.rows,
+            below=context.trains(AUDIO),
         )
 
     def work(self, config: ParakeetModuleConfig, packed: "PackedClips") -> AudioWork:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_mimo.modules.adapter import FlopsContext
 from megatron_mimo.modules.flops import Flops, LoraLayers, Work, all_pairs, attention, product
-from megatron_mimo.modules.parakeet.config import ParakeetConfig, ParakeetModuleConfig
+from megatron_mimo.modules.parakeet.config import ParakeetConfig
 
 AUDIO, PROJECTOR = "audio", "audio_projector"
 
@@ -103,29 +103,3 @@ def subsampling_flops(config: ParakeetConfig, work: AudioWork, *, weight: bool) 
     return flops + product(
         work.rows, bins * channels, config.hidden_size, weight=weight, inputs=weight
     )
-
-
-def projector_flops(
-    config: ParakeetModuleConfig, rows: int, row_width: int, context: FlopsContext
-) -> Flops:
-    """Number of operations of the projector.
-
-    Args:
-        config: Architecture of both parts.
-        rows: Number of rows.
-        row_width: Width of the language model, H.
-        context: Parts that train.
-    """
-    projector, size = config.audio_projector, config.audio.hidden_size
-    inner = projector.ffn_hidden_size
-    below, trains = context.trains(AUDIO), context.trains(PROJECTOR)
-    whole = trains and PROJECTOR not in context.lora
-    # The norm in front has a weight to train.
-    to_input = below or (whole and projector.normalization != "none")
-    first = context.linear(PROJECTOR, backward=to_input)
-    if projector.kind == "affine":
-        return first("linear", rows, size, row_width)
-    adapters = context.lora.get(PROJECTOR)
-    to_second = below or whole or (adapters is not None and "linear_fc1" in adapters.layers)
-    second = context.linear(PROJECTOR, backward=to_second)
-    return first("linear_fc1", rows, size, inner) + second("linear_fc2", rows, inner, row_width)

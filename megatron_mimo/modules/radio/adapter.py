@@ -10,6 +10,7 @@ from megatron_mimo.media.video.config import VideoConfig
 from megatron_mimo.media.video.input import VideoInput
 from megatron_mimo.modules.adapter import BuildContext, Division, FlopsContext, SourceAdapter
 from megatron_mimo.modules.flops import Flops
+from megatron_mimo.modules.projector.flops import projector_flops
 from megatron_mimo.modules.radio.config import RadioModuleConfig
 from megatron_mimo.modules.radio.flops import (
     PROJECTOR,
@@ -17,7 +18,6 @@ from megatron_mimo.modules.radio.flops import (
     VISION,
     ImageWork,
     image_work,
-    projector_flops,
     vision_flops,
 )
 
@@ -109,7 +109,12 @@ class RadioAdapter(SourceAdapter[RadioModuleConfig, ImageWork]):
     def flops(self, config: RadioModuleConfig, work: ImageWork, context: FlopsContext) -> Flops:
         """Number of operations of some work of both parts."""
         return vision_flops(config, work, context) + projector_flops(
-            config, work.rows, context.row_width, context
+            config.projector,
+            context,
+            part=PROJECTOR,
+            size=config.vision.row_size,
+            rows=work.rows,
+            below=self.trains_inside(config, context.frozen),
         )
 
     def work(self, config: RadioModuleConfig, packed: "PackedImages") -> ImageWork:

@@ -84,29 +84,3 @@ def vision_flops(module: RadioModuleConfig, work: ImageWork, context: FlopsConte
         return flops
 
     return patches + layer(True) + layer(False) * (config.num_layers - 1)
-
-
-def projector_flops(
-    config: RadioModuleConfig, rows: int, row_width: int, context: FlopsContext
-) -> Flops:
-    """Number of operations of the projector.
-
-    Args:
-        config: Architecture of both parts.
-        rows: Number of rows.
-        row_width: Width of the language model, H.
-        context: Parts that train.
-    """
-    projector, size = config.projector, config.vision.row_size
-    inner = projector.ffn_hidden_size
-    vision_trains, trains = context.trains(VISION), context.trains(PROJECTOR)
-    whole = trains and PROJECTOR not in context.lora
-    # The norm in front has a weight to train.
-    to_input = vision_trains or (whole and projector.normalization != "none")
-    first = context.linear(PROJECTOR, backward=to_input)
-    if projector.kind == "affine":
-        return first("linear", rows, size, row_width)
-    adapters = context.lora.get(PROJECTOR)
-    to_second = vision_trains or whole or (adapters is not None and "linear_fc1" in adapters.layers)
-    second = context.linear(PROJECTOR, backward=to_second)
-    return first("linear_fc1", rows, size, inner) + second("linear_fc2", rows, inner, row_width)

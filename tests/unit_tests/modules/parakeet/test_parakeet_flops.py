@@ -76,3 +76,19 @@ def test_no_clip_is_no_work() -> None:
     context = FlopsContext(row_width=ROW_WIDTH, vocab_size=8, seq_length=8)
     assert audio_work(0, ()) == AudioWork()
     assert ParakeetAdapter().flops(CONFIG, AudioWork(), context).total == 0
+
+
+def test_gradients_pass_a_frozen_projector_to_an_embedding_of_videos_that_trains() -> None:
+    from megatron_mimo.modules.radio.adapter import RadioAdapter
+    from megatron_mimo.modules.radio.config import RadioModuleConfig, VideoEmbeddingConfig
+    from megatron_mimo.modules.radio.flops import ImageWork
+
+    config = RadioModuleConfig(video=VideoEmbeddingConfig())
+    work = ImageWork(rows=4)
+    counts = []
+    for frozen in ({"vision", "projector"}, {"vision", "projector", "video"}):
+        context = FlopsContext(row_width=64, vocab_size=1, seq_length=1, frozen=frozenset(frozen))
+        counts.append(RadioAdapter().flops(config, work, context))
+    # Rows alone: a forward of the projector, and as much for the gradient of its inputs.
+    assert counts[0].backward == counts[0].forward > 0
+    assert counts[1].backward == 0
