@@ -5,7 +5,6 @@ sequence, B batch, T packed tokens, A query heads and G key-value heads of this 
 """
 
 from contextlib import nullcontext
-from inspect import signature
 from typing import Any
 
 import torch
@@ -20,7 +19,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_mimo.kernels.cut_attention import attend_packed_over_cut
 from megatron_mimo.kernels.packed import PackedSegments
+from megatron_mimo.kernels.part_attention import varlen_attention
 from megatron_mimo.kernels.segments import (
     SegmentPlan,
     Span,
@@ -29,7 +30,9 @@ from megatron_mimo.kernels.segments import (
     spans,
 )
 
-_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+"""Masks under which a token attends to those before it only."""
+
 _MASKED = (AttnMaskType.padding, AttnMaskType.padding_causal, AttnMaskType.arbitrary)
 
 
@@ -103,7 +106,8 @@ class SdpaCoreAttention(MegatronModule):
 
         Raises:
             ValueError: An attention bias is given, a packed sequence comes without boundaries or
-                with ones that do not fit its tokens, or the mask type is not supported here.
+                with ones that do not fit its tokens, or without its cut where context-parallel
+                ranks share it, or the mask type is not supported here.
         """
         if attention_bias is not None:
             raise ValueError("attention bias is not supported without Transformer Engine")
@@ -133,7 +137,7 @@ class SdpaCoreAttention(MegatronModule):
     ) -> Tensor:
         if self.config.context_parallel_size > 1:
             return self._context_parallel(query, key, value, mask_type, dropout)
-        causal = mask_type in _CAUSAL
+        causal = mask_type in CAUSAL
         visible = None
         if attention_mask is not None and mask_type in _MASKED:
             visible = ~attention_mask
@@ -204,12 +208,18 @@ class SdpaCoreAttention(MegatronModule):
                 f"expected causal, padding_causal, no_mask or padding"
             )
         if self.config.context_parallel_size > 1:
-            raise ValueError(
-                "packed sequences with context parallelism need Transformer Engine on a GPU: here "
-                "the parts of each segment would have to be put together first; set --llm-cp 1"
+            return attend_packed_over_cut(
+                query,
+                key,
+                value,
+                packed,
+                self.cp_group,
+                causal=mask_type in CAUSAL,
+                dropout=dropout,
+                scale=self.softmax_scale,
             )
-        if _varlen_attention is not None and _fits_varlen(query, packed, dropout):
-            output: Tensor = _varlen_attention(
+        if varlen_attention is not None and _fits_varlen(query, packed, dropout):
+            output: Tensor = varlen_attention.varlen_attn(
                 query,
                 key,
                 value,
@@ -218,7 +228,7 @@ class SdpaCoreAttention(MegatronModule):
                 packed.max_seqlen_q,
                 packed.max_seqlen_kv,
                 scale=self.softmax_scale,
-                window_size=(-1, 0 if mask_type in _CAUSAL else -1),
+                window_size=(-1, 0 if mask_type in CAUSAL else -1),
                 enable_gqa=query.size(1) != key.size(1),
             )
             return output.flatten(1)
@@ -242,9 +252,7 @@ class SdpaCoreAttention(MegatronModule):
         for group, *parts in pieces:
             # Views without einops, whose overhead shows where a segment has a few tokens.
             batch = (x.reshape(group.count, -1, *x.shape[1:]).transpose(1, 2) for x in parts)
-            output = self._attend(
-                *batch, visible=None, causal=mask_type in _CAUSAL, dropout=dropout
-            )
+            output = self._attend(*batch, visible=None, causal=mask_type in CAUSAL, dropout=dropout)
             outputs.append(output.transpose(1, 2).flatten(0, 1).flatten(1))
         if plan.out_order is None:
             return torch.cat(outputs)
@@ -291,18 +299,6 @@ def _fits_varlen(query: Tensor, packed: PackedSeqParams, dropout: float) -> bool
         and isinstance(packed, PackedSegments)
         and dropout == 0.0
     )
-
-
-def _import_varlen() -> Any:
-    """The `varlen_attn` of torch; None before the versions whose signature is the one used here."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if "enable_gqa" in signature(varlen_attn).parameters else None
-
-
-_varlen_attention = _import_varlen()
 
 
 def _require_supported(config: TransformerConfig) -> None:

@@ -2,8 +2,8 @@
 
 megatron-core rotates a packed sequence document by document, and for that reads their lengths back
 from the device in every layer, for queries and for keys. Here every token is rotated by its own
-position in its document (`PackedSegments.positions`). Where context parallelism shares a sequence,
-megatron-core still rotates it.
+position in its document (`PackedSegments.positions`), whichever tokens of a sequence a
+context-parallel rank has; megatron-core would take them for those of its own zig-zag.
 """
 
 from typing import Any
@@ -45,16 +45,15 @@ class PackedSelfAttention(SelfAttention):
             attention_mask: Mask of the attention, if any.
             args: Further positional arguments.
             rotary_pos_emb: Angle of every position, [positions, 1, 1, D]; None rotates nothing.
-            packed_seq_params: Boundaries of a packed sequence; those without `positions` are
-                rotated by megatron-core.
+            packed_seq_params: Boundaries of a packed sequence, with the positions of the tokens of
+                this rank; without `positions` megatron-core rotates.
             kwargs: Further arguments.
 
         Returns:
             Output [S, B, H], and its bias where that is added later.
         """
         places = None
-        # Positions are those of a whole sequence, of which a context-parallel rank has a part.
-        if isinstance(packed_seq_params, PackedSegments) and self.pg_collection.cp.size() == 1:
+        if isinstance(packed_seq_params, PackedSegments):
             places = packed_seq_params.positions
         if rotary_pos_emb is not None and places is not None:
             self._angles = rotary_pos_emb.index_select(0, places)

@@ -71,9 +71,9 @@ class HostSpecProvider(LocalSpecProvider):
 def spec_provider() -> BackendSpecProvider:
     """Provider of Transformer Engine's layers where it and a GPU are present, else of ours."""
     if has_fused_layers():
-        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+        from megatron_mimo.kernels.fused_layers import FusedSpecProvider
 
-        return TESpecProvider()
+        return FusedSpecProvider()
     return HostSpecProvider()
 
 
