@@ -5,6 +5,7 @@ mamba-ssm.
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,8 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from megatron_mimo.kernels.head_exchange import HeadExchange
+from megatron_mimo.kernels.router import TokenRouter
 from megatron_mimo.kernels.specs import spec_provider
 from megatron_mimo.kernels.ssd import GroupedRMSNorm, States, split_conv_scan
 from megatron_mimo.kernels.ssd_step import mixer_step
@@ -39,6 +42,8 @@ from megatron_mimo.kernels.ssd_step import mixer_step
 
 class BoundedMambaMixer(MambaMixer):
     """A Mamba-2 mixer whose steps have a lower bound, as in transformers' NemotronH.
+
+    Context-parallel ranks share its heads, whatever tokens of a sequence each of them has.
 
     Args:
         args: Positional arguments of megatron-core's mixer.
@@ -48,6 +53,20 @@ class BoundedMambaMixer(MambaMixer):
 
     def __init__(self, *args: Any, step_floor: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.cp = HeadExchange(
+            cp_group=self.pg_collection.cp,
+            d_inner_local_tp=self.d_inner_local_tp,
+            nheads_local_tp=self.nheads_local_tp,
+            ngroups_local_tp=self.ngroups_local_tp,
+            d_state=self.d_state,
+            conv1d_weight_cp1=self.conv1d_weight,
+            conv1d_bias_cp1=self.conv1d_bias,
+            conv1d_padding=self.d_conv - 1,
+            dt_bias_cp1=self.dt_bias,
+            A_log_cp1=self.A_log,
+            D_cp1=self.D,
+            D_has_hdim=self.D_has_hdim,
+        )
         # Of the sum that softplus is taken of.
         self._least = math.log(math.expm1(step_floor)) if step_floor else -math.inf
 
@@ -222,11 +241,7 @@ def hybrid_stack_spec(config: TransformerConfig, *, step_floor: float = 0.0) -> 
                 submodules=TransformerLayerSubmodules(
                     # The router reads its output too, so it is never fused.
                     pre_mlp_layernorm=provider.layer_norm(has_residual=True),
-                    mlp=get_moe_module_spec_for_backend(
-                        backend=provider,
-                        num_experts=config.num_moe_experts,
-                        moe_grouped_gemm=config.moe_grouped_gemm,
-                    ),
+                    mlp=_experts(config, provider),
                     mlp_bda=get_bias_dropout_add,
                 ),
             ),
@@ -252,6 +267,17 @@ def _scans_in_torch() -> bool:
 
 def _linear_behind_norm(provider: BackendSpecProvider) -> Any:
     return provider.column_parallel_layer_norm_linear() or provider.column_parallel_linear()
+
+
+def _experts(config: TransformerConfig, provider: BackendSpecProvider) -> Any:
+    """megatron-core's layer of experts behind our router."""
+    builder: Any = get_moe_module_spec_for_backend(
+        backend=provider,
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+    )
+    submodules = replace(builder.keywords["submodules"], router=TokenRouter)
+    return partial(builder.func, submodules=submodules)
 
 
 def _fill_in_what_is_absent() -> None:

@@ -13,8 +13,6 @@ from megatron_mimo.modules.families import adapter_of
 if TYPE_CHECKING:
     from megatron_mimo.model.mimo import MimoModel
 
-_BALANCE_LOSS = "seq_load_balancing_loss"
-
 
 @dataclass(frozen=True, slots=True)
 class LayerLoad:
@@ -22,8 +20,8 @@ class LayerLoad:
 
     Attributes:
         layer: Number of the layer, from 1, among all layers.
-        tokens: Number of tokens of each expert over the global batch.
-        balance_loss: Load-balancing loss before its coefficient, mean over sequences.
+        tokens: Number of tokens of each expert over the global batch; padding is none.
+        balance_loss: Load-balancing loss before its coefficient, mean over tokens.
     """
 
     layer: int
@@ -37,7 +35,7 @@ class LayerLoad:
         return max(self.tokens) * len(self.tokens) / total if total else 1.0
 
 
-def gather_load(model: "MimoModel", num_microbatches: int) -> Tensor | None:
+def gather_load(model: "MimoModel") -> Tensor | None:
     """Tokens of every expert and balance losses of a step, summed over the language model's grid.
 
     One small reduction and no wait for the device. Call it after the step's last backward and
@@ -46,7 +44,6 @@ def gather_load(model: "MimoModel", num_microbatches: int) -> Tensor | None:
 
     Args:
         model: The modules of this rank.
-        num_microbatches: Number of microbatches of a lane.
 
     Returns:
         Numbers of tokens, and last the balance loss, float64 [E layers, experts + 1]; None on ranks
@@ -65,8 +62,10 @@ def gather_load(model: "MimoModel", num_microbatches: int) -> Tensor | None:
     # megatron-core's, which routers record into.
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
+    from megatron_mimo.kernels.router import BALANCE_LOSS
+
     tracker = get_moe_metrics_tracker()
-    recorded = tracker.metrics.get(_BALANCE_LOSS)
+    recorded = tracker.metrics.get(BALANCE_LOSS)
     for layer in decoder.layers:
         if not hasattr(layer, "mlp") or not hasattr(layer.mlp, "router"):
             continue
@@ -78,9 +77,9 @@ def gather_load(model: "MimoModel", num_microbatches: int) -> Tensor | None:
         if recorded is not None:
             row[-1] = recorded.values[layer.layer_number - 1]
     tracker.clear()
-    # Tensor- and context-parallel ranks hold parts of a sequence's loss, replicas whole losses.
-    found[:, -1] /= num_microbatches * groups.spec.dp
     dist.all_reduce(found, group=groups.pg_collection.intra_dist_opt)
+    # The router sums over tokens, each of which was sent to so many experts.
+    found[:, -1] *= experts.per_token / found[:, :-1].sum(dim=-1).clamp(min=1)
     return found
 
 

@@ -68,6 +68,7 @@ def read_hf(folder: WeightFolder) -> HfFolder:
     whole = whole_config(text)
     language = whole.get_text_config()
     _require_no_dropout({"text_config": language, "vision_config": whole.vision_config}, where)
+    _require_no_balancing(language, where)
     image_token_id = getattr(whole, family.image_token, None)
     if not isinstance(image_token_id, int) or not 0 <= image_token_id < language.vocab_size:
         raise ValueError(
@@ -116,3 +117,16 @@ def _require_no_dropout(sections: Mapping[str, Any], where: str) -> None:
                 raise ValueError(
                     f"{where}: {section}.{name} is {rate}, which is not supported: set it to 0"
                 )
+
+
+def _require_no_balancing(language: Any, where: str) -> None:
+    """Refuse a loss that transformers adds to that of the tokens, and a stage here does not.
+
+    Raises:
+        ValueError: Routers are to be balanced.
+    """
+    if getattr(language, "output_router_logits", False):
+        raise ValueError(
+            f"{where}: text_config.output_router_logits is true, with which transformers adds a "
+            f"balancing loss of experts that is not supported: set it to false"
+        )

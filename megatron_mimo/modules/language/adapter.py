@@ -65,6 +65,10 @@ class LanguageAdapter[C: ModuleConfig](ModuleAdapter[C, TextWork]):
         """Width of a row that the model is fed; by default that of a token's embedding."""
         return self.hidden_width(config)
 
+    def reads_padding(self, config: C) -> bool:
+        """Whether stages are told which positions have no token: experts leave them out."""
+        return self.layers_of_megatron and self.experts(config) is not None
+
     @abstractmethod
     def with_even_load(self, config: C) -> C:
         """The config with tokens sent to experts at random, evenly; itself without experts."""

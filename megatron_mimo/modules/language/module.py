@@ -77,6 +77,7 @@ class LanguageModule(ModuleStage):
         positions: Tensor | None,
         labels: Tensor | None = None,
         documents: PackedSegments | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """Compute per-token losses, logits when there are no labels, or hidden states.
 
@@ -92,6 +93,8 @@ class LanguageModule(ModuleStage):
             labels: Target of each position, int64 [B, S]; None before the last stage.
             documents: Boundaries of the documents of a packed sequence (`packed_documents`), which
                 do not attend to each other; B is 1. They are the same on every stage.
+            padding: Which positions of this shard have no token, bool [B, s], for models with
+                experts; None: all have one.
 
         Returns:
             With labels: cross entropy of each position, float32 [B, S]. Without: this tp rank's
@@ -112,6 +115,7 @@ class LanguageModule(ModuleStage):
             decoder_input=embeddings,
             labels=labels,
             packed_seq_params=documents,
+            padding_mask=padding,
         )
         return output
 
