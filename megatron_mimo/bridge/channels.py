@@ -135,10 +135,10 @@ def _peers(topology: Topology, source: str) -> tuple[dict[int, int], dict[int, i
     receivers: dict[int, int] = {}
     senders: dict[int, int] = {}
     if producer is not None and producer.is_last_stage:
-        for lane in layout.served(source, producer.place.dp):
+        for lane in layout.reached(source, producer.place.dp):
             receivers |= dict.fromkeys(layout.users(lane), lane)
     if user is not None and user.is_first_stage:
-        for dp in layout.serving(source, user.place.dp):
+        for dp in layout.runners(source, user.place.dp):
             senders |= dict.fromkeys(layout.producers(source, dp), user.place.dp)
     for peers in (receivers, senders):
         peers.pop(rank, None)

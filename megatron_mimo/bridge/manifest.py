@@ -1,6 +1,8 @@
 """The rows that cross the bridges in one microbatch, described by integers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,3 +31,8 @@ class ManifestEntry:
 # The items of a microbatch in canonical order: by lane, then sequence, then position. A rank's
 # manifest has all the entries of each lane that it takes part in, and no others.
 Manifest = tuple[ManifestEntry, ...]
+
+# Lane -> number of tokens of each document of its packed sequence, and of the padding after them,
+# for every lane of a manifest; empty without packing. Context parallelism cuts sequences by them.
+Documents = Mapping[int, tuple[int, ...]]
+WHOLE: Documents = MappingProxyType({})

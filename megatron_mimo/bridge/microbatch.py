@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_mimo.bridge.check import View
-from megatron_mimo.bridge.manifest import Manifest
+from megatron_mimo.bridge.manifest import Documents, Manifest
 from megatron_mimo.bridge.plan import BridgePlanner, NetworkRows, RankPlan
 from megatron_mimo.topology import Layout, ModuleGridSpec
 
@@ -18,11 +18,14 @@ class MicrobatchManifest:
         network_rows: Source name -> number of its rows of every lane, for the sources for which
             `BridgePlanner.needs_network_rows` holds.
         keys: Lane -> keys of its samples, which the check compares.
+        documents: Lane -> number of tokens of each document of its packed sequence, for every lane
+            of the entries; empty without packing.
     """
 
     entries: Manifest
     network_rows: Mapping[str, NetworkRows] = field(default_factory=dict)
     keys: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    documents: Documents = field(default_factory=dict)
 
     def view(self, source: str, lane: int, rows: int) -> View:
         """What the rank expects of a message of a lane's rows."""
@@ -34,7 +37,9 @@ class MicrobatchManifest:
                 for entry in self.entries
                 if entry.module == source and entry.lane == lane
             ),
+            documents=self.documents.get(lane, ()),
             rows=rows,
+            known=lane in self.keys,
         )
 
 
@@ -100,10 +105,12 @@ def _plan_edge(
         place = grid.coordinates(rank)
         produces = any(entry.source_rank == place.dp for entry in entries)
         if produces and place.pp == grid.pp - 1:
-            outgoing = planner.source_plan(rank, entries)
+            outgoing = planner.source_plan(rank, entries, manifest.documents)
     if rank in target.ranks:
         place = target.coordinates(rank)
         takes = any(entry.lane == place.dp for entry in entries)
         if takes and place.pp == 0:
-            incoming = planner.target_plan(rank, entries, manifest.network_rows.get(grid.name))
+            incoming = planner.target_plan(
+                rank, entries, manifest.network_rows.get(grid.name), manifest.documents
+            )
     return EdgePlan(produces=produces, takes=takes, source=outgoing, target=incoming)

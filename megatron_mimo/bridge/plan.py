@@ -20,7 +20,7 @@ Both ends compute the same cuts, so no shape is ever sent.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_mimo.bridge.manifest import Manifest, ManifestEntry
+from megatron_mimo.bridge.manifest import WHOLE, Documents, Manifest, ManifestEntry
 from megatron_mimo.topology import Layout, SequenceSharding
 from megatron_mimo.topology.sequence import Interval, cut
 
@@ -92,7 +92,7 @@ class BridgePlanner:
         lanes.
         """
         return any(
-            len(ranks) > 1 and len(self._layout.served(self._grid.name, dp)) > 1
+            len(ranks) > 1 and len(self._layout.reached(self._grid.name, dp)) > 1
             for dp, ranks in enumerate(self._source_ranks)
         )
 
@@ -100,36 +100,43 @@ class BridgePlanner:
         """Those entries of a manifest whose rows cross this bridge."""
         return (entry for entry in manifest if entry.module == self._grid.name and entry.rows)
 
-    def network_rows(self, manifest: Manifest) -> dict[tuple[int, int], int]:
+    def network_rows(
+        self, manifest: Manifest, documents: Documents = WHOLE
+    ) -> dict[tuple[int, int], int]:
         """Number of rows sent in forward, by (dp rank of the source, lane).
 
         The result covers the lanes in the manifest. The ranks of a lane cannot know the numbers of
         other lanes, and need them to find where their own rows begin among all that a dp rank of
         the source sends.
+
+        Args:
+            manifest: Entries of some lanes.
+            documents: Documents of these lanes, where sequences are packed.
         """
         counts: dict[tuple[int, int], int] = {}
         for dp in {entry.source_rank for entry in self.entries(manifest)}:
-            for (lane, shard), runs in self._source_rows(dp, manifest).items():
+            for (lane, shard), runs in self._source_rows(dp, manifest, documents).items():
                 receivers = set(self._shard_ranks[lane, shard]) - set(self._source_ranks[dp])
                 counts[dp, lane] = counts.get((dp, lane), 0) + len(receivers) * _length(runs)
         return counts
 
-    def source_plan(self, rank: int, manifest: Manifest) -> RankPlan:
+    def source_plan(self, rank: int, manifest: Manifest, documents: Documents = WHOLE) -> RankPlan:
         """Messages of a rank of the source's last stage: it sends rows and receives gradients.
 
         Args:
             rank: Global rank on the source's last stage.
             manifest: Entries of every lane that has rows of the rank's dp rank.
+            documents: Documents of these lanes, where sequences are packed.
         """
         dp = self._grid.coordinates(rank).dp
-        mine = self._source_rows(dp, manifest)
+        mine = self._source_rows(dp, manifest, documents)
         outgoing = [(to, runs) for key, runs in mine.items() for to in self._shard_ranks[key]]
         receives: list[Message] = []
         for (lane, shard), runs in mine.items():
             holders = self._shard_ranks[lane, shard]
             returning = [
                 (to, _length(theirs))
-                for other, theirs in self._lane_rows(lane, shard, manifest).items()
+                for other, theirs in self._lane_rows(lane, shard, manifest, documents).items()
                 for to in self._source_ranks[other]
             ]
             before, total = _span(rank, holders, returning)
@@ -141,7 +148,11 @@ class BridgePlanner:
         )
 
     def target_plan(
-        self, rank: int, manifest: Manifest, network_rows: NetworkRows | None = None
+        self,
+        rank: int,
+        manifest: Manifest,
+        network_rows: NetworkRows | None = None,
+        documents: Documents = WHOLE,
     ) -> RankPlan:
         """Messages of a rank of the target's first stage: it receives rows and sends gradients.
 
@@ -150,22 +161,24 @@ class BridgePlanner:
             manifest: Entries of the rank's lane, at least.
             network_rows: Numbers of rows of every lane, from `network_rows`; if None, the manifest
                 must list every lane that shares a dp rank of the source with this one.
+            documents: Documents of the lanes of the manifest, where sequences are packed.
         """
         lane, shard = self._layout.target.coordinates(rank).dp, self._shard_of(rank)
-        mine = self._lane_rows(lane, shard, manifest)
+        mine = self._lane_rows(lane, shard, manifest, documents)
         outgoing = [(to, runs) for dp, runs in mine.items() for to in self._source_ranks[dp]]
-        counts = self.network_rows(manifest) if network_rows is None else network_rows
+        if network_rows is None:
+            network_rows = self.network_rows(manifest, documents)
         receives: list[Message] = []
         for dp, runs in mine.items():
             holders = self._source_ranks[dp]
             sent = [
                 (to, _length(theirs))
-                for key, theirs in self._source_rows(dp, manifest).items()
+                for key, theirs in self._source_rows(dp, manifest, documents).items()
                 if key[0] == lane
                 for to in self._shard_ranks[key]
             ]
             before, _ = _span(rank, holders, sent)
-            lanes = {of_lane: count for (of, of_lane), count in counts.items() if of == dp}
+            lanes = {of_lane: count for (of, of_lane), count in network_rows.items() if of == dp}
             before += sum(count for of_lane, count in lanes.items() if of_lane < lane)
             receives += _receive(rank, holders, before, sum(lanes.values()), runs)
         return RankPlan(
@@ -179,7 +192,7 @@ class BridgePlanner:
         return self._sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
 
     def _source_rows(
-        self, dp: int, manifest: Manifest
+        self, dp: int, manifest: Manifest, documents: Documents
     ) -> dict[tuple[int, int], tuple[Interval, ...]]:
         """Rows of a dp rank of the source, in its order, by the (lane, shard) that uses them."""
         runs: dict[tuple[int, int], list[Interval]] = {}
@@ -187,13 +200,13 @@ class BridgePlanner:
         for entry in self.entries(manifest):
             if entry.source_rank != dp:
                 continue
-            for shard, start, stop in self._pieces(entry):
+            for shard, start, stop in self._pieces(entry, documents):
                 _extend(runs.setdefault((entry.lane, shard), []), held + start, held + stop)
             held += entry.rows
         return {key: tuple(runs[key]) for key in sorted(runs)}
 
     def _lane_rows(
-        self, lane: int, shard: int, manifest: Manifest
+        self, lane: int, shard: int, manifest: Manifest, documents: Documents
     ) -> dict[int, tuple[Interval, ...]]:
         """Rows of a shard, in its order, by the dp rank of the source that they come from."""
         runs: dict[int, list[Interval]] = {}
@@ -201,16 +214,19 @@ class BridgePlanner:
         for entry in self.entries(manifest):
             if entry.lane != lane:
                 continue
-            for of_shard, start, stop in self._pieces(entry):
+            for of_shard, start, stop in self._pieces(entry, documents):
                 if of_shard == shard:
                     mine = runs.setdefault(entry.source_rank, [])
                     _extend(mine, held, held + stop - start)
                     held += stop - start
         return {dp: tuple(runs[dp]) for dp in sorted(runs)}
 
-    def _pieces(self, entry: ManifestEntry) -> Iterator[tuple[int, int, int]]:
+    def _pieces(self, entry: ManifestEntry, documents: Documents) -> Iterator[tuple[int, int, int]]:
         """Cut the rows of an entry by shard: (shard, first row, end), rows counted from 0."""
-        for shard, start, stop in self._sharding.pieces(entry.start, entry.start + entry.rows):
+        # A lane without documents among others that have some would be cut in another way here
+        # than on its own ranks: better a KeyError.
+        cut = self._sharding.of(documents[entry.lane] if documents else ())
+        for shard, start, stop in cut.pieces(entry.start, entry.start + entry.rows):
             yield shard, start - entry.start, stop - entry.start
 
 

@@ -89,9 +89,9 @@ class FullySharded:
             self._held(name, weight, dtypes[name]) for name, weight in module.named_parameters()
         )
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **named: Any) -> Any:
         """Run the stage's forward; shapes and dtypes are those of `ModuleStage`."""
-        return self.module(*args)
+        return self.module(*args, **named)
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""

@@ -39,6 +39,7 @@ class BuildConfig:
         vocab_size: Number of tokens of the vocabulary, V.
         seq_length: Number of positions of a sequence, S.
         sequence_parallel: Whether the language model's tp ranks divide the sequence among them.
+        packed: Whether the sequences of training are packed.
         execution: Recomputation, grouping and fusing in the language model.
         reduce: Times at which its data-parallel ranks exchange gradients and weights.
         lora: Adapters that train in place of weights; None for none.
@@ -50,6 +51,7 @@ class BuildConfig:
     vocab_size: int
     seq_length: int
     sequence_parallel: bool
+    packed: bool = False
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     reduce: ReduceConfig = field(default_factory=ReduceConfig)
     lora: Lora | None = None
@@ -58,7 +60,7 @@ class BuildConfig:
 class Wrapper(Protocol):
     """A module with what sums the gradients of its replicas."""
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **named: Any) -> Any:
         """Run the module's forward."""
 
     def train(self, mode: bool = True) -> Any:
@@ -130,13 +132,13 @@ class ModuleReplica:
         buffers = self.ddp.buffers + self.ddp.expert_parallel_buffers
         return [buffer.grad_data for buffer in buffers]
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any, **named: Any) -> Tensor:
         """Run the stage's forward; shapes [N, width] and dtypes are those of `ModuleStage`.
 
         Raises:
             RuntimeError: The stage returns something other than a tensor.
         """
-        output = (self.wrapper or self.module)(*args)
+        output = (self.wrapper or self.module)(*args, **named)
         if not isinstance(output, Tensor):
             # Passed on, it would look like a microbatch without rows, which peers wait for.
             raise RuntimeError(
@@ -208,6 +210,26 @@ class MimoModel:
             replica.train(mode)
 
 
+def sequence_sharding(layout: Layout, build: BuildConfig) -> SequenceSharding:
+    """Positions of a sequence that each rank of the language model holds.
+
+    Args:
+        layout: The grids of all modules.
+        build: Further settings of the modules.
+
+    Raises:
+        ValueError: The sequence does not divide evenly.
+    """
+    target = layout.target
+    return SequenceSharding(
+        seq_length=build.seq_length,
+        cp=target.cp,
+        tp=target.tp,
+        sequence_parallel=build.sequence_parallel and target.tp > 1,
+        packed=build.packed,
+    )
+
+
 def build_model(
     config: ModelConfig,
     frozen: Frozen,
@@ -233,12 +255,7 @@ def build_model(
     layout = topology.layout
     _check(config, frozen, layout)
     target, sources = layout.target, [source.name for source in layout.sources]
-    sharding = SequenceSharding(
-        seq_length=build.seq_length,
-        cp=target.cp,
-        tp=target.tp,
-        sequence_parallel=build.sequence_parallel and target.tp > 1,
-    )
+    sharding = sequence_sharding(layout, build)
     prefixes, built = config.prefixes(lora=build.lora is not None), {}
     # The language model comes last.
     for name in (*sources, target.name):

@@ -1,6 +1,7 @@
 """One step of the model over its microbatches, as the executor calls it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class MimoStep:
             positions,
             text.labels,
             text.documents,
-            *(() if text.facts is None else (text.facts,)),
+            **_where_asked(padding=text.padding, facts=text.facts),
         )
         if text.loss_mask is None:
             return output.flatten(0, 1)
@@ -79,3 +80,8 @@ class MimoStep:
         packed = self._inputs.sources[module][microbatch]
         assert packed is not None
         return packed.num_tokens
+
+
+def _where_asked(**arguments: Any) -> dict[str, Any]:
+    """The arguments that the family of the language model takes: the others are None."""
+    return {name: value for name, value in arguments.items() if value is not None}

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from megatron_mimo.modules.adapter import BuildContext, Division, Experts, FlopsContext
+from megatron_mimo.modules.adapter import Axis, BuildContext, Division, Experts, FlopsContext
 from megatron_mimo.modules.flops import Flops, TextWork
 from megatron_mimo.modules.hybrid.config import HybridConfig
 from megatron_mimo.modules.hybrid.flops import hybrid_flops, linear_widths
@@ -75,6 +75,33 @@ class HybridAdapter(LanguageAdapter[HybridConfig]):
         for letter, divisions in _OF_LAYERS.items():
             if letter in config.layers:
                 yield from divisions
+
+    def check_sizes(
+        self, config: HybridConfig, flags: Mapping[Axis, str], sizes: Mapping[Axis, int]
+    ) -> None:
+        """Refuse context-parallel ranks that cannot share the heads of Mamba layers evenly.
+
+        Raises:
+            ValueError: Heads, or groups of them, do not divide.
+        """
+        if sizes["cp"] == 1 or "M" not in config.layers:
+            return
+        ranks = f"{flags['cp']} {sizes['cp']} with {flags['tp']} {sizes['tp']}"
+        heads, groups = (
+            number // sizes["tp"] for number in (config.mamba_num_heads, config.mamba_num_groups)
+        )
+        if heads % sizes["cp"]:
+            raise ValueError(
+                f"{ranks}: context-parallel ranks share the {heads} heads that a Mamba layer has "
+                f"on each tensor-parallel rank, which do not divide by {sizes['cp']}: change one "
+                f"of them, or mamba_num_heads"
+            )
+        if groups % sizes["cp"] and sizes["cp"] % groups:
+            raise ValueError(
+                f"{ranks}: context-parallel ranks share the {groups} groups of heads that a Mamba "
+                f"layer has on each tensor-parallel rank: expected a multiple of {sizes['cp']}, "
+                f"or a divisor of it; change one of them, or mamba_num_groups"
+            )
 
     def check_stages(self, config: HybridConfig, number: int) -> None:
         """Refuse a number of stages that does not fit the pattern's bars.

@@ -1,11 +1,12 @@
 """Random layouts, sequences and manifests; shared by the tests of plans."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from hypothesis import strategies as st
 
-from megatron_mimo.bridge.manifest import Manifest, ManifestEntry
-from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding, assign_items
+from megatron_mimo.bridge.manifest import Documents, Manifest, ManifestEntry
+from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding, assign_items, balanced
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,7 @@ class Case:
     layout: Layout
     sharding: SequenceSharding
     manifest: Manifest
+    documents: Documents
 
     def holders(self, encoder_rank: int) -> list[int]:
         """Ranks that hold the rows of a dp rank of the source."""
@@ -32,7 +34,8 @@ class Case:
         """Rows that a rank of the language model uses: (entry, row), in order."""
         place = self.layout.target.coordinates(rank)
         shard = self.sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
-        mine = {p for start, stop in self.sharding.intervals(shard) for p in range(start, stop)}
+        cut = self.sharding.of(self.documents.get(place.dp, ()))
+        mine = {p for start, stop in cut.intervals(shard) for p in range(start, stop)}
         return [
             (index, row)
             for index, entry in enumerate(self.manifest)
@@ -53,6 +56,13 @@ class Case:
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
+    """Grids of any sizes anywhere, whose items run by their lanes or anywhere."""
+    layout = draw(grids())
+    return balanced(layout) if draw(st.booleans()) else layout
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> Layout:
     """Grids of any sizes, apart, over the same ranks or over some of them."""
     small = st.integers(1, 3)
     encoder = ModuleGridSpec(
@@ -94,20 +104,27 @@ def cases(draw: st.DrawFn, arbitrary: bool | None = None) -> Case:
         cp=llm.cp,
         tp=llm.tp,
         sequence_parallel=draw(st.booleans()),
+        packed=draw(st.booleans()),
     )
+    documents: dict[int, tuple[int, ...]] = {}
     anywhere = draw(st.booleans()) if arbitrary is None else arbitrary
     entries = []
     for lane in range(layout.num_lanes):
         images: list[tuple[int, int, int]] = []
-        for sequence in range(draw(st.integers(0, 3))):
+        if sharding.packed:
+            bounds = draw(st.lists(st.integers(0, sharding.seq_length), max_size=4).map(sorted))
+            bounds = [0, *bounds, sharding.seq_length]
+            documents[lane] = tuple(b - a for a, b in pairwise(bounds))
+        for sequence in range(draw(st.integers(0, 1 if sharding.packed else 3))):
             cuts = draw(st.lists(st.integers(0, sharding.seq_length), max_size=6).map(sorted))
             images += [
                 (sequence, start, stop - start)
                 for start, stop in zip(cuts[::2], cuts[1::2], strict=False)
             ]
+        runners = range(replicas) if anywhere else layout.runners("encoder", lane)
         assigned = (
-            tuple(draw(st.integers(0, replicas - 1)) for _ in images)
-            if anywhere
+            tuple(draw(st.sampled_from(runners)) for _ in images)
+            if anywhere or layout.domains
             else assign_items(len(images), layout.serving("encoder", lane), draw(st.integers(0, 7)))
         )
         for encoder_rank, (sequence, start, rows) in zip(assigned, images, strict=True):
@@ -122,4 +139,4 @@ def cases(draw: st.DrawFn, arbitrary: bool | None = None) -> Case:
             # Another module's rows are none of this bridge's business, wherever they stand.
             other = replace(mine, module="audio", rows=draw(st.integers(0, 3)))
             entries += [mine, other] if draw(st.booleans()) else [mine]
-    return Case(layout, sharding, tuple(entries))
+    return Case(layout, sharding, tuple(entries), documents)

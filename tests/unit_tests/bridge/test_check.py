@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from megatron_mimo.bridge.manifest import ManifestEntry
+
 
 def exchange(fault: str) -> str | None:
     """Rank 0 sends 4 of its rows to rank 1 with one thing wrong; the error's text."""
@@ -89,3 +91,16 @@ def test_a_fault_is_named_with_both_sides_view(
     assert said in message
     where = "rows of microbatch 7 from rank 0 (encoder dp 0) to rank 1 (llm dp 5)"
     assert where in message
+
+
+def test_an_end_that_does_not_know_a_lane_compares_rows_alone() -> None:
+    from megatron_mimo.bridge.microbatch import MicrobatchManifest
+
+    item = ManifestEntry(module="encoder", source_rank=1, lane=0, rows=3, sequence=0, start=2)
+    knows = MicrobatchManifest(entries=(item,), keys={0: ("a",)})
+    elsewhere = MicrobatchManifest(entries=(), keys={1: ("b",)})
+    assert knows.view("encoder", 0, 0).agrees(elsewhere.view("encoder", 0, 0))
+    assert elsewhere.view("encoder", 0, 0).agrees(knows.view("encoder", 0, 0))
+    assert not elsewhere.view("encoder", 0, 0).agrees(knows.view("encoder", 0, 3))
+    other = MicrobatchManifest(entries=(item,), keys={0: ("x",)})
+    assert not knows.view("encoder", 0, 3).agrees(other.view("encoder", 0, 3))

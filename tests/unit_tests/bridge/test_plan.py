@@ -1,5 +1,6 @@
 """Transfers are simulated with plain lists: every row must arrive where the manifest says."""
 
+import pytest
 from hypothesis import given
 
 from megatron_mimo.bridge.manifest import ManifestEntry
@@ -16,11 +17,14 @@ def plans(case: Case) -> tuple[Plans, Plans]:
     """The plan of every rank on either side, from the whole manifest."""
     planner = BridgePlanner(case.layout, "encoder", case.sharding)
     encoder = {
-        rank: planner.source_plan(rank, case.manifest)
+        rank: planner.source_plan(rank, case.manifest, case.documents)
         for dp in range(case.layout.modules["encoder"].dp)
         for rank in case.holders(dp)
     }
-    return encoder, {rank: planner.target_plan(rank, case.manifest) for rank in case.users()}
+    return encoder, {
+        rank: planner.target_plan(rank, case.manifest, documents=case.documents)
+        for rank in case.users()
+    }
 
 
 def rows_held(case: Case) -> tuple[dict[int, list[Row]], dict[int, list[Row]]]:
@@ -115,15 +119,23 @@ def test_a_rank_needs_only_the_lanes_it_reads(case: Case) -> None:
     layout, manifest = case.layout, case.manifest
     planner = BridgePlanner(layout, "encoder", case.sharding)
     encoder, language = plans(case)
-    counts = planner.network_rows(manifest) if planner.needs_network_rows else None
+    counts = None
+    if planner.needs_network_rows:
+        counts = planner.network_rows(manifest, case.documents)
     for rank, plan in language.items():
         lane = layout.target.coordinates(rank).dp
         local = tuple(e for e in manifest if e.lane == lane)
-        assert planner.target_plan(rank, local, counts) == plan
+        known = {at: lengths for at, lengths in case.documents.items() if at == lane}
+        senders = {e.source_rank for e in local}
+        some = counts and {key: count for key, count in counts.items() if key[0] in senders}
+        assert planner.target_plan(rank, local, some, known) == plan
     for rank, plan in encoder.items():
-        served = layout.served("encoder", layout.modules["encoder"].coordinates(rank).dp)
-        local = tuple(e for e in manifest if e.lane in served)
-        assert planner.source_plan(rank, local) == plan
+        dp = layout.modules["encoder"].coordinates(rank).dp
+        run = {e.lane for e in manifest if (e.module, e.source_rank) == ("encoder", dp)}
+        assert run <= set(layout.reached("encoder", dp))
+        local = tuple(e for e in manifest if e.lane in run)
+        known = {at: lengths for at, lengths in case.documents.items() if at in run}
+        assert planner.source_plan(rank, local, known) == plan
 
 
 def beside(encoder: dict[str, int], llm: dict[str, int]) -> Layout:
@@ -182,6 +194,21 @@ def test_context_parallel_ranks_get_both_their_chunks() -> None:
         Message(2, ((2, 10),)),
     )
     assert planner.target_plan(1, manifest).receives == (Message(0, ((0, 4),)),)
+
+
+def test_rows_of_a_packed_sequence_go_where_its_documents_are() -> None:
+    # Four documents of four tokens: the first two are on one rank, the others on the other.
+    sharding = SequenceSharding(seq_length=16, cp=2, packed=True)
+    planner = BridgePlanner(beside({}, {"cp": 2}), "encoder", sharding)
+    manifest = (entry(0, 0, 2, 0, 1), entry(0, 0, 3, 0, 5), entry(0, 0, 1, 0, 14))
+    documents = {0: (4, 4, 4, 4)}
+    assert planner.source_plan(0, manifest, documents).sends == (
+        Message(1, ((0, 5),)),
+        Message(2, ((5, 6),)),
+    )
+    assert planner.target_plan(2, manifest, documents=documents).num_rows == 1
+    with pytest.raises(KeyError):
+        planner.source_plan(0, manifest, {1: (16,)})
 
 
 def test_neighbouring_items_travel_as_one_run() -> None:
