@@ -43,6 +43,8 @@ class PackedImages:
         cu_seqlens: First token of each piece, and L, int32 [N+1].
         patch_slots: Index of each patch among the tokens, int64 [T].
         class_slots: Indices of the class tokens among the tokens, piece by piece, int64 [N*c].
+        class_index: Which of the c class tokens each is, int64 [N*c]; None for all of them in order
+            for every piece.
         row_index: Tokens that rows concatenate, int64 [R*k]. Rows of a piece are in raster order,
             the four patches of a row in the order (0,0), (0,1), (1,0), (1,1).
         position_index: Cells of the position table, row after row, that a patch's position
@@ -56,6 +58,7 @@ class PackedImages:
     cu_seqlens: Tensor
     patch_slots: Tensor
     class_slots: Tensor
+    class_index: Tensor | None = None
     row_index: Tensor
     position_index: Tensor
     position_weight: Tensor
@@ -93,16 +96,16 @@ def pack_images(
         )
     return pack_patches(
         _normalised(of_images, config, width=3 * config.patch_dim**2),
-        [grid for item in items for grid in _grids(item)],
+        [grid for item in items for grid in grids_of(item)],
         config,
         draws,
         groups=_normalised(of_videos, config) if of_videos else None,
-        of_video=[isinstance(item, EncodedVideo) for item in items for _ in _grids(item)],
+        of_video=[isinstance(item, EncodedVideo) for item in items for _ in grids_of(item)],
     )
 
 
-def _grids(item: EncodedImage | EncodedVideo) -> Sequence[Grid]:
-    """The grid of each piece of an item."""
+def grids_of(item: EncodedImage | EncodedVideo) -> Sequence[Grid]:
+    """The grid of each piece of an item, with its content or without."""
     return item.grids if isinstance(item, EncodedImage) else [item.grid] * len(item.labels)
 
 

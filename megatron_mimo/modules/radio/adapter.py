@@ -1,6 +1,6 @@
 """Adapter of RADIO with a projector."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +8,13 @@ from megatron_mimo.media.images import ImageInput
 from megatron_mimo.media.images.input import ImageTagType, tags_of
 from megatron_mimo.media.video.config import VideoConfig
 from megatron_mimo.media.video.input import VideoInput
-from megatron_mimo.modules.adapter import BuildContext, Division, FlopsContext, SourceAdapter
+from megatron_mimo.modules.adapter import (
+    Axis,
+    BuildContext,
+    Division,
+    FlopsContext,
+    SourceAdapter,
+)
 from megatron_mimo.modules.flops import Flops
 from megatron_mimo.modules.projector.flops import projector_flops
 from megatron_mimo.modules.radio.config import RadioModuleConfig
@@ -85,6 +91,19 @@ class RadioAdapter(SourceAdapter[RadioModuleConfig, ImageWork]):
             Division("tp", PROJECTOR, "ffn_hidden_size"),
         )
 
+    def parallel_axes(self, config: RadioModuleConfig) -> frozenset[Axis]:
+        """The axis cp: its ranks share the tokens of large images and videos."""
+        return frozenset({"cp"})
+
+    def part(
+        self, config: RadioModuleConfig, packed: "PackedImages", *, rank: int, ranks: int
+    ) -> "PackedImages":
+        """The tokens of packed images and videos that a context-parallel rank computes."""
+        from megatron_mimo.modules.radio.part import part_of
+
+        merged = config.vision.row_size // config.vision.hidden_size
+        return part_of(packed, rank=rank, ranks=ranks, merged=merged)
+
     def linear_layers(
         self, config: RadioModuleConfig, row_width: int
     ) -> Mapping[str, Mapping[str, tuple[int, int]]]:
@@ -121,6 +140,10 @@ class RadioAdapter(SourceAdapter[RadioModuleConfig, ImageWork]):
         """Work of packed images."""
         videos = 0 if packed.groups is None else len(packed.groups)
         return image_work(packed.lengths, config.vision, video_patches=videos)
+
+    def item_work(self, config: RadioModuleConfig, lengths: Sequence[int], rows: int) -> ImageWork:
+        """Work of one image or video; the patches of a video count as those of images."""
+        return image_work(lengths, config.vision)
 
     def takes(self, config: RadioModuleConfig) -> str:
         """Images, also where there are videos beside them, or videos alone."""
@@ -175,6 +198,7 @@ class RadioAdapter(SourceAdapter[RadioModuleConfig, ImageWork]):
                 feeds=None,
                 images=images,
                 noun=kind,
+                class_tokens=config.vision.class_token_len,
             )
         return ImageInput(
             config=images,
@@ -216,6 +240,7 @@ class RadioAdapter(SourceAdapter[RadioModuleConfig, ImageWork]):
                 tags=tags_of(tag_type),
                 feeds=name,
                 noun=kind,
+                class_tokens=config.vision.class_token_len,
             )
         }
 

@@ -97,11 +97,13 @@ class _PlaceTokens(torch.autograd.Function):
     ) -> Tensor:
         index, weight = images.position_index, images.position_weight
         embedded = embedded + interpolate(table, index, weight)
-        tokens = embedded.new_empty(images.num_tokens, embedded.size(1))
+        filled = len(images.patch_slots) + len(images.class_slots)
+        # Zeros for a token that is of no item.
+        make = embedded.new_empty if filled else embedded.new_zeros
+        tokens = make(images.num_tokens, embedded.size(1))
         tokens.index_copy_(0, images.patch_slots, embedded)
         if len(class_token):
-            repeated = class_token.repeat(len(images.lengths), 1)
-            tokens.index_copy_(0, images.class_slots, repeated)
+            tokens.index_copy_(0, images.class_slots, _class_tokens(class_token, images))
         ctx.images, ctx.table, ctx.class_shape = images, table, class_token.shape
         return tokens
 
@@ -114,8 +116,19 @@ class _PlaceTokens(torch.autograd.Function):
             of_table = _table_gradient(ctx.table, of_patches, images)
         if ctx.needs_input_grad[2]:
             of_class = gradient.index_select(0, images.class_slots)
-            of_class = of_class.view(len(images.lengths), *ctx.class_shape).sum(0)
+            if images.class_index is None:
+                of_class = of_class.view(len(images.lengths), *ctx.class_shape).sum(0)
+            else:
+                total = of_class.new_zeros(ctx.class_shape)
+                of_class = total.index_add_(0, images.class_index, of_class)
         return of_patches, of_table, of_class, None
+
+
+def _class_tokens(class_token: Tensor, images: PackedImages) -> Tensor:
+    """The class tokens [n, H] at `images.class_slots`."""
+    if images.class_index is None:
+        return class_token.repeat(len(images.lengths), 1)
+    return class_token.index_select(0, images.class_index)
 
 
 def interpolate(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from megatron_mimo.modules.initial import transformer_initial
 from megatron_mimo.modules.projector.projector import Projector
 from megatron_mimo.modules.radio.config import RadioModuleConfig
 from megatron_mimo.modules.radio.embedding import VideoEmbedding, gather_rows
+from megatron_mimo.modules.radio.part import ImagesPart
+from megatron_mimo.modules.radio.rows import all_rows
 from megatron_mimo.modules.radio.vit import RadioVit
 from megatron_mimo.modules.stage import ModuleStage
 from megatron_mimo.weights.initial import Draw, Normal
@@ -44,6 +46,7 @@ class RadioModule(ModuleStage):
         super().__init__(config=vision.config)
         self.architecture = architecture
         self.vision = vision
+        self.cp_group = pg_collection.cp
         self.projector = (
             Projector(
                 architecture.projector,
@@ -90,12 +93,13 @@ class RadioModule(ModuleStage):
         """Encode packed images and videos.
 
         Args:
-            images: Packed images and videos on this rank's device.
+            images: Packed images and videos on this rank's device; with context parallelism this
+                rank's part of them, whose L tokens it computes.
             hidden: Hidden states of the previous stage [L, H]; None on the first stage.
 
         Returns:
-            Rows [R, H_llm], or hidden states [L, H] before the last stage, in the dtype of
-            parameters.
+            Rows [R, H_llm] of all items, or hidden states [L, H] before the last stage, in the
+            dtype of parameters.
         """
         groups = None if self.video is None else self.video(images)
         tokens: Tensor = self.vision(images, hidden, groups)
@@ -103,4 +107,4 @@ class RadioModule(ModuleStage):
             return tokens
         row_size = self.architecture.vision.row_size
         rows: Tensor = self.projector(gather_rows(tokens, images.row_index, row_size))
-        return rows
+        return all_rows(rows, images, self.cp_group) if isinstance(images, ImagesPart) else rows

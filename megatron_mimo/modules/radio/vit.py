@@ -14,6 +14,7 @@ from megatron_mimo.kernels.specs import transformer_block_spec
 from megatron_mimo.media.images import PackedImages
 from megatron_mimo.modules.radio.config import RadioConfig
 from megatron_mimo.modules.radio.embedding import PatchEmbedding
+from megatron_mimo.modules.radio.part import ImagesPart
 from megatron_mimo.runtime.megatron_core import is_first_stage, is_last_stage, transformer_config
 
 _ACTIVATIONS = {"gelu": F.gelu, "fast_gelu": partial(F.gelu, approximate="tanh")}
@@ -95,7 +96,8 @@ class RadioVit(nn.Module):
         """Encode packed images.
 
         Args:
-            images: Packed images on this stage's device.
+            images: Packed images on this stage's device; with context parallelism this rank's part
+                of them, whose L tokens it computes.
             hidden: Tokens of the previous stage [L, H]; None on the first stage.
             groups: Embedded patches of videos [T - T_i, H] on the first stage; None for a module
                 without videos.
@@ -113,5 +115,7 @@ class RadioVit(nn.Module):
                 # Later stages read their input from here, whatever their argument is.
                 self.decoder.set_input_tensor(x)
             packed = packed_segments(images.cu_seqlens, images.lengths)
+            if isinstance(images, ImagesPart):
+                packed.cut = images.cut
             tokens: Tensor = self.decoder(x, attention_mask=None, packed_seq_params=packed)
             return tokens.squeeze(1)
