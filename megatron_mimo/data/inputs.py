@@ -158,6 +158,14 @@ class ItemInput(Protocol):
         """
         ...
 
+    def lengths(self, item: Any) -> tuple[int, ...]:
+        """Number of tokens of each segment that the module processes for an item.
+
+        They are known without its content, and are those of `PackedInput.lengths`: ranks share out
+        items by what they cost, before any of them has the content.
+        """
+        ...
+
     def facts(self, item: Any) -> Mapping[str, Sequence[int]]:
         """Integers of an item that the target needs beside its rows, by name.
 

@@ -112,6 +112,10 @@ class OneRunItems:
         before, after = self.tags
         return tuple(piece for piece in (before, item.rows, after) if piece)
 
+    def lengths(self, item: Any) -> tuple[int, ...]:
+        """One segment, with a token for each row."""
+        return (item.rows,)
+
     def facts(self, item: Any) -> Mapping[str, Sequence[int]]:
         """Nothing: the target needs only the rows."""
         return {}

@@ -1,14 +1,18 @@
 """Operations of a training step of a whole model; `modules.flops` has the conventions."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, field, fields
+from functools import lru_cache
 from typing import Self
 
 from megatron_mimo.model.config import Frozen, ModelConfig
-from megatron_mimo.modules.adapter import FlopsContext
-from megatron_mimo.modules.families import adapter_of
+from megatron_mimo.modules.adapter import FlopsContext, ModuleConfig
+from megatron_mimo.modules.families import adapter_of, source_adapter
 from megatron_mimo.modules.flops import Flops, LoraLayers, Work
 from megatron_mimo.modules.lora.config import Lora
+
+_SIZES = 2**16
+"""Number of sizes of items whose costs are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +95,71 @@ def model_flops(
     Raises:
         ValueError: The model has no such part.
     """
-    adapters = {} if lora is None else lora.targets
-    rows_train = any(config.trains(name, frozen) for name in config.sources)
     found = {}
     for name, module in config.modules.items():
         adapter = adapter_of(module)
-        context = FlopsContext(
-            frozen=config.frozen_in(name, frozen),
-            row_width=config.row_width,
-            vocab_size=vocab_size,
-            seq_length=seq_length,
-            rows_train=rows_train,
-            lora={
-                part: LoraLayers(rank=lora.rank, layers=layers)
-                for part, layers in config.of_module(name, adapters).items()
-                if lora is not None
-            },
-        )
+        context = _context(config, name, frozen, vocab_size, seq_length, lora)
         found[name] = adapter.flops(module, work.modules.get(name, adapter.work_type()), context)
     return ModelFlops(found)
+
+
+type ItemCost = Callable[[tuple[int, ...], int], int]
+"""Operations of an item, forward and backward, from its lengths (`ItemInput.lengths`) and rows."""
+
+
+def item_costs(
+    config: ModelConfig,
+    frozen: Frozen,
+    *,
+    vocab_size: int,
+    seq_length: int,
+    lora: Lora | None = None,
+) -> dict[str, ItemCost]:
+    """What an item of each source costs; the same on every rank.
+
+    Args:
+        config: Architecture of every module.
+        frozen: Names of the parts that have no backward.
+        vocab_size: Number of tokens of the vocabulary, V.
+        seq_length: Number of positions of a sequence, S.
+        lora: Adapters that train in place of weights; None for none.
+    """
+    return {
+        name: _item_cost(module, _context(config, name, frozen, vocab_size, seq_length, lora))
+        for name, module in config.sources.items()
+    }
+
+
+def _item_cost(module: ModuleConfig, context: FlopsContext) -> ItemCost:
+    adapter = source_adapter(module)
+
+    # Items of one size are frequent, and a count takes as long as planning for a hundred items.
+    @lru_cache(maxsize=_SIZES)
+    def cost(lengths: tuple[int, ...], rows: int) -> int:
+        return adapter.item_cost(module, lengths, rows, context)
+
+    return cost
+
+
+def _context(
+    config: ModelConfig,
+    name: str,
+    frozen: Frozen,
+    vocab_size: int,
+    seq_length: int,
+    lora: Lora | None,
+) -> FlopsContext:
+    """Settings that the operations of a module depend on."""
+    adapters = {} if lora is None else lora.targets
+    return FlopsContext(
+        frozen=config.frozen_in(name, frozen),
+        row_width=config.row_width,
+        vocab_size=vocab_size,
+        seq_length=seq_length,
+        rows_train=any(config.trains(source, frozen) for source in config.sources),
+        lora={
+            part: LoraLayers(rank=lora.rank, layers=layers)
+            for part, layers in config.of_module(name, adapters).items()
+            if lora is not None
+        },
+    )

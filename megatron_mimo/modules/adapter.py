@@ -8,7 +8,7 @@ methods that build.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
@@ -295,6 +295,46 @@ class SourceAdapter[C: ModuleConfig, W: Work](ModuleAdapter[C, W]):
     @abstractmethod
     def work(self, config: C, packed: Any) -> W:
         """Work of one packed input, with which a stage is called."""
+
+    def item_work(self, config: C, lengths: Sequence[int], rows: int) -> W:
+        """Work of one item, from its sizes alone.
+
+        By default its rows. The sum over items should be the work of their packed input, up to what
+        no item has by itself, such as gaps between items.
+
+        Args:
+            config: Architecture of the module.
+            lengths: Number of tokens of each segment of the item (`ItemInput.lengths`).
+            rows: Number of rows of the item.
+        """
+        return self.work_type(rows=rows)
+
+    def item_cost(self, config: C, lengths: Sequence[int], rows: int, context: FlopsContext) -> int:
+        """Number of operations of one item, forward and backward, by which items are shared out.
+
+        Args:
+            config: Architecture of the module.
+            lengths: Number of tokens of each segment of the item.
+            rows: Number of rows of the item.
+            context: Sizes, and the parts that train.
+        """
+        return self.flops(config, self.item_work(config, lengths, rows), context).total
+
+    def part(self, config: C, packed: Any, *, rank: int, ranks: int) -> Any:
+        """The part of a packed input that a context-parallel rank of a replica computes.
+
+        It is cut out on the host, ahead of the step, and a stage is then called with it: rows of
+        the last stage are still those of the whole packed input, in its order, on every rank. Its
+        `num_tokens` are those of the rank, which may have none. Needed by families with the axis cp
+        among their `parallel_axes`.
+
+        Args:
+            config: Architecture of the module.
+            packed: Packed input of the replica in a microbatch, on the host.
+            rank: Number of the context-parallel rank.
+            ranks: Number of context-parallel ranks, at least 2.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no context parallelism")
 
     @abstractmethod
     def item_input(self, config: C, *, name: str, frozen: frozenset[str], **settings: Any) -> Any:

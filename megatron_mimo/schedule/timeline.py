@@ -154,7 +154,7 @@ class _Feeds:
             yield self._neighbour(grid, rank, -1), module
         elif grid is self._target:
             for name in self._sources:
-                for dp in self._layout.serving(name, place.dp):
+                for dp in self._layout.runners(name, place.dp):
                     for other in self._layout.producers(name, dp):
                         yield other, name
 
@@ -165,7 +165,7 @@ class _Feeds:
         if place.pp + 1 < grid.pp:
             yield self._neighbour(grid, rank, +1), module
         elif module in self._sources:
-            for lane in self._layout.served(module, place.dp):
+            for lane in self._layout.reached(module, place.dp):
                 for other in self._layout.users(lane):
                     yield other, self._target.name
 

@@ -1,7 +1,7 @@
 """How the grids of the modules share the ranks, and which replicas serve which lanes."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 from megatron_mimo.topology.spec import ModuleGridSpec
@@ -31,6 +31,18 @@ class StageId(NamedTuple):
     stage: int
 
 
+class Domain(NamedTuple):
+    """Dp ranks of a source that may run each other's items.
+
+    Attributes:
+        ranks: The dp ranks, ascending.
+        lanes: The lanes that they serve, ascending.
+    """
+
+    ranks: tuple[int, ...]
+    lanes: tuple[int, ...]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """The grids of all modules by name, the edges between them, and the world they must cover.
@@ -43,6 +55,9 @@ class Layout:
         modules: Grid of each module by its name, in the order in which groups are built.
         edges: Connections from each source to the target.
         world_size: Number of started ranks.
+        domains: Source -> its domains, for sources whose items are shared out by their cost among
+            the dp ranks of a domain; each dp rank and each lane is in one. Items of other sources
+            run where their lane is served.
 
     Raises:
         ValueError: The edges do not all lead to one target, or a grid needs more ranks than were
@@ -52,6 +67,7 @@ class Layout:
     modules: Mapping[str, ModuleGridSpec]
     edges: tuple[Edge, ...]
     world_size: int
+    domains: Mapping[str, tuple[Domain, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, *grids: ModuleGridSpec, world_size: int) -> Self:
@@ -167,6 +183,22 @@ class Layout:
         """Lanes that a dp rank of a source serves, ascending."""
         return tuple(lane for lane in range(self.num_lanes) if dp in self.serving(source, lane))
 
+    def domain(self, source: str, lane: int) -> Domain | None:
+        """The domain of a source that has a lane; None where items run where lanes are served."""
+        domains = self.domains.get(source, ())
+        return next((domain for domain in domains if lane in domain.lanes), None)
+
+    def runners(self, source: str, lane: int) -> tuple[int, ...]:
+        """The dp ranks of a source that may run items of a lane, ascending."""
+        domain = self.domain(source, lane)
+        return self.serving(source, lane) if domain is None else domain.ranks
+
+    def reached(self, source: str, dp: int) -> tuple[int, ...]:
+        """Lanes whose items a dp rank of a source may run, ascending."""
+        domains = self.domains.get(source, ())
+        found = next((domain.lanes for domain in domains if dp in domain.ranks), None)
+        return self.served(source, dp) if found is None else found
+
     def producers(self, source: str, dp: int) -> list[int]:
         """Ranks of a source's last stage that hold the rows of one of its dp ranks."""
         grid = self.modules[source]
@@ -182,7 +214,9 @@ class Layout:
         No rank outside such a set exchanges rows with a rank inside.
         """
         size, lanes = self.modules[source].dp, self.num_lanes
-        if size <= lanes:
+        if source in self.domains:
+            yield from self.domains[source]
+        elif size <= lanes:
             for dp in range(size):
                 yield (dp,), self.served(source, dp)
         else:
@@ -223,6 +257,12 @@ class Layout:
                 lines.append(f"  {source.name} dp {dp} serves {self.target.name} lanes {lanes}")
             if shown < source.dp:
                 lines.append(f"  ... and {source.dp - shown} more {source.name} dp ranks")
+            if source.name in self.domains:
+                sizes = [len(domain.ranks) for domain in self.domains[source.name]]
+                among = f"{sizes[0]}" if len(sizes) == 1 else f"groups of {max(sizes)}"
+                lines.append(
+                    f"  items of {source.name} are shared out by their cost among {among} dp ranks"
+                )
         return "\n".join(lines)
 
     @property

@@ -15,7 +15,7 @@ from megatron_mimo.media.images.decode import (
 from megatron_mimo.media.images.encode import EncodedImage, encode_image
 from megatron_mimo.media.images.grid import image_grids, rows_of
 from megatron_mimo.media.images.mock import check_mock_rows, mock_pictures
-from megatron_mimo.media.images.packing import PackedImages, pack_images
+from megatron_mimo.media.images.packing import PackedImages, grids_of, pack_images
 from megatron_mimo.media.items import ItemWords, MockItems, OneRunItems
 from megatron_mimo.media.video.clip import EncodedVideo
 
@@ -108,6 +108,11 @@ class ImageInput(OneRunItems):
             return EncodedImage(grids, rows_of(grids, self.config), None), None
         pixels, reason = decode_or_blank(source, shape)
         return encode_image(pixels, self.config, with_patches=True), reason
+
+    def lengths(self, item: EncodedImage | EncodedVideo) -> tuple[int, ...]:
+        """Number of tokens of each piece, of an image or of a video of the same module."""
+        extra = self.config.class_token_len
+        return tuple(rows * columns + extra for rows, columns in grids_of(item))
 
     def pack(
         self, items: Sequence[EncodedImage | EncodedVideo], seeds: Sequence[int]

@@ -165,6 +165,10 @@ class ProcessorInput:
             lines += [texts.between, line] if number else [line]
         return tuple(piece for piece in (*lines, texts.after) if piece)
 
+    def lengths(self, item: ProcessedImage) -> tuple[int, ...]:
+        """Number of tokens of the image, which is one segment."""
+        return (item.outline.num_tokens,)
+
     def facts(self, item: ProcessedImage) -> Mapping[str, Sequence[int]]:
         """What the language model takes of an image beside its rows."""
         return item.outline.facts

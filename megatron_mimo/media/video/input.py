@@ -35,6 +35,7 @@ class VideoInput(OneRunItems):
             their module takes.
         images: Settings of that module's patches; needed where it takes videos alone.
         noun: Name of one video in messages, and of its field in stored samples.
+        class_tokens: Number of tokens of the module before the patches of each group.
     """
 
     config: VideoConfig = field(default_factory=VideoConfig)
@@ -43,6 +44,7 @@ class VideoInput(OneRunItems):
     feeds: str | None = "encoder"
     images: ImageConfig | None = None
     noun: str = "video"
+    class_tokens: int = 0
 
     @property
     def words(self) -> ItemWords:
@@ -85,6 +87,11 @@ class VideoInput(OneRunItems):
             (f"{_BETWEEN if number else ''}{label}", layout)
             for number, label in enumerate(self.texts(item))
         )
+
+    def lengths(self, item: EncodedVideo) -> tuple[int, ...]:
+        """Number of tokens of each group of frames."""
+        rows, columns = item.grid
+        return (rows * columns + self.class_tokens,) * len(item.labels)
 
     def examine(self, source: VideoSource) -> VideoShape:
         """Shape of a video that appears complete, from the header and the packets of its file.

@@ -1,6 +1,6 @@
 """Adapters of models of transformers: the encoder, and the language model that it feeds."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -136,6 +136,10 @@ class HfEncoderAdapter(SourceAdapter[HfEncoderConfig, TowerWork]):
         return TowerWork(
             rows=sum(packed.rows), tokens=sum(packed.lengths), pairs=all_pairs(packed.lengths)
         )
+
+    def item_work(self, config: HfEncoderConfig, lengths: Sequence[int], rows: int) -> TowerWork:
+        """Work of one image."""
+        return TowerWork(rows=rows, tokens=sum(lengths), pairs=all_pairs(lengths))
 
     def item_input(
         self,

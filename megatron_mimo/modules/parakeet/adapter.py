@@ -1,13 +1,13 @@
 """Adapter of Parakeet with a projector."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_mimo.media.audio.config import AudioConfig
 from megatron_mimo.media.audio.input import AudioInput
 from megatron_mimo.modules.adapter import BuildContext, Division, FlopsContext, SourceAdapter
-from megatron_mimo.modules.flops import Flops
+from megatron_mimo.modules.flops import Flops, all_pairs
 from megatron_mimo.modules.parakeet.config import ParakeetModuleConfig
 from megatron_mimo.modules.parakeet.flops import (
     AUDIO,
@@ -108,6 +108,16 @@ class ParakeetAdapter(SourceAdapter[ParakeetModuleConfig, AudioWork]):
     def work(self, config: ParakeetModuleConfig, packed: "PackedClips") -> AudioWork:
         """Work of packed clips."""
         return audio_work(len(packed.features), packed.lengths)
+
+    def item_work(
+        self, config: ParakeetModuleConfig, lengths: Sequence[int], rows: int
+    ) -> AudioWork:
+        """Work of one clip, without zeros after it and without the distances of a microbatch."""
+        return AudioWork(
+            rows=rows,
+            frames=rows * config.audio.subsampling_factor,
+            clip_pairs=all_pairs(lengths),
+        )
 
     def item_input(
         self,

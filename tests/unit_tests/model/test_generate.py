@@ -50,6 +50,7 @@ def count_up(prompts: list[tuple[int, int]], max_new_tokens: int) -> list[tuple[
         labels=input_ids,
         loss_mask=mask,
         position_ids=torch.arange(SEQ_LENGTH).expand(len(prompts), -1),
+        padding=torch.zeros_like(mask, dtype=torch.bool),
     )
     model = SimpleNamespace(
         target=Counter(),

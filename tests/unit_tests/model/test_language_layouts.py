@@ -41,6 +41,7 @@ def text_batch() -> "TextBatch":
         labels=tokens[:, 1:].contiguous(),
         loss_mask=(torch.rand(BATCH, LENGTH, generator=random) < 0.7).float(),
         position_ids=torch.arange(LENGTH).expand(BATCH, -1).contiguous(),
+        padding=torch.zeros(BATCH, LENGTH, dtype=torch.bool),
     )
 
 
@@ -60,7 +61,7 @@ def positions_of(model: "MimoModel") -> tuple[list[int], list[int]]:
     assert model.target is not None
     sharding, place = model.sharding, model.target.groups.place
     shard = sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
-    read, embedded = sharding.cp_intervals(place.cp), sharding.intervals(shard)
+    read, embedded = sharding.of().cp_intervals(place.cp), sharding.of().intervals(shard)
     return (
         [p for start, stop in read for p in range(start, stop)],
         [p for start, stop in embedded for p in range(start, stop)],

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_mimo.topology import Layout
+from megatron_mimo.topology import Layout, balanced
 from tests.unit_tests.schedule.toy import grids, modules, sharding_of
 
 LAYOUTS = {
@@ -33,6 +33,14 @@ LAYOUTS = {
         True,
     ),
     "colocated, encoder pp 2, llm tp 2": (grids({"pp": 2}, {"tp": 2}, colocated=True), True),
+    "items anywhere, encoder tp 2": (
+        balanced(grids({"dp": 2, "tp": 2}, {"dp": 3})),
+        False,
+    ),
+    "items anywhere, grids that overlap": (
+        balanced(modules(vision={"dp": 3}, llm={"offset": 1, "dp": 2, "pp": 2})),
+        False,
+    ),
     "three grids apart": (
         modules(vision={"dp": 2}, audio={"offset": 2}, llm={"offset": 3, "dp": 2}),
         False,

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from megatron_mimo.bridge.manifest import Manifest, ManifestEntry
 from megatron_mimo.schedule.graph import GradientFlow
-from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding
+from megatron_mimo.topology import Layout, ModuleGridSpec, SequenceSharding, balanced
 
 WIDTH = 3
 SEQ_LENGTH = 48
@@ -49,7 +49,7 @@ def manifests(layout: Layout, num_microbatches: int) -> list[Manifest]:
         entries = []
         for lane in range(layout.num_lanes):
             for number, source in enumerate(layout.sources):
-                serving = layout.serving(source.name, lane)
+                serving = layout.runners(source.name, lane)
                 if (m + lane + number) % 3 == 2:
                     continue
                 # In every other microbatch the lane has rows, but few of its shards do.
@@ -93,4 +93,7 @@ def random_graphs(draw: st.DrawFn, most: int = 5) -> tuple[Layout, GradientFlow]
     returning = {name for name in names[:-1] if draw(st.booleans())}
     inside = {name for name in sorted(returning) if draw(st.booleans())}
     world = max(spec.ranks.stop for spec in specs)
-    return Layout.of(*specs, world_size=world), flow_of(returning, inside)
+    layout = Layout.of(*specs, world_size=world)
+    if draw(st.booleans()):
+        layout = balanced(layout)
+    return layout, flow_of(returning, inside)

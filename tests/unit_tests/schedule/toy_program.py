@@ -179,7 +179,7 @@ class Toy:
         """A source's rows in this rank's shard of the sequence, before any weight."""
         place = self.topology.modules[self.target].place
         shard = self.sharding.shard(cp_rank=place.cp, tp_rank=place.tp)
-        mine = {p for low, high in self.sharding.intervals(shard) for p in range(low, high)}
+        mine = {p for low, high in self.sharding.of().intervals(shard) for p in range(low, high)}
         return self._named(source, m, lambda e, row: e.lane == place.dp and e.start + row in mine)
 
     def _named(self, source: str, m: int, keep: Callable[[ManifestEntry, int], bool]) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mimo.topology import Edge, Layout, ModuleGridSpec, assign_items
+from megatron_mimo.topology import Domain, Edge, Layout, ModuleGridSpec, assign_items, balanced
 
 
 def disjoint(encoder_dp: int, llm_dp: int, encoder_tp: int = 1, llm_tp: int = 1) -> Layout:
@@ -129,3 +129,36 @@ def test_the_table_shows_grids_and_service() -> None:
     assert "10 ranks, disjoint grids" in table
     assert re.search(r"llm\s+\[2, 10\)\s+2\s+1\s+1\s+4", table)
     assert "encoder dp 1 serves llm lanes 2, 3" in table
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.booleans())
+def test_who_may_run_an_item_exchanges_rows_with_its_lane(
+    encoder_dp: int, llm_dp: int, by_cost: bool
+) -> None:
+    layout = disjoint(encoder_dp, llm_dp)
+    if by_cost:
+        layout = balanced(layout)
+        assert bool(layout.domains) == (encoder_dp > 1)
+    found = [(set(ranks), set(lanes)) for ranks, lanes in layout.neighbourhoods("encoder")]
+    for lane in range(llm_dp):
+        runners = layout.runners("encoder", lane)
+        assert set(layout.serving("encoder", lane)) <= set(runners)
+        for dp in runners:
+            assert lane in layout.reached("encoder", dp)
+            assert any(dp in ranks and lane in lanes for ranks, lanes in found)
+    if layout.domains:
+        assert found == [(set(range(encoder_dp)), set(range(llm_dp)))]
+
+
+def test_domains_of_a_part_of_the_replicas() -> None:
+    layout = balanced(disjoint(4, 8), 2)
+    assert layout.domains == {
+        "encoder": (Domain((0, 1), (0, 1, 2, 3)), Domain((2, 3), (4, 5, 6, 7)))
+    }
+    assert layout.runners("encoder", 5) == (2, 3)
+    assert layout.reached("encoder", 1) == (0, 1, 2, 3)
+    assert "items of encoder are shared out by their cost among groups of 2 dp ranks" in (
+        layout.table()
+    )
+    with pytest.raises(ValueError, match="encoder dp ranks 0 to 3 serve lane 0 together, and"):
+        balanced(disjoint(4, 1), 2)

@@ -104,7 +104,8 @@ REFUSED: list[tuple[str, dict[str, Any], Layout, str]] = [
         "mistral3",
         {},
         beside({}, {"cp": 2}),
-        "--llm-cp 2: context parallelism is not supported for this model; set it to 1",
+        "--llm-cp 2: context parallelism is not supported for this model, whose own forward takes "
+        "whole sequences; set it to 1",
     ),
     (
         "mistral3",
@@ -298,6 +299,14 @@ def test_a_folder_is_refused(changes: dict[str, Any], message: str, tmp_path: Pa
 
     with pytest.raises(ValueError, match=rf"config\.json:? {re.escape(message)}"):
         read_folder("hf", str(folder(tmp_path, **changes)))
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl moe", "qwen3_5 moe"])
+def test_a_folder_that_balances_experts_is_refused(name: str, tmp_path: Path) -> None:
+    from megatron_mimo.config.model_file import read_folder
+
+    with pytest.raises(ValueError, match=r"text_config\.output_router_logits is true, with which"):
+        read_folder("hf", str(folder(tmp_path, name, text_config__output_router_logits=True)))
 
 
 @pytest.mark.parametrize(

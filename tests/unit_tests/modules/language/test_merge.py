@@ -78,7 +78,7 @@ def test_shards_put_together_are_the_whole(
     names = torch.full_like(input_ids, -1)
     names[is_image] = torch.arange(int(is_image.sum()))
     for shard in range(sharding.num_shards):
-        held = positions_in(sharding.intervals(shard))
+        held = positions_in(sharding.of().intervals(shard))
         mine = names[:, held]
         rows = mine[mine >= 0].float().unsqueeze(1)
         merged = merge_rows(
