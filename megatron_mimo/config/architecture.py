@@ -195,8 +195,11 @@ def _refuse_unsupported(layout: Layout, architecture: ModelConfig) -> None:
         ):
             size = getattr(grid, axis)
             if size > 1 and axis not in supported:
+                whole = axis == "cp" and grid.name == layout.target.name
+                why = ", whose own forward takes whole sequences" if whole else ""
                 raise ValueError(
-                    f"{grid.flag(axis)} {size}: {what} is not supported for this model; set it to 1"
+                    f"{grid.flag(axis)} {size}: {what} is not supported for this model{why}; set "
+                    f"it to 1"
                 )
 
 
@@ -237,7 +240,7 @@ def check_shards(layout: Layout, architecture: ModelConfig) -> None:
                     f"{size}: change it" + (f", or --override {name}" if can_change else "")
                 )
         adapter.check_stages(config, grid.pp)
-        axes: tuple[Axis, ...] = ("tp", "ep", "expt_tp")
+        axes: tuple[Axis, ...] = ("tp", "cp", "ep", "expt_tp")
         adapter.check_sizes(
             config,
             {axis: grid.flag(axis) for axis in axes},
@@ -257,12 +260,6 @@ def check_sequence(layout: Layout, architecture: ModelConfig, filled: TrainConfi
             f"--sequence-parallel shards along {llm.flag('tp')}, which is 1: raise it, or leave "
             f"--sequence-parallel out"
         )
-    if filled.data.packing_buffer_size is not None and llm.cp > 1:
-        raise ValueError(
-            f"{llm.flag('cp')} {llm.cp} with --packing-buffer-size "
-            f"{filled.data.packing_buffer_size}: context parallelism cuts the sequence as a whole, "
-            f"and packing asks for each of its samples to be cut evenly; leave one out"
-        )
     divides = language_adapter(architecture.target).sequence_parallel
     if filled.grids.sequence_parallel and not divides:
         raise ValueError(
@@ -278,4 +275,5 @@ def check_sequence(layout: Layout, architecture: ModelConfig, filled: TrainConfi
         cp=llm.cp,
         tp=llm.tp,
         sequence_parallel=bool(filled.grids.sequence_parallel),
+        packed=filled.data.packing_buffer_size is not None,
     )

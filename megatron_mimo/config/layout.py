@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from megatron_mimo.config.sections import GridSection
-from megatron_mimo.topology import Layout, ModuleGridSpec
+from megatron_mimo.topology import Layout, ModuleGridSpec, balanced
 
 # Modules whose sizes have separate flags, as in --llm-tp; --grid sets those of any module.
 _NAMED = ("encoder", "llm")
@@ -39,7 +39,23 @@ def grids(section: GridSection, modules: Sequence[str], world_size: int | None) 
         specs.append(ModuleGridSpec(name=name, offset=offset, flag_form=form, **sizes))
     if world_size is None:
         world_size = max(spec.ranks.stop for spec in specs)
-    return Layout.of(*specs, world_size=world_size)
+    return _dispatched(section, Layout.of(*specs, world_size=world_size))
+
+
+def _dispatched(section: GridSection, layout: Layout) -> Layout:
+    """The layout with its sources' domains."""
+    size = section.encoder_dispatch_group_size
+    if section.encoder_dispatch == "balanced":
+        try:
+            return balanced(layout, size)
+        except ValueError as error:
+            raise ValueError(f"--encoder-dispatch-group-size {size}: {error}") from error
+    if size is not None:
+        raise ValueError(
+            f"--encoder-dispatch-group-size {size} with --encoder-dispatch lane, which moves no "
+            f"items: leave one of them out"
+        )
+    return layout
 
 
 def with_layout(section: GridSection, layout: Layout) -> GridSection:

@@ -40,6 +40,7 @@ from megatron_mimo.settings.ranges import (
     MOST_PATCH,
     MOST_PIXELS,
     MOST_POSITIONS,
+    MOST_RANKS,
     MOST_SEED,
     MOST_TILES,
 )
@@ -83,6 +84,15 @@ class GridSection:
             between tensor-parallel regions; left out: on when --llm-tp is above 1.
         encoder_run_ahead: Number of microbatches that other modules, such as the encoder, may be
             ahead of the language model, so that they compute while it does.
+        encoder_dispatch: Choice of the ranks that run an item of a module that feeds the language
+            model, such as an image, where the module has several data-parallel replicas: "balanced"
+            gives every replica about as many operations, and moves items to it a step ahead; "lane"
+            takes those that serve the item's lane.
+        encoder_dispatch_group_size: Number of data-parallel replicas that follow each other and
+            share out items among themselves, such as those of a node; left out: all.
+        encoder_balance_window: Number of microbatches whose items are shared out together. More
+            than 1 balances their sum, which pays where modules are that far ahead of the language
+            model.
         check_bridge: Whether to send sample keys and checksums with all rows and gradients, and to
             stop where both ends disagree; slow, for finding faults.
     """
@@ -105,6 +115,11 @@ class GridSection:
     llm_only: Switch = False
     sequence_parallel: Choice = None
     encoder_run_ahead: Annotated[int, Within(0, MOST_BATCH)] = 1
+    encoder_dispatch: Literal["lane", "balanced"] = "balanced"
+    encoder_dispatch_group_size: Annotated[Number, Within(1, MOST_RANKS)] = None
+    encoder_balance_window: Annotated[
+        int, Within(1, MOST_BATCH), OnlyWith("--encoder-dispatch balanced")
+    ] = 1
     check_bridge: Switch = False
 
 

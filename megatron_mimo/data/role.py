@@ -1,6 +1,6 @@
 """The part of a step's data that a rank needs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_mimo.topology import Layout
@@ -71,3 +71,23 @@ def data_role(layout: Layout, rank: int) -> DataRole:
             for name, here in runs.items()
         },
     )
+
+
+def equal_readers(roles: Sequence[DataRole]) -> tuple[tuple[int, ...], ...]:
+    """Groups of ranks that need the same data: the tp, cp and pp peers of a replica.
+
+    Args:
+        roles: Data role of every rank.
+
+    Returns:
+        Groups that have every rank once, ascending in each group and by their first ranks.
+    """
+    groups: list[tuple[DataRole, list[int]]] = []
+    for rank, role in enumerate(roles):
+        for known, ranks in groups:
+            if known == role:
+                ranks.append(rank)
+                break
+        else:
+            groups.append((role, [rank]))
+    return tuple(tuple(ranks) for _, ranks in groups)

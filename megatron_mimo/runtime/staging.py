@@ -124,7 +124,7 @@ def map_tensors[T](value: T, function: Callable[[Tensor], Tensor]) -> T:
 
     Args:
         value: A tensor [...] of any shape, or dataclasses, mappings and tuples of tensors and of
-            anything else, which is kept.
+            anything else, which is kept. What has no tensor in it is kept as it is.
         function: Function of one tensor.
     """
     return _mapped(value, function)  # type: ignore[no-any-return]
@@ -135,13 +135,15 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         case Tensor():
             return function(value)
         case tuple():
-            return tuple(_mapped(item, function) for item in value)
+            items = tuple(_mapped(item, function) for item in value)
+            return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
         case Mapping():
             return {key: _mapped(item, function) for key, item in value.items()}
         case _ if is_dataclass(value) and not isinstance(value, type):
             present = {field.name: getattr(value, field.name) for field in fields(value)}
             mapped = {name: _mapped(each, function) for name, each in present.items()}
-            return replace(value, **mapped)
+            kept = all(mapped[name] is present[name] for name in present)
+            return value if kept else replace(value, **mapped)
         case _:
             return value
 

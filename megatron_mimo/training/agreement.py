@@ -45,6 +45,7 @@ class _Reading:
     start: int
     key: str
     rows: tuple[tuple[str, int, int, int], ...]
+    length: int | None = None
 
     def __str__(self) -> str:
         items = [
@@ -52,6 +53,7 @@ class _Reading:
             for module, dp, start, count in self.rows
         ]
         at = f" at {self.start}" if self.start else ""
+        at += "" if self.length is None else f", {self.length} tokens,"
         return f"{self.key!r}{at} with {', '.join(items) or 'no rows'}"
 
 
@@ -70,7 +72,8 @@ def agree_on_step(
     One reduction over the world, on the host, covers four integers per lane: its largest and
     smallest digest, its number of target tokens and of used positions; one per data-parallel rank
     of each source: whether it has an item; this rank's `wish`; and, for each source whose ranks
-    divide the sending to several lanes, one per microbatch, dp rank and lane: its number of rows.
+    divide the sending to several lanes, one per microbatch, dp rank and lane: its number of rows,
+    unless those who read know them, since they have shared out the items.
     It runs before any row is sent, because readers that disagree would also expect different
     numbers of rows.
 
@@ -98,7 +101,7 @@ def agree_on_step(
     pairs = [
         (name, dp, lane)
         for name, planner in planners.items()
-        if planner.needs_network_rows
+        if planner.needs_network_rows and not (step.balanced and name in layout.domains)
         for lane in range(layout.num_lanes)
         for dp in layout.serving(name, lane)
     ]
@@ -130,8 +133,13 @@ def agree_on_step(
         manifests=tuple(
             MicrobatchManifest(
                 entries=microbatch.manifest,
-                network_rows=_by_source(pairs, counts[i]),
+                network_rows=_by_source(pairs, counts[i])
+                | {
+                    name: {(dp, lane): count for dp, lane, count in of_source}
+                    for name, of_source in microbatch.network_rows.items()
+                },
                 keys=microbatch.keys,
+                documents=microbatch.documents,
             )
             for i, microbatch in enumerate(step.microbatches)
         ),
@@ -155,7 +163,10 @@ def _network_rows(
     table = torch.full((len(step.microbatches), len(pairs)), _ABSENT, dtype=torch.int64)
     sources = {name for name, _, _ in pairs}
     for i, microbatch in enumerate(step.microbatches):
-        known = {name: planners[name].network_rows(microbatch.manifest) for name in sources}
+        known = {
+            name: planners[name].network_rows(microbatch.manifest, microbatch.documents)
+            for name in sources
+        }
         for j, (name, dp, lane) in enumerate(pairs):
             if lane in step.lane_digest:
                 table[i, j] = known[name].get((dp, lane), 0)
@@ -213,4 +224,6 @@ def _readings(step: StepData, lane: int) -> Iterator[_Reading]:
                 for entry in microbatch.manifest
                 if entry.lane == lane and start <= (entry.sequence, entry.start) < end
             )
-            yield _Reading(microbatch.index, i, start[1], key, rows)
+            lengths = microbatch.documents.get(lane)
+            length = None if lengths is None else lengths[i]
+            yield _Reading(microbatch.index, i, start[1], key, rows, length)

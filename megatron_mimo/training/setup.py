@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from megatron_mimo.bridge.plan import BridgePlanner
 from megatron_mimo.checkpoint.base import load_base
 from megatron_mimo.checkpoint.checkpointer import Checkpointer, Loaded, load
 from megatron_mimo.checkpoint.config import FirstWeightsConfig
@@ -25,10 +26,11 @@ from megatron_mimo.data import (
     data_role,
     tokenizer_for,
 )
+from megatron_mimo.data.loader.balanced import BalanceConfig, build_dispatcher
 from megatron_mimo.data.loader.share import SharedLoader, build_reading_group
 from megatron_mimo.data.loader.stream_loader import StreamLoader
-from megatron_mimo.model.flops import model_flops
-from megatron_mimo.model.mimo import BuildConfig
+from megatron_mimo.model.flops import item_costs, model_flops
+from megatron_mimo.model.mimo import BuildConfig, sequence_sharding
 from megatron_mimo.model.omni.lora import require_plain_scales
 from megatron_mimo.optim.train_state import TrainState
 from megatron_mimo.runtime import RuntimeContext
@@ -87,8 +89,11 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
     if data.sample_trace_dir is not None and readers.reads:
         role_name = resolved.layout.describe_rank(context.rank)
         trace = SampleTrace(data.sample_trace_dir, context.rank, role_name)
+    dispatcher = build_dispatcher(
+        resolved.layout, roles, context.rank, data.inputs, balance_config(resolved, tokenizer)
+    )
     # Data first: a wrong path should not cost the time to build a model.
-    source = build_train_loader(data, role, tokenizer) if readers.reads else None
+    source = build_train_loader(data, role, tokenizer, dispatcher) if readers.reads else None
     loader = SharedLoader(source, readers, inputs=data.inputs, trace=trace)
     runner = build_runner(
         resolved.layout,
@@ -134,6 +139,30 @@ def build_trainer(resolved: Resolved, context: RuntimeContext) -> Trainer:
     )
 
 
+def balance_config(resolved: Resolved, tokenizer: Tokenizer) -> BalanceConfig:
+    """How items are shared out where a source has several replicas."""
+    layout, vocab_size = resolved.layout, table_size(tokenizer, resolved.folder)
+    sharding = sequence_sharding(layout, build_config(resolved, vocab_size))
+    planners = {name: BridgePlanner(layout, name, sharding) for name in layout.domains}
+    return BalanceConfig(
+        costs=item_costs(
+            resolved.architecture,
+            resolved.freeze,
+            vocab_size=vocab_size,
+            seq_length=resolved.model.seq_length,
+            lora=resolved.lora,
+        ),
+        window=resolved.grids.encoder_balance_window,
+        count_rows={
+            name: planner.network_rows
+            for name, planner in planners.items()
+            if planner.needs_network_rows
+        },
+        validate=resolved.data.validate_alignment,
+        describe=layout.describe_rank,
+    )
+
+
 def build_config(resolved: Resolved, vocab_size: int) -> BuildConfig:
     """Settings of the model that are no part of its architecture.
 
@@ -148,6 +177,7 @@ def build_config(resolved: Resolved, vocab_size: int) -> BuildConfig:
         vocab_size=vocab_size,
         seq_length=resolved.model.seq_length,
         sequence_parallel=bool(resolved.grids.sequence_parallel),
+        packed=resolved.data.packing_buffer_size is not None,
         execution=resolved.execution,
         reduce=resolved.reduce,
         lora=resolved.lora,

@@ -78,7 +78,7 @@ def train_step(
     scale_auxiliary_losses(loss_scale)
     loss_sum = _run(runner, data, agreement, gradients=True, loss_scale=loss_scale, watch=watch)
     watch.note(Phase.GRADIENTS)
-    experts = gather_load(runner.model, len(data.microbatches))
+    experts = gather_load(runner.model)
     finalize_gradients(
         runner.model,
         num_tokens,

@@ -117,18 +117,29 @@ def collate_text(samples: Sequence[EncodedSample], seq_length: int, pad_id: int)
     input_ids = np.full((batch, seq_length), pad_id, dtype=np.int64)
     labels = np.full((batch, seq_length), pad_id, dtype=np.int64)
     loss_mask = np.zeros((batch, seq_length), dtype=np.float32)
+    padding = np.ones((batch, seq_length), dtype=np.bool_)
     for i, sample in enumerate(samples):
         length = sample.num_positions
         input_ids[i, :length] = sample.tokens[:-1]
         labels[i, :length] = sample.tokens[1:]
         loss_mask[i, :length] = sample.targets[1:]
+        padding[i, :length] = False
     return TextBatch(
         sample_keys=tuple(sample.key for sample in samples),
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         loss_mask=torch.from_numpy(loss_mask),
         position_ids=torch.arange(seq_length).expand(batch, -1).contiguous(),
+        padding=torch.from_numpy(padding),
     )
+
+
+def packed_lengths(documents: Documents, seq_length: int) -> tuple[int, ...]:
+    """Number of tokens of each document of a packed sequence, and of the padding, if any."""
+    lengths = [document.num_positions for document in documents]
+    if sum(lengths) < seq_length:
+        lengths.append(seq_length - sum(lengths))
+    return tuple(lengths)
 
 
 def collate_packed(documents: Documents, seq_length: int, pad_id: int) -> TextBatch:
@@ -139,15 +150,15 @@ def collate_packed(documents: Documents, seq_length: int, pad_id: int) -> TextBa
     input_ids = np.full(seq_length, pad_id, dtype=np.int64)
     labels = np.full(seq_length, pad_id, dtype=np.int64)
     loss_mask = np.zeros(seq_length, dtype=np.float32)
-    lengths = [document.num_positions for document in documents]
-    if sum(lengths) < seq_length:
-        lengths.append(seq_length - sum(lengths))
+    padding = np.ones(seq_length, dtype=np.bool_)
+    lengths = packed_lengths(documents, seq_length)
     bounds = np.cumsum([0, *lengths])
     for start, document in zip(bounds.tolist(), documents, strict=False):
         stop = start + document.num_positions
         input_ids[start:stop] = document.tokens[:-1]
         labels[start:stop] = document.tokens[1:]
         loss_mask[start:stop] = document.targets[1:]
+        padding[start:stop] = False
     position_ids = np.arange(seq_length) - np.repeat(bounds[:-1], lengths)
     return TextBatch(
         sample_keys=tuple(document.key for document in documents),
@@ -155,6 +166,7 @@ def collate_packed(documents: Documents, seq_length: int, pad_id: int) -> TextBa
         labels=torch.from_numpy(labels)[None],
         loss_mask=torch.from_numpy(loss_mask)[None],
         position_ids=torch.from_numpy(position_ids)[None],
-        lengths=tuple(lengths),
+        padding=torch.from_numpy(padding)[None],
+        lengths=lengths,
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
     )

@@ -10,33 +10,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_mimo.data.inputs import Inputs
-from megatron_mimo.data.loader.batch import Microbatch, ResumableLoader, StepData
+from megatron_mimo.data.loader.batch import Microbatch, ReadingLoader, ResumableLoader, StepData
+from megatron_mimo.data.loader.drawn import EndOfSteps
 from megatron_mimo.data.loader.trace import SampleTrace
 from megatron_mimo.data.loader.wire import WireTypes, decode_step, encode_step
-from megatron_mimo.data.role import DataRole
+from megatron_mimo.data.role import DataRole, equal_readers
 
 # A message of this length has this meaning instead.
 _END, _FAILED = 0, -1
-
-
-def equal_readers(roles: Sequence[DataRole]) -> tuple[tuple[int, ...], ...]:
-    """Groups of ranks that need the same data: the tp, cp and pp peers of a replica.
-
-    Args:
-        roles: Data role of every rank.
-
-    Returns:
-        Groups that have every rank once, ascending in each group and by their first ranks.
-    """
-    groups: list[tuple[DataRole, list[int]]] = []
-    for rank, role in enumerate(roles):
-        for known, ranks in groups:
-            if known == role:
-                ranks.append(rank)
-                break
-        else:
-            groups.append((role, [rank]))
-    return tuple(tuple(ranks) for _, ranks in groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +75,7 @@ class SharedLoader(ResumableLoader):
 
     def __init__(
         self,
-        source: ResumableLoader | None,
+        source: ReadingLoader | None,
         peers: ReadingGroup,
         *,
         inputs: Inputs,
@@ -131,6 +112,8 @@ class SharedLoader(ResumableLoader):
         ready = self._draw() if self._thread is None else self._ready.get()
         assert ready is not None, "a step after the last one"
         if isinstance(ready, Exception):
+            if self._thread is None and self._source is not None:
+                self._source.fail(ready)
             raise ready
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="next-step", daemon=True)
@@ -153,7 +136,10 @@ class SharedLoader(ResumableLoader):
             self._source.restore(lanes)
 
     def close(self) -> None:
-        """Discard the step that was drawn ahead, and stop reading. Collective over the peers."""
+        """Discard the step that was drawn ahead, and stop reading.
+
+        Collective over the peers, and over the ranks that decide with this one who runs an item.
+        """
         self._closing.set()
         while self._thread is not None and self._thread.is_alive():
             try:
@@ -166,6 +152,9 @@ class SharedLoader(ResumableLoader):
         while (ready := self._draw()) is not None:
             self._ready.put(ready)
             if isinstance(ready, Exception):
+                # After the step has been told: others may need it before they listen again.
+                if self._source is not None:
+                    self._source.fail(ready)
                 return
 
     def _draw(self) -> _Ready | Exception | None:
@@ -183,12 +172,16 @@ class SharedLoader(ResumableLoader):
     def _read(self) -> _Ready | Exception | None:
         assert self._source is not None
         if self._closing.is_set():
+            self._source.end()
             self._send(_END)
             return None
         try:
             step = self._source.next_step()
             state = self._source.state()
             message = None if self._peers.group is None else encode_step(step, self._types)
+        except EndOfSteps:
+            self._send(_END)
+            return None
         # The training thread raises every kind of error.
         except Exception as error:
             text = torch.frombuffer(
@@ -235,6 +228,6 @@ def _keys(step: StepData) -> dict[int, list[str]]:
     """Lane -> sample keys of the step, in order."""
     keys: dict[int, list[str]] = {}
     for microbatch in step.microbatches:
-        for lane, drawn in microbatch.keys.items():
-            keys.setdefault(lane, []).extend(drawn)
+        for lane in step.lane_digest:  # The lanes that this rank reads.
+            keys.setdefault(lane, []).extend(microbatch.keys[lane])
     return keys

@@ -3,23 +3,32 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_mimo.bridge.manifest import ManifestEntry
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.inputs import ENCODER, Item, PackedInput
-from megatron_mimo.data.loader.batch import Microbatch, StepData, StepLoader, TextBatch
+from megatron_mimo.data.inputs import ENCODER, PackedInput
+from megatron_mimo.data.loader.batch import Microbatch, ReadingLoader, StepData, TextBatch
 from megatron_mimo.data.loader.collate import (
     Documents,
     collate_facts,
     collate_packed,
     collate_text,
+    packed_lengths,
     placed,
     require_known_fields,
     runs_of,
+)
+from megatron_mimo.data.loader.drawn import (
+    Dispatcher,
+    DrawnStep,
+    ItemPlace,
+    LaneDispatcher,
+    LaneSamples,
+    PlacedItem,
+    Share,
+    Work,
 )
 from megatron_mimo.data.loader.wire import WireTypes, require_sendable
 from megatron_mimo.data.reading.stream import IndexedStream, LaneStream
@@ -34,13 +43,13 @@ from megatron_mimo.data.samples.sample import (
 )
 from megatron_mimo.data.samples.skips import SkipReport
 from megatron_mimo.data.text.tokenizer import Tokenizer
-from megatron_mimo.topology import assign_items
 
 
 def build_train_loader(
     config: DataConfig,
     role: DataRole,
     tokenizer: Tokenizer,
+    dispatcher: Dispatcher | None = None,
 ) -> "StreamLoader":
     """Endless steps of training samples.
 
@@ -48,11 +57,12 @@ def build_train_loader(
         config: Settings of the data.
         role: Part of a step that this rank needs.
         tokenizer: Tokenizer of the texts.
+        dispatcher: What decides who runs an item; None for the ranks that serve its lane.
 
     Raises:
         ValueError: The dataset is missing or not prepared, or the batch sizes do not divide.
     """
-    return _build(config, role, tokenizer, Split.TRAIN)
+    return _build(config, role, tokenizer, Split.TRAIN, dispatcher)
 
 
 def build_eval_loader(config: DataConfig, role: DataRole, tokenizer: Tokenizer) -> "StreamLoader":
@@ -75,6 +85,7 @@ def build_list_loader(
     config: DataConfig,
     role: DataRole,
     tokenizer: Tokenizer,
+    dispatcher: Dispatcher | None = None,
 ) -> "StreamLoader":
     """Endless steps over given samples in their order, repeated after the last one.
 
@@ -86,6 +97,7 @@ def build_list_loader(
         config: Batch sizes, sequence length and kinds of items.
         role: Part of a step that this rank needs.
         tokenizer: Tokenizer of the texts.
+        dispatcher: What decides who runs an item; None for the ranks that serve its lane.
     """
     if not samples:
         raise ValueError("no samples to evaluate: expected at least one")
@@ -96,7 +108,7 @@ def build_list_loader(
         return try_encode(raw, config, tokenizer, content=role.runs)
 
     streams = {lane: IndexedStream(make, lane, role.num_lanes, config) for lane in role.lanes}
-    return StreamLoader(streams, config, role, tokenizer)
+    return StreamLoader(streams, config, role, tokenizer, dispatcher)
 
 
 def _build(
@@ -104,6 +116,7 @@ def _build(
     role: DataRole,
     tokenizer: Tokenizer,
     split: Split,
+    dispatcher: Dispatcher | None = None,
 ) -> "StreamLoader":
     if split is not Split.TRAIN:
         config = config.without_augmentation()
@@ -121,26 +134,10 @@ def _build(
 
         build = train_streams if split is Split.TRAIN else eval_streams
         streams = build(config, role, tokenizer)
-    return StreamLoader(streams, config, role, tokenizer)
+    return StreamLoader(streams, config, role, tokenizer, dispatcher)
 
 
-class _PlacedItem(NamedTuple):
-    """An item of a microbatch.
-
-    Attributes:
-        item: Encoded item.
-        seed: Seed of its augmentation.
-        sequence: Index of its sequence in the microbatch.
-        positions: Positions of its rows in the sequence, int64 [rows].
-    """
-
-    item: Item
-    seed: int
-    sequence: int
-    positions: NDArray[np.int64]
-
-
-class StreamLoader(StepLoader):
+class StreamLoader(ReadingLoader):
     """Collates the streams of the lanes that a rank reads.
 
     Args:
@@ -148,6 +145,7 @@ class StreamLoader(StepLoader):
         config: Batch sizes and sequence length.
         role: Part of a step that this rank needs.
         tokenizer: Tokenizer with the numbers of the padding and placeholder tokens.
+        dispatcher: What decides who runs an item; None for the ranks that serve its lane.
 
     Attributes:
         skips: Counts of the skipped samples so far, over the lanes that this rank reads.
@@ -162,6 +160,7 @@ class StreamLoader(StepLoader):
         config: DataConfig,
         role: DataRole,
         tokenizer: Tokenizer,
+        dispatcher: Dispatcher | None = None,
     ) -> None:
         assert sorted(streams) == sorted(role.lanes), (sorted(streams), role.lanes)
         lacking = [module for module in role.sources if module not in config.inputs]
@@ -177,6 +176,7 @@ class StreamLoader(StepLoader):
         self._sendable: set[str] = set()
         self._config = config
         self._role = role
+        self._dispatcher = dispatcher or LaneDispatcher(role)
         self._pad_id = tokenizer.pad_id
         self._token_ids = tokenizer.placeholder_ids
         self._num_microbatches = config.num_microbatches(role.num_lanes)
@@ -227,35 +227,58 @@ class StreamLoader(StepLoader):
 
         Raises:
             ValueError: A sample contradicts itself or the settings, a lane has no more samples, or
-                too many in a row are unreadable; the message names sample, dataset and shard.
+                too many in a row are unreadable; the message names sample, dataset and shard. Or a
+                rank that decides with this one cannot go on, for such a reason.
+            EndOfSteps: A rank that decides with this one takes no further step.
         """
-        digests = {lane: hashlib.blake2b(digest_size=8) for lane in self._role.lanes}
-        targets = dict.fromkeys(self._role.lanes, 0)
-        packed = self._config.packing_buffer_size is not None
-        positions = dict.fromkeys(self._role.lanes if packed else (), 0)
-        microbatches = []
-        for index in range(self._num_microbatches):
-            sequences = {
-                lane: [self._draw(lane) for _ in range(self._config.micro_batch_size)]
-                for lane in sorted(self._role.lanes)
-            }
-            microbatch = self._collate(index, sequences)
-            for lane, drawn in sequences.items():
-                targets[lane] += sum(d.target_tokens for documents in drawn for d in documents)
-                if packed:
-                    positions[lane] += sum(d.num_positions for seq in drawn for d in seq)
-                digests[lane].update(_identity(microbatch, lane))
-            microbatches.append(microbatch)
+        try:
+            drawn = [self._draw_microbatch() for _ in range(self._num_microbatches)]
+            step = self._placed(drawn)
+        except Exception as error:
+            self.fail(error)
+            raise
+        dispatched = self._dispatcher.dispatch(step)
         self._step += 1
+        documents = {
+            lane: [d for sequences in drawn for documents in sequences[lane] for d in documents]
+            for lane in self._role.lanes
+        }
+        packed = self._config.packing_buffer_size is not None
         return StepData(
-            microbatches=tuple(microbatches),
-            lane_digest={
-                lane: int.from_bytes(digest.digest(), "little") >> 1
-                for lane, digest in digests.items()
+            microbatches=tuple(
+                self._collate(index, share, sequences)
+                for index, (share, sequences) in enumerate(
+                    zip(dispatched.shares, drawn, strict=True)
+                )
+            ),
+            lane_digest=dict(step.digests),
+            lane_target_tokens={
+                lane: sum(document.target_tokens for document in of_lane)
+                for lane, of_lane in documents.items()
             },
-            lane_target_tokens=targets,
-            lane_positions=positions,
+            lane_positions={
+                lane: sum(document.num_positions for document in of_lane)
+                for lane, of_lane in documents.items()
+                if packed
+            },
+            balanced=dispatched.balanced,
+            dispatch=dispatched.report,
         )
+
+    def fail(self, error: Exception) -> None:
+        """Tell the ranks that decide with this one that it cannot go on, unless they know."""
+        self._dispatcher.fail(error)
+
+    def end(self) -> None:
+        """Tell the ranks that decide with this one that it takes no further step."""
+        self._dispatcher.end()
+
+    def _draw_microbatch(self) -> dict[int, list[Documents]]:
+        """The sequences of each lane, lanes ascending."""
+        return {
+            lane: [self._draw(lane) for _ in range(self._config.micro_batch_size)]
+            for lane in sorted(self._role.lanes)
+        }
 
     def _draw(self, lane: int) -> tuple[EncodedSample, ...]:
         """The documents of the lane's next sequence."""
@@ -280,51 +303,66 @@ class StreamLoader(StepLoader):
         name = f"{self._config.seed}/{self._step}/{key}/{item}"
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
-    def _collate(self, index: int, sequences: Mapping[int, Sequence[Documents]]) -> Microbatch:
-        """One microbatch from the sequences of each lane, lanes ascending."""
-        manifest: list[ManifestEntry] = []
-        inputs: dict[str, PackedInput] = {}
-        for module, source in self._role.sources.items():
-            mine: list[Item] = []
-            seeds: list[int] = []
-            for lane, drawn in sequences.items():
-                placed_items = list(self._items_of(module, drawn))
-                ranks = assign_items(len(placed_items), source.serving[lane], index)
-                for rank, (item, seed, sequence, at) in zip(ranks, placed_items, strict=True):
-                    manifest += [
-                        ManifestEntry(
-                            module=module,
-                            source_rank=rank,
-                            lane=lane,
-                            rows=count,
-                            sequence=sequence,
-                            start=first,
-                        )
-                        for first, count in runs_of(at)
-                    ]
-                    if rank == source.rank:
-                        mine.append(item)
-                        seeds.append(seed)
-            packed = self._config.inputs[module].pack(mine, seeds)
-            if packed is not None:
-                inputs[module] = self._checked(module, packed)
-        manifest.sort(key=lambda entry: (entry.lane, entry.sequence, entry.start))
-        return Microbatch(
-            index=index,
-            manifest=tuple(manifest),
-            keys={
-                lane: tuple(sample.key for _, sample in placed(drawn))
-                for lane, drawn in sequences.items()
-            },
-            text=self._collate_text(sequences),
-            inputs=inputs,
-            starts={
-                lane: tuple(place for place, _ in placed(drawn))
-                for lane, drawn in sequences.items()
-            },
+    def _placed(self, drawn: Sequence[Mapping[int, Sequence[Documents]]]) -> DrawnStep:
+        """Samples and items of the sequences of each microbatch and lane."""
+        samples = {
+            lane: [self._samples_of(sequences[lane]) for sequences in drawn]
+            for lane in self._role.lanes
+        }
+        items = {
+            module: [
+                item
+                for m, sequences in enumerate(drawn)
+                for lane, of_lane in sequences.items()
+                for item in self._items_of(module, of_lane, m, lane)
+            ]
+            for module in self._role.sources
+        }
+        return DrawnStep(
+            num_microbatches=len(drawn),
+            samples=samples,
+            items=items,
+            digests={lane: _digest(lane, samples[lane], items) for lane in self._role.lanes},
         )
 
-    def _items_of(self, module: str, drawn: Sequence[Documents]) -> Iterator[_PlacedItem]:
+    def _collate(
+        self, index: int, share: Share, sequences: Mapping[int, Sequence[Documents]]
+    ) -> Microbatch:
+        """One microbatch from this rank's share of it and the sequences of each lane."""
+        inputs: dict[str, PackedInput] = {}
+        for module, work in share.work.items():
+            items, seeds = [each.item for each in work], [each.seed for each in work]
+            packed = self._config.inputs[module].pack(items, seeds)
+            if packed is not None:
+                inputs[module] = self._checked(module, packed)
+        return Microbatch(
+            index=index,
+            manifest=share.manifest,
+            keys={lane: of_lane.keys for lane, of_lane in share.samples.items()},
+            text=self._collate_text(sequences),
+            inputs=inputs,
+            starts={lane: of_lane.starts for lane, of_lane in share.samples.items()},
+            documents={
+                lane: of_lane.lengths for lane, of_lane in share.samples.items() if of_lane.lengths
+            },
+            network_rows=share.network_rows,
+        )
+
+    def _samples_of(self, sequences: Sequence[Documents]) -> LaneSamples:
+        found = list(placed(sequences))
+        lengths: tuple[int, ...] = ()
+        if self._config.packing_buffer_size is not None:
+            (documents,) = sequences
+            lengths = packed_lengths(documents, self._config.seq_length)
+        return LaneSamples(
+            keys=tuple(sample.key for _, sample in found),
+            starts=tuple(place for place, _ in found),
+            lengths=lengths,
+        )
+
+    def _items_of(
+        self, module: str, drawn: Sequence[Documents], microbatch: int, lane: int
+    ) -> Iterator[PlacedItem]:
         """The items of a module in a lane's sequences, in order."""
         for (sequence, start), sample in placed(drawn):
             items = sample.items.get(module, ())
@@ -333,8 +371,10 @@ class StreamLoader(StepLoader):
             for number, (item, at) in enumerate(
                 zip(items, np.split(positions, ends), strict=False)
             ):
-                seed = self._item_seed(module, sample.key, number)
-                yield _PlacedItem(item, seed, sequence, at)
+                yield PlacedItem(
+                    ItemPlace(microbatch, lane, sequence, tuple(runs_of(at))),
+                    Work(item, self._item_seed(module, sample.key, number)),
+                )
 
     def _collate_text(self, sequences: Mapping[int, Sequence[Documents]]) -> TextBatch | None:
         lane, seq_length = self._role.text_lane, self._config.seq_length
@@ -349,7 +389,19 @@ class StreamLoader(StepLoader):
         return replace(text, facts=collate_facts(samples, self._config.inputs))
 
 
-def _identity(microbatch: Microbatch, lane: int) -> bytes:
-    """Facts that the readers of a lane must agree on: samples, their positions, and their rows."""
-    entries = tuple(entry for entry in microbatch.manifest if entry.lane == lane)
-    return repr((microbatch.keys[lane], microbatch.starts[lane], entries)).encode()
+def _digest(
+    lane: int, samples: Sequence[LaneSamples], items: Mapping[str, Sequence[PlacedItem]]
+) -> int:
+    """63-bit hash of what readers of a lane must agree on: samples, positions, and rows.
+
+    Who runs an item follows from these. Lengths of documents are among them, as they say which rank
+    takes which row.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for of_microbatch in samples:
+        facts = (of_microbatch.keys, of_microbatch.starts, of_microbatch.lengths)
+        digest.update(repr(facts).encode())
+    for module, of_module in items.items():
+        places = [item.place for item in of_module if item.place.lane == lane]
+        digest.update(repr((module, [(m, at, runs) for m, _, at, runs in places])).encode())
+    return int.from_bytes(digest.digest(), "little") >> 1

@@ -1,25 +1,33 @@
-"""Serialisation of a step's data to one buffer of bytes, for the peers of the rank that reads.
+"""Serialisation of values to one buffer of bytes, for other ranks: of a step, and of items.
 
-Tensors are sent as their bytes in memory, and the rest, a few numbers and names, as JSON. Nothing
-is pickled, and no name is imported: the registered types are those of a step and the packed inputs
-that the run's settings name, which both sides know, and any other type is an error.
+Tensors and arrays are sent as their bytes in memory, and the rest, a few numbers and names, as
+JSON. Nothing is pickled, and no name is imported: the registered types are those of a step, and
+the items and packed inputs that the run's settings name, which both sides know, and any other type
+is an error.
 """
 
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Self, get_args, get_type_hints
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_mimo.bridge.manifest import ManifestEntry
 from megatron_mimo.data.inputs import PLAIN, Inputs, is_plain
-from megatron_mimo.data.loader.batch import Microbatch, StepData, TextBatch
+from megatron_mimo.data.loader.batch import (
+    Microbatch,
+    ModuleDispatch,
+    StepData,
+    StepDispatch,
+    TextBatch,
+)
 
-_STEP_TYPES = (StepData, Microbatch, TextBatch, ManifestEntry)
+_STEP_TYPES = (StepData, StepDispatch, ModuleDispatch, Microbatch, TextBatch, ManifestEntry)
 _DTYPES = {
     name: getattr(torch, name)
     for name in (
@@ -27,6 +35,8 @@ _DTYPES = {
         *("float16", "bfloat16", "float32", "float64"),
     )
 }
+# Kinds of arrays that are bytes alone: numbers and truth values.
+_ARRAY_KINDS = "biufc"
 # Alignment of tensors in bytes: suitable for any dtype, and for fast copies.
 _ALIGNMENT = 64
 _HEAD = 8
@@ -59,6 +69,19 @@ class WireTypes:
                 raise TypeError(f"two packed inputs are named {name}: expected a name for each")
         return cls(by_name)
 
+    @classmethod
+    def of_items(cls, inputs: Inputs, *others: type[Any]) -> Self:
+        """The types of items of every kind and of their fields, and others.
+
+        Args:
+            inputs: Kinds of items of the run.
+            others: Further frozen dataclasses.
+        """
+        by_name: dict[str, type[Any]] = {name_of(kind): kind for kind in others}
+        for kind in inputs.values():
+            _collect_dataclasses(kind.item_type, by_name)
+        return cls(by_name)
+
     def known(self, value: object) -> bool:
         """Whether a value is of one of the types; subtypes do not count."""
         return self.by_name.get(name_of(type(value))) is type(value)
@@ -75,6 +98,22 @@ class WireTypes:
                 f"all ranks need the same inputs in their settings"
             )
         return self.by_name[name]
+
+
+def _collect_dataclasses(kind: Any, found: dict[str, type[Any]]) -> None:
+    """Add the dataclasses that a type's annotations name, itself among them, by their names."""
+    if isinstance(kind, type) and is_dataclass(kind):
+        if name_of(kind) in found:
+            return
+        found[name_of(kind)] = kind
+        try:
+            hints = get_type_hints(kind)
+        except NameError:  # Of names that are imported for type checkers alone.
+            return
+        for field in fields(kind):
+            _collect_dataclasses(hints[field.name], found)
+    for argument in get_args(kind):
+        _collect_dataclasses(argument, found)
 
 
 def name_of(kind: type[Any]) -> str:
@@ -103,39 +142,96 @@ def require_sendable(packed: object, kind: type[Any], module: str, types: WireTy
 
 
 def encode_step(step: StepData, types: WireTypes) -> Tensor:
-    """Serialise a step into one buffer.
+    """Serialise a step into one buffer, uint8 [n]; see `encode`."""
+    return encode(step, types, "step")
+
+
+def decode_step(buffer: Tensor, types: WireTypes) -> StepData:
+    """The step that `encode_step` serialised to uint8 [n]; its tensors are views of the buffer."""
+    step = decode(buffer, types)
+    assert isinstance(step, StepData), type(step).__name__
+    return step
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A value whose description is made, and whose contents are yet to be copied.
+
+    Attributes:
+        header: Description in JSON.
+        contents: Bytes of each tensor and array, uint8 [n].
+    """
+
+    header: bytes
+    contents: tuple[Tensor | NDArray[np.uint8], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of the buffer."""
+        end = _aligned(_HEAD + len(self.header))
+        for content in self.contents:
+            end = _aligned(end + content.nbytes)
+        return end
+
+    def write(self, buffer: Tensor) -> None:
+        """Write the header's length, the header and the contents.
+
+        Args:
+            buffer: Zeros, uint8 [nbytes].
+        """
+        here = buffer.numpy()
+        here[:_HEAD] = np.frombuffer(len(self.header).to_bytes(_HEAD, sys.byteorder), np.uint8)
+        here[_HEAD : _HEAD + len(self.header)] = np.frombuffer(self.header, np.uint8)
+        start = _aligned(_HEAD + len(self.header))
+        for content in self.contents:
+            if isinstance(content, Tensor):
+                buffer[start : start + content.nbytes] = content
+            else:
+                here[start : start + content.nbytes] = content
+            start = _aligned(start + content.nbytes)
+
+
+def parcel(value: Any, types: WireTypes, where: str) -> Parcel:
+    """Describe a value that is to be sent.
 
     Args:
-        step: Data of a step, with tensors on the host.
+        value: Value of registered types, with tensors on the host.
         types: Types that may be sent.
-
-    Returns:
-        The buffer, uint8 [n]: the header's length, the header in JSON, then the tensors.
+        where: Name of the value for error messages.
 
     Raises:
         TypeError: A value has a type that is not registered; the message names its field.
     """
-    tensors: list[Tensor] = []
-    header = json.dumps(_describe(step, types, tensors, "step")).encode()
-    starts, end = [], _aligned(_HEAD + len(header))
-    for tensor in tensors:
-        starts.append(end)
-        end = _aligned(end + tensor.nbytes)
-    buffer = torch.zeros(end, dtype=torch.uint8)
-    buffer[:_HEAD] = torch.frombuffer(
-        bytearray(len(header).to_bytes(_HEAD, sys.byteorder)), dtype=torch.uint8
-    )
-    buffer[_HEAD : _HEAD + len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-    for start, tensor in zip(starts, tensors, strict=True):
-        buffer[start : start + tensor.nbytes] = _bytes_of(tensor)
+    contents: list[Tensor | NDArray[np.uint8]] = []
+    header = json.dumps(_describe(value, types, contents, where)).encode()
+    return Parcel(header, tuple(contents))
+
+
+def encode(value: Any, types: WireTypes, where: str) -> Tensor:
+    """Serialise a value into one buffer.
+
+    Args:
+        value: Value of registered types, with tensors on the host.
+        types: Types that may be sent.
+        where: Name of the value for error messages.
+
+    Returns:
+        The buffer, uint8 [n]: the header's length, the header in JSON, then the contents.
+
+    Raises:
+        TypeError: A value has a type that is not registered; the message names its field.
+    """
+    described = parcel(value, types, where)
+    buffer = torch.zeros(described.nbytes, dtype=torch.uint8)
+    described.write(buffer)
     return buffer
 
 
-def decode_step(buffer: Tensor, types: WireTypes) -> StepData:
-    """The step that `encode_step` serialised; its tensors are views of the buffer.
+def decode(buffer: Tensor, types: WireTypes) -> Any:
+    """The value that `encode` serialised; its tensors and arrays are views of the buffer.
 
     Args:
-        buffer: Buffer of `encode_step`, uint8 [n].
+        buffer: Buffer of `encode`, uint8 [n].
         types: Types that may be built; the buffer must not name others.
 
     Raises:
@@ -143,10 +239,9 @@ def decode_step(buffer: Tensor, types: WireTypes) -> StepData:
     """
     length = int.from_bytes(buffer[:_HEAD].numpy().tobytes(), sys.byteorder)
     header = json.loads(buffer[_HEAD : _HEAD + length].numpy().tobytes())
-    step, end = _build(header, types, buffer, _aligned(_HEAD + length))
-    assert isinstance(step, StepData), type(step).__name__
+    value, end = _build(header, types, buffer, _aligned(_HEAD + length))
     assert end == len(buffer), (end, len(buffer))
-    return step
+    return value
 
 
 def _aligned(offset: int) -> int:
@@ -158,28 +253,35 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-def _describe(value: Any, types: WireTypes, tensors: list[Tensor], where: str) -> Any:
-    """A value as JSON; tensors are collected in the order in which `_build` needs them."""
+def _describe(
+    value: Any, types: WireTypes, contents: list[Tensor | NDArray[np.uint8]], where: str
+) -> Any:
+    """A value as JSON; contents are collected in the order in which `_build` needs them."""
     match value:
         case None | bool() | int() | float() | str():
             return value
+        case np.integer() | np.floating() | np.bool_():
+            return value.item()
+        case np.ndarray() if value.dtype.kind in _ARRAY_KINDS:
+            contents.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+            return {"array": value.dtype.str, "shape": list(value.shape)}
         case Tensor() if str(value.dtype).removeprefix("torch.") in _DTYPES:
-            tensors.append(value)
+            contents.append(_bytes_of(value))
             return {"tensor": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
         case tuple():
             return [
-                _describe(item, types, tensors, f"{where}[{i}]") for i, item in enumerate(value)
+                _describe(item, types, contents, f"{where}[{i}]") for i, item in enumerate(value)
             ]
         case Mapping():
             return {
                 "map": [
-                    [key, _describe(item, types, tensors, f"{where}[{key}]")]
+                    [key, _describe(item, types, contents, f"{where}[{key}]")]
                     for key, item in value.items()
                 ]
             }
         case _ if types.known(value):
             values = (
-                _describe(getattr(value, field.name), types, tensors, f"{where}.{field.name}")
+                _describe(getattr(value, field.name), types, contents, f"{where}.{field.name}")
                 for field in fields(value)
             )
             return {"record": name_of(type(value)), "values": list(values)}
@@ -187,7 +289,8 @@ def _describe(value: Any, types: WireTypes, tensors: list[Tensor], where: str) -
             what = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(
                 f"{where} is a {what}, which cannot be sent to other ranks: expected tensors of "
-                f"{', '.join(_DTYPES)}, numbers, texts, tuples, or {', '.join(types.by_name)}"
+                f"{', '.join(_DTYPES)}, arrays, numbers, texts, tuples, or "
+                f"{', '.join(types.by_name)}"
             )
 
 
@@ -204,6 +307,10 @@ def _build(described: Any, types: WireTypes, buffer: Tensor, start: int) -> tupl
             dtype = _DTYPES[name]
             end = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
             return buffer[start:end].view(dtype).view(shape), _aligned(end)
+        case {"array": name, "shape": shape}:
+            kind = np.dtype(name)
+            end = start + int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+            return buffer[start:end].numpy().view(kind).reshape(shape), _aligned(end)
         case {"map": pairs}:
             mapping = {}
             for key, item in pairs:

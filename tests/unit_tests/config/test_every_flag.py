@@ -62,7 +62,7 @@ ROWS = (
     Row("--grid encoder.dp=2", "layout.modules.encoder.dp", "", 3),
     Row("--encoder-offset 1", "layout.modules.encoder.offset", "--llm-offset 0", 2),
     Row("--encoder-tp 2", "layout.modules.encoder.tp", "", 3),
-    Row("--encoder-cp 2", world_size=3, message="--encoder-cp 2: context parallelism is not"),
+    Row("--encoder-cp 2", "layout.modules.encoder.cp", "", 3),
     Row("--encoder-pp 2", "layout.modules.encoder.pp", "", 3),
     Row("--encoder-dp 2", "layout.modules.encoder.dp", "", 3),
     Row("--encoder-ep 2", base="--encoder-dp 2", world_size=3, message="--encoder-ep 2: expert"),
@@ -80,6 +80,9 @@ ROWS = (
     Row("--llm-only", "layout.edges"),
     Row("--no-sequence-parallel", "run.runner.build.sequence_parallel", "--llm-tp 2", 3),
     Row("--encoder-run-ahead 3", "run.runner.config.run_ahead"),
+    Row("--encoder-dispatch lane", "layout.domains", "--encoder-dp 2", 3),
+    Row("--encoder-dispatch-group-size 1", "layout.domains", "--encoder-dp 2 --llm-dp 2", 4),
+    Row("--encoder-balance-window 2", "run.balance.window", "--encoder-dp 2", 3),
     Row("--check-bridge", "run.runner.config.check_bridge"),
     # model
     Row("--custom-import absent", message="--custom-import absent"),
@@ -348,6 +351,7 @@ class _Noting:
             mock.patch.object(main, "LeaveRequest", self._leave_request),
             mock.patch.object(main, "gc"),
             mock.patch.object(setup, "build_runner", self._build_runner),
+            mock.patch.object(setup, "build_dispatcher", self._build_dispatcher),
             mock.patch.object(setup, "tokenizer_for", self._tokenizer_for),
             mock.patch.object(setup, "SampleTrace", self._sample_trace),
             mock.patch.object(setup, "load_nemotron", self._load("nemotron")),
@@ -396,6 +400,9 @@ class _Noting:
         *_, config = rest
         self.found["runner"] = {"build": build, "config": config}
         return MagicMock()
+
+    def _build_dispatcher(self, *arguments: Any) -> None:
+        self.found["balance"] = arguments[-1]
 
     def _tokenizer_for(self, config: Any, folder: str | None) -> Any:
         from megatron_mimo.data import ByteTokenizer

@@ -16,7 +16,8 @@ from megatron_mimo.settings import InsteadOf, OnlyWith, declared, values
 FLAGS = """
     grid encoder-offset encoder-tp encoder-cp encoder-pp encoder-dp encoder-ep encoder-expt-tp
     llm-offset llm-tp llm-cp llm-pp llm-dp llm-ep llm-expt-tp llm-only sequence-parallel
-    encoder-run-ahead check-bridge
+    encoder-run-ahead encoder-dispatch encoder-dispatch-group-size encoder-balance-window
+    check-bridge
     custom-import model-provider model-config override separate-video training-stage freeze-vit
     freeze-video freeze-audio freeze-lm
     freeze-projection freeze tokenizer-model tokenizer-prompt-format image-token image-tag-type

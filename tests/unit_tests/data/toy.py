@@ -109,6 +109,9 @@ class ToneInput(OneRunItems):
             return Tone(rows, np.zeros(rows * _SAMPLES_PER_ROW, np.int16)), "silence stands in"
         return Tone(rows, wave), None
 
+    def lengths(self, item: Tone) -> tuple[int, ...]:
+        return (item.rows * _SAMPLES_PER_ROW,)
+
     def pack(self, items: Sequence[Tone], seeds: Sequence[int]) -> PackedTones | None:
         waves = [item.wave for item in items if item.wave is not None]
         assert len(waves) == len(items), "tones were encoded without content"

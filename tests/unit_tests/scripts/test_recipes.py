@@ -33,6 +33,8 @@ SCHEDULES = {
 }
 # Flags with a default that scripts need not name, and why.
 UNPINNED = {
+    "encoder-dispatch": "which replica runs an item, which changes no curve",
+    "encoder-balance-window": "which replica runs an item, which changes no curve",
     "eval-iters": "--eval-interval 0",
     "max-nonfinite-steps": "ends runs that are lost, and changes no curve",
     "save": "the launcher's",

@@ -40,10 +40,12 @@ def agree(
     tokens: int,
     validate: bool,
     starts: tuple[int, ...] = (),
+    lengths: Mapping[int, tuple[int, ...]] | None = None,
 ) -> Any:
     """Run the agreement with what each rank read by lane; the error's text if it fails.
 
-    With `starts` the samples of a lane share a sequence, in which they begin there.
+    With `starts` the samples of a lane share a sequence, in which they begin there; `lengths` are
+    those of each rank's documents.
     """
     import hashlib
 
@@ -59,6 +61,11 @@ def agree(
         lane: int.from_bytes(hashlib.blake2b(repr(it).encode(), digest_size=7).digest())
         for lane, it in mine.items()
     }
+    documents = {} if lengths is None else dict.fromkeys(mine, lengths[dist.get_rank()])
+    if documents:
+        digests = {
+            lane: digest ^ hash(documents[lane]) & 0xFFFF for lane, digest in digests.items()
+        }
     microbatch = Microbatch(
         index=0,
         manifest=tuple(entry for lane in sorted(mine) for entry in mine[lane][1]),
@@ -66,6 +73,7 @@ def agree(
         text=None,
         inputs={},
         starts={lane: tuple((0, start) for start in starts) for lane in mine if starts},
+        documents=documents,
     )
     step = StepData(
         microbatches=(microbatch,),
@@ -85,6 +93,7 @@ def agree(
         return str(error)
     (manifest,) = agreement.manifests
     assert manifest.entries == microbatch.manifest
+    assert manifest.documents == documents
     if starts:
         return agreement.positions
     assert agreement.positions is None
@@ -152,6 +161,20 @@ def test_documents_of_a_sequence_are_told_apart(run_ranks: Callable[..., list]) 
             "lane 1, microbatch 0, sample 1: rank 0 (encoder dp 0) read 'd' at 5 with 4 rows at 6 "
             "from encoder dp 0, but rank 2 (llm dp 1) read 'd' at 5 with 3 rows at 6 from encoder "
             "dp 0"
+        ) in message
+
+
+def test_documents_of_other_lengths_are_told_apart(run_ranks: Callable[..., list]) -> None:
+    """Rows would go to other ranks, where context parallelism cuts a sequence by its documents."""
+    read = {lane: (KEYS[lane], (entry(lane, 4, 6),)) for lane in range(2)}
+    lengths = {0: (5, 7, 4), 1: (5, 7, 4), 2: (5, 8, 3)}
+    same = readers(read, read[0], read[1])
+    alike = dict.fromkeys(range(3), lengths[0])
+    assert run_ranks(3, agree, LAYOUT, same, 5, True, (0, 5), alike) == [7 + 8] * 3
+    for message in run_ranks(3, agree, LAYOUT, same, 5, True, (0, 5), lengths):
+        assert (
+            "lane 1, microbatch 0, sample 1: rank 0 (encoder dp 0) read 'd' at 5, 7 tokens, with 4 "
+            "rows at 6 from encoder dp 0, but rank 2 (llm dp 1) read 'd' at 5, 8 tokens, with 4"
         ) in message
 
 

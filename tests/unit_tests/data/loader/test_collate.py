@@ -107,6 +107,25 @@ def test_a_packed_document_has_the_tokens_of_one_alone(texts: list[int]) -> None
         start += length
 
 
+def test_every_reader_of_a_lane_knows_the_lengths_of_its_documents() -> None:
+    drawn = {0: [(document("a", 6), document("b", 4))], 1: [(document("c", SEQ_LENGTH),)]}
+    (everything,) = step(drawn, role([0, 1], encoder=0)).microbatches
+    assert everything.documents == {0: (6, 4, SEQ_LENGTH - 10), 1: (SEQ_LENGTH,)}
+    (mine,) = step(drawn, role([0], text=0)).microbatches
+    assert mine.text is not None
+    assert mine.documents == {0: mine.text.lengths}
+    alone = step({0: [(document("a", 6),)]}, role([0], text=0), packing_buffer_size=None)
+    assert alone.microbatches[0].documents == {}
+
+
+def test_readers_of_documents_of_other_lengths_have_another_digest() -> None:
+    found = [
+        step({0: [(document("a", 6), document("b", last))]}, role([0])).lane_digest
+        for last in (4, 4, 5)
+    ]
+    assert found[0] == found[1] != found[2]
+
+
 def test_rows_go_where_the_image_tokens_of_their_document_are() -> None:
     sequence = (
         document("a", 2, image(1)),

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_mimo.data.config import DataConfig
-from megatron_mimo.data.loader.share import equal_readers
-from megatron_mimo.data.role import DataRole, data_role
+from megatron_mimo.data.role import DataRole, data_role, equal_readers
 from megatron_mimo.topology import Layout, ModuleGridSpec
 
 CONFIG = DataConfig(global_batch_size=8, micro_batch_size=2, text_only_fraction=0.3)
@@ -130,6 +129,12 @@ class Failing:
 
     def state(self) -> dict[int, Any]:
         return {}
+
+    def fail(self, _error: Exception) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
 
 
 def fail(of: Layout) -> list[str]:

@@ -1,6 +1,8 @@
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,10 +11,24 @@ from megatron_mimo.data.config import DataConfig
 from megatron_mimo.data.inputs import check_inputs
 from megatron_mimo.data.loader.batch import StepData
 from megatron_mimo.data.loader.stream_loader import build_train_loader
-from megatron_mimo.data.loader.wire import WireTypes, decode_step, encode_step, require_sendable
+from megatron_mimo.data.loader.wire import (
+    WireTypes,
+    decode,
+    decode_step,
+    encode,
+    encode_step,
+    parcel,
+    require_sendable,
+)
 from megatron_mimo.data.role import DataRole, SourceRole
 from megatron_mimo.data.text.tokenizer import ByteTokenizer
-from megatron_mimo.media.images import ImageInput, PackedImages
+from megatron_mimo.media.audio.clip import EncodedClip
+from megatron_mimo.media.audio.config import AudioConfig
+from megatron_mimo.media.audio.input import AudioInput
+from megatron_mimo.media.images import EncodedImage, ImageInput, PackedImages
+from megatron_mimo.media.processors.packed import Outline, ProcessedImage
+from megatron_mimo.media.video.clip import EncodedVideo
+from megatron_mimo.media.video.input import VideoInput
 
 TYPES = WireTypes.of({"encoder": ImageInput()})
 EVERYTHING = DataRole(
@@ -36,6 +52,9 @@ def assert_same(ours: Any, theirs: Any) -> None:
     elif is_dataclass(ours):
         for field in fields(ours):
             assert_same(getattr(ours, field.name), getattr(theirs, field.name))
+    elif isinstance(ours, np.ndarray):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
     elif isinstance(ours, tuple):
         assert len(ours) == len(theirs)
         for a, b in zip(ours, theirs, strict=True):
@@ -127,3 +146,46 @@ def test_kinds_of_items_are_checked_before_a_run() -> None:
     with pytest.raises(ValueError, match="module odd: packed input Thawed cannot travel: expected"):
         check_inputs({"odd": ThawedInput()})
     check_inputs({"encoder": ImageInput()})
+
+
+def test_items_of_every_kind_come_out_as_they_went_in() -> None:
+    images, clip = ImageInput(), AudioInput(config=AudioConfig())
+    pixels = np.arange(24, dtype=np.uint8).reshape(4, 6)[:, ::2]
+    outline = Outline(size=(3, 4), num_tokens=6, lines=(1, 2), facts={"grid": (1, 2, 3)})
+    items: tuple[tuple[Any, ...], ...] = (
+        (EncodedImage(grids=((2, 2),), rows=1, patches=pixels), 2**64 - 1),
+        (EncodedImage(grids=((2, 2),), rows=1, patches=None), 0),
+        (EncodedClip(samples=5, rows=2, features=np.full((3, 2), -0.0, np.float32)), 7),
+        (
+            EncodedVideo(
+                grid=(2, 2), labels=("Frame 1: ",), rows=1, patches=np.ones((4, 12), np.float32)
+            ),
+            7,
+        ),
+        (ProcessedImage(outline=outline, shares_sample=True, content={"pixels": pixels}), 7),
+    )
+    types = WireTypes.of_items(
+        {
+            "encoder": images,
+            "video": VideoInput(),
+            "audio": clip,
+            "hf": cast(Any, SimpleNamespace(item_type=ProcessedImage)),
+        }
+    )
+    for item in items:
+        described = parcel(item, types, "item")
+        buffer = encode(item, types, "item")
+        assert len(buffer) == described.nbytes
+        assert_same(decode(buffer, types), item)
+    # Settings of another run.
+    with pytest.raises(TypeError, match="holds a .*EncodedClip: expected .*EncodedImage"):
+        decode(encode(items[2], types, "item"), WireTypes.of_items({"encoder": images}))
+
+
+def test_a_field_of_an_item_that_cannot_travel_is_named() -> None:
+    types = WireTypes.of_items({"encoder": ImageInput()})
+    odd = EncodedImage(grids=((2, 2),), rows=1, patches=np.array([object()]))
+    with pytest.raises(
+        TypeError, match=r"item of encoder\[0\]\.patches is a ndarray, which cannot"
+    ):
+        parcel((odd, 3), types, "item of encoder")
