@@ -81,13 +81,16 @@ def row_parts(microbatch: Microbatch, module: str, source_rank: int) -> Iterator
         )
 
 
-def token_parts(microbatch: Microbatch, lane: int, held: Tensor) -> Iterator[Part]:
+def token_parts(
+    microbatch: Microbatch, lane: int, held_of: Callable[[tuple[int, ...]], Tensor]
+) -> Iterator[Part]:
     """Tokens that a rank has of the samples of a lane; padding after documents is left out.
 
     Args:
         microbatch: Microbatch with the text of the lane.
         lane: Lane of the rank.
-        held: Positions of a sequence that the rank has, int64 [s], ascending.
+        held_of: Function that returns the positions of a sequence that the rank has, int64 [s],
+            ascending, from the documents of a packed one.
 
     Yields:
         Parts whose `rows` index a tensor [s * B], which is [s, B, ...] without its last axis.
@@ -95,6 +98,7 @@ def token_parts(microbatch: Microbatch, lane: int, held: Tensor) -> Iterator[Par
     text = microbatch.text
     assert text is not None
     batch, length = text.input_ids.shape
+    held = held_of(text.lengths or ())
     for index, (sequence, start) in enumerate(_starts(microbatch, lane)):
         size = length if text.lengths is None else text.lengths[index]
         inside = ((held >= start) & (held < start + size)).nonzero().flatten()
@@ -263,12 +267,13 @@ def _taps(model: MimoModel, *, is_only_source: bool) -> Iterator[_Tap]:
     """Points that this rank saves; of tensors that several ranks hold, the first one saves."""
     sources = {name: one for name, one in model.modules.items() if name != model.target_name}
     for name, replica in sources.items():
-        if replica.groups.is_last_stage and replica.groups.place.tp == 0:
+        place = replica.groups.place
+        if replica.groups.is_last_stage and (place.tp, place.cp) == (0, 0):
             yield _Tap(
                 PROJECTOR if is_only_source else f"{PROJECTOR} of {name}",
                 replica.module,
                 argument=None,
-                parts=partial(row_parts, module=name, source_rank=replica.groups.place.dp),
+                parts=partial(row_parts, module=name, source_rank=place.dp),
                 columns=(0, model.row_width),
                 runs=partial(_has_items, module=name),
             )
@@ -282,7 +287,11 @@ def _taps(model: MimoModel, *, is_only_source: bool) -> Iterator[_Tap]:
             EMBEDDINGS,
             language,
             argument="decoder_input",
-            parts=partial(token_parts, lane=place.dp, held=positions_in(sharding.intervals(shard))),
+            parts=partial(
+                token_parts,
+                lane=place.dp,
+                held_of=lambda documents: positions_in(sharding.of(documents).intervals(shard)),
+            ),
             columns=(0, model.row_width),
         )
     if groups.is_last_stage:
@@ -292,7 +301,11 @@ def _taps(model: MimoModel, *, is_only_source: bool) -> Iterator[_Tap]:
             language.output_layer,
             argument=None,
             parts=partial(
-                token_parts, lane=place.dp, held=positions_in(sharding.cp_intervals(place.cp))
+                token_parts,
+                lane=place.dp,
+                held_of=lambda documents: positions_in(
+                    sharding.of(documents).cp_intervals(place.cp)
+                ),
             ),
             columns=(place.tp * columns, groups.spec.tp * columns),
         )

@@ -92,8 +92,10 @@ class Observer(Unobserved):
         self._meter, self._speed, self._skipped = meter, speed, skipped
         self._recorder = Recorder(build_stopwatch(device))
         self._usages: list[StepUsage] = []
-        self._recording = False
+        self._recording = self._tracing = False
+        self._iteration = 0
         self._traced: list[Lap] = []
+        self._exchanges: list[tuple[int, float, float]] = []
         self._profiler: StepProfiler | None = None
         self._offset = 0.0
         self._reached = False
@@ -106,7 +108,9 @@ class Observer(Unobserved):
         """Note that an iteration begins."""
         traces = self._traces
         traced = traces is not None and traces.covers(iteration)
-        self._recording = self._measures or (traced and self._writes_timeline)
+        self._tracing = traced and self._writes_timeline
+        self._recording = self._measures or self._tracing
+        self._iteration = iteration
         self._recorder.begin_step(iteration)
         self._reached = self._reached or traced
         if traces is not None and traced and self._profiler is None:
@@ -123,8 +127,13 @@ class Observer(Unobserved):
 
     def planned(self, data: StepData, plans: Sequence[MicrobatchPlan]) -> None:
         """A training step is about to run on this data."""
+        if not self._recording:
+            return
+        usage = self._meter.measure(data, plans)
         if self._measures:
-            self._usages.append(self._meter.measure(data, plans))
+            self._usages.append(usage)
+        if self._tracing:
+            self._exchanges += [(self._iteration, *span) for span in usage.exchanges]
 
     def end_step(self, iteration: int) -> None:
         """Note that an iteration has ended."""
@@ -203,6 +212,7 @@ class Observer(Unobserved):
                 self._traced,
                 self._offset,
                 lambda what: slot_of(what, topology.layout, rank)[1],
+                self._exchanges,
             )
             write_trace(timeline_file(traces.folder, rank), trace)
         dist.barrier(group=topology.control)

@@ -1,9 +1,10 @@
 """Report of every rank on a log interval, and the resulting numbers of the whole run."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
+from megatron_mimo.data.loader.batch import ModuleDispatch
 from megatron_mimo.model.flops import ModelFlops, ModelWork
 from megatron_mimo.schedule.actions import Action, Kind
 from megatron_mimo.schedule.laps import Label, Lap, Phase
@@ -22,6 +23,14 @@ class Part(StrEnum):
     GRADIENTS = "gradients"
     OPTIMIZER = "optimizer"
     OTHER = "other"
+
+
+class Share(StrEnum):
+    """Operations of a source's replica in a microbatch, where items are shared out."""
+
+    BY_LANE = "by lane"
+    AS_RUN = "as run"
+    LARGEST = "largest"
 
 
 # A part of the time of one module's stage, or of the whole rank.
@@ -51,6 +60,13 @@ class RankReport:
         peak_memory: Largest number of bytes of memory so far.
         counts: (source, name of a count) -> that count of each step, for the replica that the rank
             reports; they show the balance of its work.
+        shares: (source, share) -> operations of each microbatch of each step, for the replica that
+            the rank reports; sources of several replicas only, and zeros where lanes decide which
+            replica runs an item.
+        received: Source -> number of bytes of items that the replica got from other ranks, summed
+            over the interval; the same sources.
+        exchange: Time in which this rank exchanged items ahead, seconds summed over the interval.
+        exposed: Part of that time in which the step already waited for its data, seconds.
     """
 
     seconds: Mapping[Slot, float]
@@ -59,6 +75,10 @@ class RankReport:
     skipped: int
     peak_memory: int
     counts: Mapping[tuple[str, str], tuple[int, ...]]
+    shares: Mapping[tuple[str, Share], tuple[int, ...]] = field(default_factory=dict)
+    received: Mapping[str, int] = field(default_factory=dict)
+    exchange: float = 0.0
+    exposed: float = 0.0
 
     def to_numbers(self) -> list[float]:
         """The report as numbers, equally many on every rank; float64 holds them exactly."""
@@ -68,6 +88,10 @@ class RankReport:
             self.skipped,
             self.peak_memory,
             *(number for counts in self.counts.values() for number in counts),
+            *(number for shares in self.shares.values() for number in shares),
+            *self.received.values(),
+            self.exchange,
+            self.exposed,
             *self.work.numbers(),
         ]
 
@@ -86,6 +110,10 @@ class RankReport:
             skipped=skipped,
             peak_memory=peak_memory,
             counts={key: take(len(counts)) for key, counts in self.counts.items()},
+            shares={key: take(len(shares)) for key, shares in self.shares.items()},
+            received=dict(zip(self.received, take(len(self.received)), strict=True)),
+            exchange=next(rest),
+            exposed=next(rest),
             work=self.work.filled(rest),
         )
 
@@ -131,6 +159,7 @@ def rank_report(
         skipped: Number of samples skipped so far.
         peak_memory: Largest number of bytes of memory so far.
     """
+    laps = tuple(laps)
     # Few labels, many laps.
     by_label: dict[Label, float] = {}
     for lap in laps:
@@ -138,6 +167,7 @@ def rank_report(
     seconds = dict.fromkeys(slots_of(layout), 0.0)
     for what, spent in by_label.items():
         seconds[slot_of(what, layout, rank)] += spent
+    several = [source.name for source in layout.sources if source.dp > 1]
     works = {
         source.name: [usage.work.modules[source.name] for usage in usages]
         for source in layout.sources
@@ -153,6 +183,50 @@ def rank_report(
             for source, of_steps in works.items()
             for count in of_steps[0].balanced
         },
+        shares=_shares(usages, several),
+        received={
+            name: sum(usage.dispatch[name].received for usage in usages if name in usage.dispatch)
+            for name in several
+        },
+        exchange=sum(end - start for usage in usages for start, end in usage.exchanges),
+        exposed=_exposed(laps, usages),
+    )
+
+
+def _shares(
+    usages: Sequence[StepUsage], sources: Sequence[str]
+) -> dict[tuple[str, Share], tuple[int, ...]]:
+    """Operations by source, share, step and microbatch; zeros for replicas of other ranks."""
+    found: dict[tuple[str, Share], tuple[int, ...]] = {}
+    for name in sources:
+        steps = [(usage.dispatch.get(name), (0,) * usage.microbatches) for usage in usages]
+        for share in Share:
+            found[name, share] = tuple(
+                number
+                for module, none in steps
+                for number in (none if module is None else _share(module, share))
+            )
+    return found
+
+
+def _share(module: ModuleDispatch, share: Share) -> tuple[int, ...]:
+    match share:
+        case Share.BY_LANE:
+            return module.by_lane
+        case Share.AS_RUN:
+            return module.as_run
+        case Share.LARGEST:
+            return module.largest
+
+
+def _exposed(laps: Sequence[Lap], usages: Sequence[StepUsage]) -> float:
+    """Seconds in which items were exchanged and the rank waited for its data."""
+    waits = [lap for lap in laps if lap.what is Phase.DATA]
+    return sum(
+        max(0.0, min(end, wait.end) - max(start, wait.start))
+        for usage in usages
+        for start, end in usage.exchanges
+        for wait in waits
     )
 
 
@@ -182,6 +256,7 @@ def run_scalars(
         scalars |= _times([reports[rank] for rank in grid.ranks], name, steps)
     if layout.sources:
         scalars |= _of_bridges(reports, layout, steps)
+        scalars |= _of_dispatch(reports, layout, steps)
     scalars["speed/tokens per s"] = tokens_per_step / seconds_per_step
     scalars["speed/tokens per s per GPU"] = scalars["speed/tokens per s"] / layout.world_size
     done = flops(sum((report.work for report in reports), ModelWork()))
@@ -215,6 +290,41 @@ def _of_bridges(reports: Sequence[RankReport], layout: Layout, steps: int) -> di
     if len(rows) > 1:
         scalars |= {f"bridge/{name} rows": number for name, number in rows.items()}
     scalars["bridge/bytes"] = sum(report.bytes_sent for report in reports) / steps
+    return scalars
+
+
+def _of_dispatch(reports: Sequence[RankReport], layout: Layout, steps: int) -> dict[str, float]:
+    """How even the operations of a source's replicas are, and what it takes to make them so.
+
+    A microbatch takes as long as its busiest replica does. So the ratios are of sums over
+    microbatches: of the busiest replica's operations, by those of the mean replica.
+    """
+    scalars: dict[str, float] = {}
+    for source in layout.sources:
+        if source.dp == 1:
+            continue
+        replicas = [reports[source.rank(dp=dp)] for dp in range(source.dp)]
+        # By share: of every microbatch, the operations of each replica.
+        by_share = {
+            share: list(zip(*(each.shares[source.name, share] for each in replicas), strict=True))
+            for share in Share
+        }
+        means = [sum(microbatch) / source.dp for microbatch in by_share[Share.AS_RUN]]
+        mean = sum(means)
+        if not mean:
+            continue
+        for share in (Share.BY_LANE, Share.AS_RUN):
+            busiest = sum(map(max, by_share[share]))
+            scalars[f"dispatch/{source.name} {share} max over mean"] = busiest / mean
+        largest = map(max, by_share[Share.LARGEST])
+        least = sum(map(max, means, largest))
+        scalars[f"dispatch/{source.name} least max over mean"] = least / mean
+        received = sum(each.received[source.name] for each in replicas)
+        scalars[f"dispatch/{source.name} bytes"] = received / steps
+    if scalars:
+        for name, spent in (("exchange", "exchange"), ("exchange exposed", "exposed")):
+            longest = max(getattr(report, spent) for report in reports)
+            scalars[f"dispatch/{name} ms"] = longest * 1000 / steps
     return scalars
 
 

@@ -17,7 +17,7 @@ from megatron_mimo.schedule.laps import Label, Lap
 
 MERGED = "timeline.json"
 _ROUNDS = 32
-_ACTIONS, _STEPS = 0, 1
+_ACTIONS, _STEPS, _EXCHANGES = 0, 1, 2
 
 
 def clock_offset(group: dist.ProcessGroup, rank: int, ranks: Iterable[int]) -> float:
@@ -53,7 +53,12 @@ def clock_offset(group: dist.ProcessGroup, rank: int, ranks: Iterable[int]) -> f
 
 
 def chrome_trace(
-    rank: int, role: str, laps: Sequence[Lap], offset: float, part_of: Callable[[Label], str]
+    rank: int,
+    role: str,
+    laps: Sequence[Lap],
+    offset: float,
+    part_of: Callable[[Label], str],
+    exchanges: Sequence[tuple[int, float, float]] = (),
 ) -> dict[str, Any]:
     """A rank's laps in the Trace Event Format that Chrome and Perfetto read.
 
@@ -63,6 +68,8 @@ def chrome_trace(
         laps: Laps of the rank, in order.
         offset: Seconds from `clock_offset`.
         part_of: Function that gives the part of a step that a lap's time counts as in the curves.
+        exchanges: Iteration, start and end of each exchange of items ahead of a step, in seconds of
+            the rank's clock.
     """
     events: list[dict[str, Any]] = [
         _name("process_name", rank, None, {"name": f"rank {rank}: {role}"}),
@@ -86,6 +93,11 @@ def chrome_trace(
     for iteration, (start, end) in bounds.items():
         name = f"iteration {iteration}"
         events.append(_span(name, "iteration", rank, _STEPS, start + offset, end - start))
+    if exchanges:
+        events.append(_name("thread_name", rank, _EXCHANGES, {"name": "items ahead"}))
+    for iteration, start, end in exchanges:
+        name = f"items of iteration {iteration}"
+        events.append(_span(name, "exchange", rank, _EXCHANGES, start + offset, end - start))
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 

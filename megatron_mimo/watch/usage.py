@@ -1,12 +1,18 @@
 """Work and bytes of a rank in a step, from its data; all numbers are known on the host."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_mimo.bridge.microbatch import MicrobatchPlan
 from megatron_mimo.bridge.plan import RankPlan
-from megatron_mimo.data.loader.batch import Microbatch, StepData, TextBatch
+from megatron_mimo.data.loader.batch import (
+    Microbatch,
+    ModuleDispatch,
+    StepData,
+    StepDispatch,
+    TextBatch,
+)
 from megatron_mimo.model.config import ModelConfig
 from megatron_mimo.model.flops import ModelWork, no_work
 from megatron_mimo.modules.families import source_adapter
@@ -25,10 +31,18 @@ class StepUsage:
         work: Work of the replicas that this rank reports, so that the sum over ranks is that of the
             step; it has every module of the model.
         bytes_sent: Number of bytes sent over bridges to other ranks: rows, and their gradients.
+        microbatches: Number of microbatches of the step.
+        dispatch: Source -> how its items were shared out, for the replica that this rank reports;
+            only sources whose items are.
+        exchanges: Start and end of each exchange of items for the step, in seconds of this rank's
+            `time.perf_counter`; only on the rank that took part in it.
     """
 
     work: ModelWork
     bytes_sent: int
+    microbatches: int = 1
+    dispatch: Mapping[str, ModuleDispatch] = field(default_factory=dict)
+    exchanges: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +71,21 @@ class UsageMeter:
             rows += self._rows_sent(edge.source)
             if source in self.returning:
                 rows += self._rows_sent(edge.target)
-        return StepUsage(work, rows * self.row_bytes)
+        dispatch, exchanges = self._dispatched(data.dispatch)
+        return StepUsage(work, rows * self.row_bytes, len(data.microbatches), dispatch, exchanges)
+
+    def _dispatched(
+        self, found: StepDispatch | None
+    ) -> tuple[Mapping[str, ModuleDispatch], tuple[tuple[float, float], ...]]:
+        """`dispatch` and `exchanges` of the usage."""
+        if found is None:
+            return {}, ()
+        mine = {
+            name: module
+            for name, module in found.modules.items()
+            if self.topology.modules[name].answers_for_replica
+        }
+        return mine, found.spans if found.reader == self.topology.rank else ()
 
     def _of_microbatch(self, microbatch: Microbatch) -> Mapping[str, Work]:
         """Work of this rank's modules in a microbatch, for the replicas that it reports."""

@@ -384,6 +384,8 @@ def _unbalanced(run: Measured, threshold: float) -> Iterator[Conclusion]:
         ratio = run.median(tag)
         if ratio is not None and ratio > threshold:
             advice, flags = _more_microbatches(run, batch=True)
+            if run.flags.get("encoder-dispatch") == "lane":
+                advice, flags = "", {"encoder-dispatch": "balanced"}
             yield Conclusion(
                 found=f"the fullest replica of the {in_words(name)} has {ratio:.1f} times its even "
                 f"share of rows, and the others wait for it",
@@ -575,7 +577,7 @@ RULES = (
         threshold=1.6,
         percent=False,
         fires="the fullest replica of a source has more than {} times its even share of rows",
-        tries="twice the `--global-batch-size`",
+        tries="`--encoder-dispatch balanced`; with it, twice the `--global-batch-size`",
         find=_unbalanced,
         of_times=True,
     ),

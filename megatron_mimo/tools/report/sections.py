@@ -97,6 +97,7 @@ def _speed_charts(tags: Sequence[str], device: str) -> tuple[Chart, ...]:
 def _balance_charts(tags: Sequence[str]) -> tuple[Chart, ...]:
     return (
         *_imbalance_charts(tags),
+        *_dispatch_charts(tags),
         Chart(
             title="Imbalance of the experts, fullest by mean",
             unit="1 is even",
@@ -140,6 +141,35 @@ def _imbalance_charts(tags: Sequence[str]) -> Iterator[Chart]:
                 for count, color in zip(ordered, cycle((BLUE, ORANGE)), strict=False)
             ),
         )
+
+
+def _dispatch_charts(tags: Sequence[str]) -> Iterator[Chart]:
+    """How items are shared out over the replicas of each source, and what that takes."""
+    pattern = r"dispatch/(.+) as run max over mean"
+    names = [found[1] for tag in tags if (found := re.fullmatch(pattern, tag)) is not None]
+    for name in names:
+        yield Chart(
+            title=f"Operations of the {name}, busiest rank by mean",
+            unit="1 is even",
+            lines=(
+                (f"dispatch/{name} by lane max over mean", "by lane", ORANGE),
+                (f"dispatch/{name} as run max over mean", "as run", BLUE),
+                (f"dispatch/{name} least max over mean", "least possible", GREEN),
+            ),
+        )
+    yield Chart(
+        title="Items sent to other ranks in an iteration",
+        unit="bytes",
+        lines=_by_module(tags, r"dispatch/(.+) bytes"),
+    )
+    yield Chart(
+        title="Exchange of items, ahead of an iteration",
+        unit="ms",
+        lines=(
+            ("dispatch/exchange ms", "in all", BLUE),
+            ("dispatch/exchange exposed ms", "waited for", RED),
+        ),
+    )
 
 
 def _by_module(tags: Sequence[str], pattern: str) -> tuple[tuple[str, str, str], ...]:

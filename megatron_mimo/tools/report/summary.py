@@ -99,11 +99,14 @@ def _numbers(
 
 
 def _imbalances(tags: Iterable[str]) -> Iterator[tuple[str, str, str]]:
-    """Label, tag and form of the imbalance of each source's rows."""
+    """Label, tag and form of the imbalance of each source's rows, and of its operations."""
     for tag in tags:
         found = re.fullmatch(r"balance/(.+) rows max over mean", tag)
         if found is not None:
             yield f"{found[1]} imbalance, rows", tag, "{:.2f}"
+        found = re.fullmatch(r"dispatch/(.+) (by lane|as run) max over mean", tag)
+        if found is not None:
+            yield f"{found[1]} imbalance, operations {found[2]}", tag, "{:.2f}"
 
 
 def _progress(run: RunCurves, starts: Sequence[StartRecord]) -> Iterator[tuple[str, str]]:

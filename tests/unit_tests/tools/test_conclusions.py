@@ -333,7 +333,15 @@ CASES: dict[str, list[Case]] = {
             "The fullest replica of the encoder has 1.7 times its even share of rows, and the "
             "others wait for it; more samples in a step even this out; they also change the "
             "training; try --global-batch-size 32.",
-        )
+        ),
+        (
+            f"{TWO_GRIDS} --encoder-dispatch lane",
+            4,
+            {"balance/encoder rows max over mean": 1.7},
+            {"balance/encoder rows max over mean": 1.5},
+            "The fullest replica of the encoder has 1.7 times its even share of rows, and the "
+            "others wait for it; try --encoder-dispatch balanced.",
+        ),
     ],
     "experts unbalanced": [
         (

@@ -101,7 +101,7 @@ BROKEN = """
 from dataclasses import dataclass, replace
 
 from examples.mimo import readings
-from megatron_mimo.config.presets import model_config, register_provider
+from megatron_mimo.config.presets import register_provider
 from megatron_mimo.modules.families import register
 
 
@@ -118,7 +118,7 @@ class BrokenAdapter(readings.ReadingsAdapter):
 
 
 def broken():
-    base = model_config("mock-readings")
+    base = readings.mock_readings()
     return replace(base, modules=base.modules | {"readings": BrokenConfig()})
 
 

@@ -367,3 +367,29 @@ def test_wrong_usage_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error
+
+
+def test_items_that_are_shared_out_have_charts(tmp_path: Path) -> None:
+    curves = {
+        "dispatch/encoder by lane max over mean": 2.25,
+        "dispatch/encoder as run max over mean": 1.02,
+        "dispatch/encoder least max over mean": 1.0,
+        "dispatch/encoder bytes": 4096.0,
+        "dispatch/exchange ms": 3.5,
+        "dispatch/exchange exposed ms": 0.0,
+    }
+    found = by_name(write_run(tmp_path / "run", **curves), [START])
+    balance = found["Balance, data and memory"]
+    for title in (
+        "Operations of the encoder, busiest rank by mean",
+        "Items sent to other ranks in an iteration",
+        "Exchange of items, ahead of an iteration",
+    ):
+        assert title in balance
+    assert "Everything else that was logged" not in found
+    summary = text(found["In short"])
+    assert re.search(r"encoder imbalance, operations by lane, median\s+2\.25", summary)
+    assert re.search(r"encoder imbalance, operations as run, median\s+1\.02", summary)
+    # A run without it has none of them.
+    plain = by_name(write_run(tmp_path / "plain"), [START])
+    assert "Exchange of items" not in plain.get("Balance, data and memory", "")

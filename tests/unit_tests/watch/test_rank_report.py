@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from megatron_mimo.data.loader.batch import ModuleDispatch
 from megatron_mimo.model.flops import ModelFlops, ModelWork
 from megatron_mimo.modules.flops import Flops, TextWork
 from megatron_mimo.modules.radio.flops import ImageWork
@@ -13,6 +14,7 @@ from megatron_mimo.topology import Layout
 from megatron_mimo.watch.rank_report import (
     Part,
     RankReport,
+    Share,
     max_over_mean,
     rank_report,
     run_scalars,
@@ -92,6 +94,36 @@ def test_a_rank_sums_its_interval_up() -> None:
     assert empty.read(report.to_numbers()) == report
 
 
+def test_a_rank_tells_how_its_items_were_shared_out() -> None:
+    works = ModelWork({ENCODER: ImageWork(), LLM: TextWork()})
+    module = ModuleDispatch(by_lane=(7, 0), as_run=(4, 1), largest=(3, 1), received=5)
+    usages = [
+        StepUsage(works, 0, 2, {ENCODER: module}, ((0.0, 0.5), (0.9, 1.3))),
+        StepUsage(works, 0, 2, {ENCODER: module}, ((1.8, 2.0),)),
+    ]
+    laps = [
+        Lap(1, Phase.DATA, 1.0, 1.25),
+        Lap(1, action(Kind.FORWARD, ENCODER), 1.25, 1.9),
+        Lap(2, Phase.DATA, 1.9, 2.5),
+    ]
+    layout = grids({"dp": 2}, {})
+    report = rank_report(laps, usages, layout, 0, skipped=0, peak_memory=0)
+    assert report.shares == {
+        (ENCODER, Share.BY_LANE): (7, 0, 7, 0),
+        (ENCODER, Share.AS_RUN): (4, 1, 4, 1),
+        (ENCODER, Share.LARGEST): (3, 1, 3, 1),
+    }
+    assert report.received == {ENCODER: 10}
+    assert report.exchange == pytest.approx(1.1)
+    # From 1 to 1.25 and from 1.9 to 2 the step waited for what was exchanged.
+    assert report.exposed == pytest.approx(0.35)
+    # A rank of another module has as many numbers.
+    nothing = [StepUsage(works, 0, 2)] * 2
+    empty = rank_report([], nothing, layout, 2, skipped=0, peak_memory=0)
+    assert set(empty.shares.values()) == {(0, 0, 0, 0)}
+    assert empty.read(report.to_numbers()) == report
+
+
 def report(layout: Layout, **fields: Any) -> RankReport:
     """Two steps without anything, but for the fields given and the times by slot."""
     times = fields.pop("times", {})
@@ -99,7 +131,11 @@ def report(layout: Layout, **fields: Any) -> RankReport:
     counts = {
         (source.name, count): (0, 0) for source in layout.sources for count in ImageWork.balanced
     }
+    several = [source.name for source in layout.sources if source.dp > 1]
+    shares = {(name, share): (0, 0) for name in several for share in Share}
     return RankReport(
+        shares=shares | fields.pop("shares", {}),
+        received=dict.fromkeys(several, 0) | fields.pop("received", {}),
         seconds=dict.fromkeys(slots_of(layout), 0.0) | times,
         work=ModelWork(work | fields.pop("work", {})),
         bytes_sent=fields.pop("bytes_sent", 0),
@@ -200,6 +236,35 @@ def test_a_run_in_numbers() -> None:
             "memory/llm peak GiB": 0.5,
         }
     )
+
+
+def test_balance_is_that_of_operations_where_items_are_shared_out() -> None:
+    layout = grids({"dp": 2}, {})
+    shares = (
+        {Share.BY_LANE: (8, 0), Share.AS_RUN: (5, 0), Share.LARGEST: (2, 0)},
+        {Share.BY_LANE: (0, 6), Share.AS_RUN: (3, 6), Share.LARGEST: (3, 6)},
+    )
+    reports = [
+        report(
+            layout,
+            shares={(ENCODER, share): numbers for share, numbers in of_rank.items()},
+            received={ENCODER: 12 * rank},
+            exchange=0.5 + rank,
+            exposed=0.25 * rank,
+        )
+        for rank, of_rank in enumerate(shares)
+    ]
+    found = scalars(layout, [*reports, report(layout)])
+    # Microbatches of 8 and of 6 operations: 4 and 3 for the mean rank.
+    assert {tag: value for tag, value in found.items() if tag.startswith("dispatch/")} == {
+        "dispatch/encoder by lane max over mean": 14 / 7,
+        "dispatch/encoder as run max over mean": 11 / 7,
+        # The second microbatch is one item.
+        "dispatch/encoder least max over mean": 10 / 7,
+        "dispatch/encoder bytes": 6,
+        "dispatch/exchange ms": 750,
+        "dispatch/exchange exposed ms": 125,
+    }
 
 
 def test_the_language_model_alone_has_no_encoder_and_no_bridge() -> None:

@@ -49,6 +49,14 @@ def test_a_lap_is_an_event_in_microseconds() -> None:
     assert steps == [("iteration 7", 0.0, 7.5e5), ("iteration 8", 1e6, 2.5e5)]
 
 
+def test_exchanges_of_items_are_beside_the_steps() -> None:
+    trace = chrome_trace(0, "encoder dp 0", LAPS, -10.0, part, [(8, 10.25, 10.75)])
+    (event,) = [e for e in trace["traceEvents"] if e.get("cat") == "exchange"]
+    assert (event["name"], event["ts"], event["dur"]) == ("items of iteration 8", 2.5e5, 5e5)
+    # Without details: a report on a run does not take it for a part of a step.
+    assert event["tid"] == 2 and "args" not in event
+
+
 def test_timelines_merge_without_those_of_other_runs(tmp_path: Path) -> None:
     for rank in range(3):
         path = timeline_file(tmp_path / "traces", rank)

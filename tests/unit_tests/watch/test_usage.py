@@ -68,6 +68,7 @@ def measure(layout: Layout, returns: bool) -> tuple[ModelWork, int]:
         labels=tokens,
         loss_mask=tokens.float(),
         position_ids=tokens,
+        padding=tokens.bool(),
     )
     packed = TextBatch(
         sample_keys=("a", "b"),
@@ -75,6 +76,7 @@ def measure(layout: Layout, returns: bool) -> tuple[ModelWork, int]:
         labels=tokens[:1],
         loss_mask=tokens[:1].float(),
         position_ids=tokens[:1],
+        padding=tokens[:1].bool(),
         lengths=(10, SEQ_LENGTH - 10),
     )
     microbatches = [
