@@ -1,7 +1,7 @@
 """Steps whose forwards and backwards are waits; rows and gradients cross for real."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchlib.peer_step import VISION, communicator, groups_of
 from megatron_mimo.bridge.channels import TransportConfig
-from megatron_mimo.bridge.manifest import ManifestEntry
+from megatron_mimo.bridge.manifest import Manifest, ManifestEntry
 from megatron_mimo.bridge.microbatch import MicrobatchManifest
 from megatron_mimo.schedule.actions import Action, Kind, build_schedule
 from megatron_mimo.schedule.executor import Executor, ExecutorConfig, StepProgram
@@ -49,19 +49,7 @@ def our_emulated(
     topology: Topology, waits: Waits, run_ahead: int
 ) -> tuple[Callable[[], None], float]:
     """A step over our executor, and the length of its schedule's critical path in seconds."""
-    layout, rank = topology.layout, topology.rank
-    num = len(waits[rank])
-    executor = Executor(
-        topology,
-        ExecutorConfig(
-            transport=TransportConfig(
-                row_width=WIDTH, dtype=torch.float32, device=torch.device("cpu")
-            ),
-            sharding=SequenceSharding(seq_length=ROWS * len(layout.serving("encoder", 0))),
-            flow=_FLOW,
-            run_ahead=run_ahead,
-        ),
-    )
+    layout = topology.layout
     manifest = tuple(
         ManifestEntry(
             module="encoder", source_rank=dp, lane=lane, rows=ROWS, sequence=0, start=ROWS * i
@@ -69,8 +57,41 @@ def our_emulated(
         for lane in range(layout.num_lanes)
         for i, dp in enumerate(layout.serving("encoder", lane))
     )
-    plans = [executor.plan(MicrobatchManifest(entries=manifest))] * num
-    program = _Program(topology, waits[rank])
+    manifests = [manifest] * len(waits[topology.rank])
+    return emulated_over(topology, waits, manifests, run_ahead)
+
+
+def emulated_over(
+    topology: Topology, waits: Waits, manifests: Sequence[Manifest], run_ahead: int
+) -> tuple[Callable[[], None], float]:
+    """A step over our executor whose microbatches have these items, and its critical path.
+
+    Args:
+        topology: Grids and groups of this rank.
+        waits: Rank -> seconds of each microbatch's forward.
+        manifests: Items of each microbatch.
+        run_ahead: Microbatches that the encoder may be ahead.
+
+    Returns:
+        A function that runs the step, and the length of its schedule's critical path in seconds.
+    """
+    layout, rank = topology.layout, topology.rank
+    num = len(manifests)
+    # As long as the longest lane.
+    ends = [entry.start + entry.rows for manifest in manifests for entry in manifest]
+    executor = Executor(
+        topology,
+        ExecutorConfig(
+            transport=TransportConfig(
+                row_width=WIDTH, dtype=torch.float32, device=torch.device("cpu")
+            ),
+            sharding=SequenceSharding(seq_length=max(ends)),
+            flow=_FLOW,
+            run_ahead=run_ahead,
+        ),
+    )
+    plans = [executor.plan(MicrobatchManifest(entries=tuple(each))) for each in manifests]
+    program = _Program(topology, waits[rank], manifests)
 
     def duration(of: int, action: Action) -> float:
         return waits[of][action.microbatch] * (BACKWARD if action.kind is Kind.BACKWARD else 1)
@@ -89,13 +110,18 @@ def our_emulated(
 class _Program(StepProgram):
     """The model's part of our step."""
 
-    def __init__(self, topology: Topology, waits: list[float]) -> None:
+    def __init__(
+        self, topology: Topology, waits: list[float], manifests: Sequence[Manifest]
+    ) -> None:
         self._waits = waits
         self._last = topology.target is not None and topology.target.is_last_stage
-        self._leaf = torch.ones(_rows_held(topology.layout), WIDTH, requires_grad=True)
+        encoder = topology.modules.get("encoder")
+        dp = None if encoder is None else encoder.place.dp
+        held = [sum(e.rows for e in each if e.source_rank == dp) for each in manifests]
+        self._leaves = [torch.ones(max(rows, 1), WIDTH, requires_grad=True) for rows in held]
 
     def forward(self, module: str, microbatch: int, inputs: Mapping[str, Tensor]) -> Tensor:
-        given = next(iter(inputs.values()), self._leaf)
+        given = next(iter(inputs.values()), self._leaves[microbatch])
         output: Tensor = _Wait.apply(given, self._waits[microbatch])  # type: ignore[no-untyped-call]
         return output.sum() if self._last else output
 
