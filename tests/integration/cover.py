@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_mimo.topology import Layout
+from megatron_mimo.topology import Layout, balanced
 from tests.integration.engines import beside, layout
 
 # So many gloo ranks share two cores with another test.
@@ -31,6 +31,7 @@ AXES: Mapping[str, tuple[Any, ...]] = {
     "recompute": ("", "full", "selective"),
     "run_ahead": (1, 0, 3),
     "encoder_tp": (1, 2),
+    "encoder_cp": (1, 2),
     "encoder_pp": (1, 2),
     "llm_tp": (1, 2),
     "llm_cp": (1, 2),
@@ -58,6 +59,7 @@ class Case:
         recompute: Granularity; empty for none.
         run_ahead: Microbatches that the encoder may be ahead.
         encoder_tp: Tensor-parallel size of the encoder.
+        encoder_cp: Context-parallel size of the encoder.
         encoder_pp: Pipeline stages of the encoder.
         llm_tp: Tensor-parallel size of the language model.
         llm_cp: Context-parallel size of the language model.
@@ -79,6 +81,7 @@ class Case:
     recompute: str
     run_ahead: int
     encoder_tp: int
+    encoder_cp: int
     encoder_pp: int
     llm_tp: int
     llm_cp: int
@@ -93,8 +96,17 @@ class Case:
 
     @cached_property
     def layout(self) -> Layout:
-        """Its grids."""
-        encoder = {"tp": self.encoder_tp, "pp": self.encoder_pp, "dp": self.encoder_dp}
+        """Its grids.
+
+        Two replicas of an encoder share out items by their cost, and three by their lanes: so each
+        way meets every value of the other axes.
+        """
+        return balanced(self._grids) if self.encoder_dp == 2 else self._grids
+
+    @property
+    def _grids(self) -> Layout:
+        encoder = {"tp": self.encoder_tp, "cp": self.encoder_cp}
+        encoder |= {"pp": self.encoder_pp, "dp": self.encoder_dp}
         llm = {"tp": self.llm_tp, "cp": self.llm_cp, "pp": self.llm_pp, "dp": self.llm_dp}
         llm |= {"ep": self.llm_ep, "expt_tp": self.expt_tp}
         if self.place == "colocated":
@@ -138,13 +150,14 @@ Values = Mapping[str, Any]
 Pair = frozenset[tuple[str, Any]]
 
 # What `fits` looks at; the other axes go with everything.
-_BOUND = ("llm_dp", "encoder_dp", "place", "encoder_tp", "encoder_pp", "llm_tp", "llm_cp")
-_BOUND += ("llm_pp", "llm_ep", "expt_tp", "model", "packed", "sequence_parallel")
+_BOUND = ("llm_dp", "encoder_dp", "place", "encoder_tp", "encoder_cp", "encoder_pp", "llm_tp")
+_BOUND += ("llm_cp", "llm_pp", "llm_ep", "expt_tp", "model", "packed", "sequence_parallel")
 
 
 def fits(values: Values) -> bool:
     """Whether values of the bound axes can be in one run."""
-    encoder = values["encoder_tp"] * values["encoder_pp"] * values["encoder_dp"]
+    encoder = values["encoder_tp"] * values["encoder_cp"]
+    encoder *= values["encoder_pp"] * values["encoder_dp"]
     stage = values["llm_tp"] * values["llm_cp"] * values["llm_dp"]
     llm = stage * values["llm_pp"]
     experts = values["llm_ep"] * values["expt_tp"]
@@ -155,8 +168,6 @@ def fits(values: Values) -> bool:
         and (not colocated or encoder == llm)
         and stage % experts == 0
         and (experts == 1 or has_experts)
-        # Not supported yet, and refused by flag.
-        and not (values["llm_cp"] > 1 and values["packed"])
         # megatron-core's experts need it.
         and (values["sequence_parallel"] or values["llm_tp"] == 1 or not has_experts)
     )

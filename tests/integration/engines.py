@@ -190,3 +190,57 @@ def list_loader(chosen, *, seq_length, micro_batch_size, global_batch_size):
         for i in range(8)
     ]
     return build_list_loader(samples, config, data_role(chosen, dist.get_rank()), ByteTokenizer())
+
+
+def shared_loader(chosen, config, runner, build, *, window=1, validate=True):
+    """A loader as a run has it: one rank of a replica reads ahead, and items are shared out.
+
+    Close it after the last step.
+
+    Args:
+        chosen: Grids of the run.
+        config: Settings of the data.
+        runner: This rank's runner.
+        build: Function of (role, dispatcher) that returns this rank's `StreamLoader`.
+        window: Number of microbatches that are balanced together.
+        validate: Whether readers of a lane are compared by the agreement.
+    """
+    import torch.distributed as dist
+
+    from megatron_mimo.bridge.plan import BridgePlanner
+    from megatron_mimo.data import data_role
+    from megatron_mimo.data.loader.balanced import BalanceConfig, build_dispatcher
+    from megatron_mimo.data.loader.share import SharedLoader, build_reading_group
+
+    rank = dist.get_rank()
+    roles = [data_role(chosen, each) for each in range(chosen.world_size)]
+    readers = build_reading_group(roles, rank)
+    planners = {
+        source.name: BridgePlanner(chosen, source.name, runner.model.sharding)
+        for source in chosen.sources
+    }
+    dispatcher = build_dispatcher(
+        chosen,
+        roles,
+        rank,
+        config.inputs,
+        BalanceConfig(
+            # Attention is quadratic.
+            costs={
+                name: lambda lengths, rows: sum(n * n + 100 * n for n in lengths) + rows
+                for name in planners
+            },
+            window=window,
+            count_rows={
+                name: planner.network_rows
+                for name, planner in planners.items()
+                if planner.needs_network_rows
+            },
+            validate=validate,
+            describe=chosen.describe_rank,
+        ),
+    )
+    source = build(roles[rank], dispatcher) if readers.reads else None
+    loader = SharedLoader(source, readers, inputs=config.inputs)
+    loader.prepare_ahead(runner.inputs.prepare)
+    return loader

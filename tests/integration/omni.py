@@ -336,6 +336,20 @@ def loader_of(chosen: Layout, folder: str, separate: bool = False) -> Any:
     return build_list_loader(samples(), config, role, words)
 
 
+def dealt_loader_of(chosen: Layout, folder: str, runner: Any) -> Any:
+    """The same samples, whose items are shared out as the layout says. Close it at the end."""
+    from megatron_mimo.data.loader.stream_loader import build_list_loader
+    from tests.integration.engines import shared_loader
+
+    config, words = data_config(folder), tokenizer()
+    return shared_loader(
+        chosen,
+        config,
+        runner,
+        lambda role, dispatcher: build_list_loader(samples(), config, role, words, dispatcher),
+    )
+
+
 def curve(
     chosen: Layout, folder: str, saved: str | None = None, steps: int = STEPS
 ) -> list[list[float]]:
@@ -345,11 +359,13 @@ def curve(
     from megatron_mimo.checkpoint.progress import Progress
     from megatron_mimo.training.step import train_step
 
-    runner, loader = engine_of(chosen, folder), loader_of(chosen, folder)
+    runner = engine_of(chosen, folder)
+    loader = dealt_loader_of(chosen, folder, runner)
     points = []
     for step in range(steps):
         metrics = train_step(runner, loader, step + 1, BATCH)
         points.append([metrics.agreed_loss, metrics.update.grad_norm])
+    loader.close()
     if saved is not None:
         Checkpointer(runner, SaveConfig(root=Path(saved)), {}).save(
             Progress(steps, steps * BATCH), {}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_mimo.topology import Layout, ModuleGridSpec
+from megatron_mimo.topology import Layout, ModuleGridSpec, balanced
 from tests.harness.slices import slow_but
 from tests.integration.curves import assert_parity
 from tests.integration.state import assemble, assert_same_state, parts_of
@@ -30,11 +30,13 @@ LAYOUTS = {
     "tp 2": grids({"tp": 2}, {"offset": 2}),
     "pp 2 dp 2": grids({"pp": 2, "dp": 2}, {"offset": 4}),
     "dp 3 for two lanes": grids({"dp": 3}, {"offset": 3, "dp": 2}),
+    "dp 2, items shared out": balanced(grids({"dp": 2}, {"offset": 2, "dp": 2})),
     "colocated, tp 2": grids({"tp": 2}, {"dp": 2}),
 }
 # Statistics are those of a microbatch, so that layouts with more lanes have others.
 OF_ONE_LANE = {
     "dp 2": grids({"dp": 2}, {"offset": 2}),
+    "dp 2, items shared out": balanced(grids({"dp": 2}, {"offset": 2})),
     "tp 2 pp 2": grids({"tp": 2, "pp": 2}, {"offset": 4}),
     "dp 2, colocated": grids({"dp": 2}, {"tp": 2}),
     "pp 2 dp 2": grids({"pp": 2, "dp": 2}, {"offset": 4}),
@@ -43,17 +45,15 @@ OF_ONE_LANE = {
 
 def train(chosen: Layout, statistics: str, frozen: frozenset[str] = frozenset()) -> Any:
     """Loss and norms of each step, and this rank's weights, moments and buffers."""
-    import torch.distributed as dist
-
     from megatron_mimo.config.presets import PROVIDERS, register_provider
-    from megatron_mimo.data import ByteTokenizer, DataConfig, build_train_loader, data_role
+    from megatron_mimo.data import ByteTokenizer, DataConfig, build_train_loader
     from megatron_mimo.media.audio.input import AudioInput
     from megatron_mimo.model.config import ModelConfig
     from megatron_mimo.optim.config import AdamConfig, ScheduleConfig
     from megatron_mimo.runtime import Device
     from megatron_mimo.training.runner import StepConfig, build_runner
     from megatron_mimo.training.step import train_step
-    from tests.integration.engines import small_parts
+    from tests.integration.engines import shared_loader, small_parts
 
     if "hears" not in PROVIDERS:
         modules = dict(PROVIDERS["omni-tiny"]().modules)
@@ -90,7 +90,12 @@ def train(chosen: Layout, statistics: str, frozen: frozenset[str] = frozenset())
             )
         },
     )
-    loader = build_train_loader(config, data_role(chosen, dist.get_rank()), tokenizer)
+    loader = shared_loader(
+        chosen,
+        config,
+        runner,
+        lambda role, dispatcher: build_train_loader(config, role, tokenizer, dispatcher),
+    )
     points = []
     for iteration in range(STEPS):
         metrics = train_step(runner, loader, iteration + 1, GLOBAL_BATCH_SIZE)
@@ -98,6 +103,7 @@ def train(chosen: Layout, statistics: str, frozen: frozenset[str] = frozenset())
         if target is not None and target.is_last_stage:
             update = metrics.update
             points.append([float(metrics.loss), update.grad_norm, *update.module_norms.values()])
+    loader.close()
     return points, parts_of(runner)
 
 

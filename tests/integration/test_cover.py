@@ -12,7 +12,7 @@ from megatron_mimo.topology import Layout
 from tests.integration.cover import CASES, Case, Pair, named, pairs, possible_pairs
 from tests.integration.curves import assert_parity
 from tests.integration.documents import Document, encode
-from tests.integration.engines import SEQ_LENGTH, micro_batch_size, small_runner
+from tests.integration.engines import SEQ_LENGTH, micro_batch_size, shared_loader, small_runner
 from tests.integration.state import Part, assemble, assert_same_state, parts_of
 
 STEPS = 3
@@ -85,14 +85,14 @@ def data_of(case: Case, chosen: Layout) -> Any:
     )
 
 
-def loader_of(case: Case, chosen: Layout, rank: int) -> Any:
+def loader_of(case: Case, chosen: Layout, rank: int, dispatcher: Any = None) -> Any:
     """This rank's samples: the lanes take a step's sequences in turn."""
     from megatron_mimo.data import ByteTokenizer, StreamLoader, data_role
     from megatron_mimo.data.samples.sample import Drawn
 
     role = data_role(chosen, rank)
     streams: dict[int, Any] = {
-        lane: iter(
+        lane: Fed(
             [
                 Drawn(
                     documents=tuple(
@@ -107,7 +107,21 @@ def loader_of(case: Case, chosen: Layout, rank: int) -> Any:
         )
         for lane in role.lanes
     }
-    return StreamLoader(streams, data_of(case, chosen), role, ByteTokenizer())
+    return StreamLoader(streams, data_of(case, chosen), role, ByteTokenizer(), dispatcher)
+
+
+class Fed:
+    """A stream of given sequences that cannot be continued elsewhere."""
+
+    def __init__(self, drawn: list[Any]) -> None:
+        self._rest = iter(drawn)
+
+    def __next__(self) -> Any:
+        return next(self._rest)
+
+    def state(self) -> dict[str, Any]:
+        """No state."""
+        return {}
 
 
 def train_in_strict_groups(case: Case, **model: Any) -> Found:
@@ -169,7 +183,14 @@ def train(
     engine = runner_of(case, device, **model)
     if begin is not None:
         begin(engine)
-    loader = loader_of(case, case.layout, dist.get_rank())
+    loader: Any = loader_of(case, case.layout, dist.get_rank())
+    if case.layout.domains:
+        loader = shared_loader(
+            case.layout,
+            data_of(case, case.layout),
+            engine,
+            lambda _, dispatcher: loader_of(case, case.layout, dist.get_rank(), dispatcher),
+        )
     points: list[list[float]] = []
     loads: list[list[float]] = []
     for step in range(STEPS):
@@ -178,6 +199,8 @@ def train(
         norms = [update.grad_norm, *(update.module_norms[name] for name in ("encoder", "llm"))]
         points.append([float(metrics.loss), *norms])
         loads = [] if metrics.experts is None else metrics.experts.tolist()
+    if case.layout.domains:
+        loader.close()
     learnt = parts_of(engine)
     held_out = float(evaluate(engine, loader_of(case, case.layout, dist.get_rank()), 1))
     llm = engine.topology.target
@@ -221,9 +244,14 @@ def test_curve_and_every_gradient_are_those_of_one_rank(
         assert held_out == pytest.approx(wanted_held_out, rel=1e-5)
         for point, expected in zip(points, wanted, strict=True):
             assert point[2:] == pytest.approx(expected[2:], rel=1e-4)
+    tokens = sum(
+        encode(document, "").num_positions
+        for documents in sequences(case, STEPS - 1)
+        for document in documents
+    )
     for load in wanted_loads:
         # Each token of a step goes to two experts, whether or not the model trains.
-        assert sum(load[:-1]) == global_batch_size(case) * SEQ_LENGTH * 2
+        assert sum(load[:-1]) == 2 * tokens
     for loads in (loads for _, _, loads, _ in found if loads):
         for load, expected in zip(loads, wanted_loads, strict=True):
             assert load[:-1] == expected[:-1]

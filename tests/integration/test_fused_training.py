@@ -45,6 +45,9 @@ CASES = (
     "llm cp 2, llm dp 2, dense tied, no sequence parallel, recompute full",
     "llm cp 2, llm ep 2, overlap gradients",
     "llm cp 2, llm tp 2, recompute selective",
+    "llm cp 2, packed",
+    "encoder cp 2, encoder tp 2, dense, packed",
+    "llm cp 2, llm tp 2, dense, packed, recompute full",
 )
 EVERYDAY = {NEWEST: (CASES[1], "llm cp 2, dense"), OLDEST: (CASES[2],)}
 RUNS = [

@@ -20,7 +20,6 @@ from tests.integration.test_hf_checkpoints import (
 )
 from tests.integration.test_hf_families import (
     BATCH,
-    FEWER_STEPS,
     PACKED,
     STEPS,
     Row,
@@ -125,7 +124,7 @@ def test_the_first_steps_are_those_of_transformers(
 def test_curves_are_those_of_transformers(
     case: tuple[str, str], run_ranks: Callable[..., list], plain: Any
 ) -> None:
-    follow(run_ranks, plain, case, FEWER_STEPS.get(case[0], STEPS))
+    follow(run_ranks, plain, case, STEPS)
 
 
 LAYOUTS: dict[str, tuple[Layout, str]] = {

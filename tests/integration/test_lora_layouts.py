@@ -31,6 +31,7 @@ LAYOUTS = (
     "llm first, encoder tp 2, encoder pp 2, llm tp 2, dense, no sequence parallel",
     "llm dp 3, encoder dp 2, dense, llm first, text only, check bridge",
     "llm pp 2, llm tp 2, dense tied, recompute full, text only",
+    "encoder cp 2, encoder pp 2, dense, text only",
     "frozen vision, llm tp 2, llm pp 2, recompute full",
     "frozen vision, colocated, encoder tp 2, llm dp 2, dense, recompute full",
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mimo.topology import balanced
 from tests.harness.slices import slow_but
 from tests.integration.omni import (
     apart,
@@ -23,6 +24,10 @@ LAYOUTS = {
     "encoders colocated": layout(("encoder", {}), ("audio", {}), ("llm", {"offset": 1})),
     "all colocated, dp 2": layout(("encoder", {"dp": 2}), ("audio", {"dp": 2}), ("llm", {"dp": 2})),
     "2:3:1": apart({"dp": 2}, {"dp": 3}, {}),
+    "2:3:2, items shared out": balanced(apart({"dp": 2}, {"dp": 3}, {"dp": 2})),
+    "all colocated, dp 2, items shared out": balanced(
+        layout(("encoder", {"dp": 2}), ("audio", {"dp": 2}), ("llm", {"dp": 2}))
+    ),
     "audio tp 2": apart({}, {"tp": 2}, {}),
     "audio pp 1, llm pp 2": apart({}, {}, {"pp": 2}),
     "llm ep 2, encoders tp 2": apart({"tp": 2}, {"tp": 2}, {"dp": 2, "ep": 2}),

@@ -32,10 +32,16 @@ LAYOUTS = {
     "one rank": ONE_RANK,
     "llm tp 2": beside({}, {"tp": 2}),
     "llm pp 2": beside({}, {"pp": 2}),
+    "llm cp 2": beside({}, {"cp": 2}),
+    "llm cp 4": beside({}, {"cp": 4}),
+    "llm cp 2 tp 2": beside({"dp": 2}, {"cp": 2, "tp": 2}),
+    "colocated, llm cp 2 pp 2": layout({"dp": 4}, {"cp": 2, "pp": 2}),
     "colocated, llm tp 2": layout({"dp": 2}, {"tp": 2}),
     "llm tp 2 pp 2, encoder tp 2": beside({"tp": 2}, {"tp": 2, "pp": 2}),
 }
 
+
+CONTEXT = [name for name in LAYOUTS if "cp" in name]
 
 # 60 of 64 positions: the rest is padding. Two documents have the same length.
 DOCUMENTS = (
@@ -85,6 +91,10 @@ def run(
     program = MimoStep(engine.model, engine.inputs.of(data))
     plans = [engine.executor.plan(manifest) for manifest in agreement.manifests]
     engine.executor.run(program, plans, gradients=gradients)
+    if engine.model.target is not None:
+        # Context-parallel ranks have the targets of their tokens.
+        shared = engine.model.target.groups.pg_collection.dp_cp
+        dist.all_reduce(program.loss_sum, group=shared)
     if not gradients:
         return float(program.loss_sum), {}
     finalize_gradients(engine.model, agreement.target_tokens)
@@ -143,7 +153,9 @@ def test_documents_are_learnt_as_if_they_were_alone(
     assert_alike(run_ranks(chosen.world_size, differences, chosen, HYBRID))
 
 
-@pytest.mark.parametrize("name", slow_but(["one rank", "llm tp 2", "llm pp 2"], "one rank"))
+@pytest.mark.parametrize(
+    "name", slow_but(["one rank", "llm tp 2", "llm pp 2", *CONTEXT], "one rank")
+)
 def test_positions_begin_anew(name: str, run_ranks: Callable[..., list]) -> None:
     chosen = LAYOUTS[name]
     assert_alike(run_ranks(chosen.world_size, differences, chosen, GPT))
@@ -187,10 +199,69 @@ def test_nothing_leaks_into_other_documents(
     model: dict[str, Any], run_ranks: Callable[..., list]
 ) -> None:
     """A document is changed with its images, of which one stands in front of the text."""
-    ((wanted, *others),) = run_ranks(1, leaks, ONE_RANK, model)
+    assert_no_leaks(run_ranks(1, leaks, ONE_RANK, model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llm cp 2", "llm cp 4"])
+@pytest.mark.parametrize("model", [HYBRID, GPT], ids=["hybrid", "gpt"])
+def test_nothing_leaks_over_context_parallel_ranks(
+    model: dict[str, Any], name: str, run_ranks: Callable[..., list]
+) -> None:
+    chosen = LAYOUTS[name]
+    found = run_ranks(chosen.world_size, leaks, chosen, model)
+    # Ranks of the encoder have no loss.
+    assert_no_leaks([losses for losses in found if losses[0][0]])
+
+
+def assert_no_leaks(ranks: list[list[list[float]]]) -> None:
+    """Of each rank: losses as documents are, then with each of them changed."""
+    assert ranks
+    for wanted, *others in ranks:
+        assert_only_changed_losses_differ(wanted, others)
+
+
+def assert_only_changed_losses_differ(wanted: list[float], others: list[list[float]]) -> None:
     for changed, found in enumerate(others):
         for document, (loss, was) in enumerate(zip(found, wanted, strict=True)):
             if document == changed:
                 assert abs(loss - was) > 1e-4 * was
             else:
                 assert loss == pytest.approx(was, rel=1e-6)
+
+
+def gradients_of_one(chosen: Layout, model: dict[str, Any]) -> dict[str, float]:
+    """How far gradients of a document's loss part when another document is changed."""
+    engine = small_runner(chosen, **model)
+    parted: dict[str, float] = {}
+    for changed in range(len(DOCUMENTS)):
+        learnt = (changed + 2) % len(DOCUMENTS)
+        found = []
+        for seeds in (0, 100):
+            samples = [
+                only_targets_of(
+                    encode(replace(document, seed=document.seed + seeds * (i == changed)), f"{i}"),
+                    i == learnt,
+                )
+                for i, document in enumerate(DOCUMENTS)
+            ]
+            found.append(run(engine, [tuple(samples)], gradients=True)[1])
+        as_it_was, after = found
+        for name, gradient in as_it_was.items():
+            scale = float(gradient.abs().max())
+            apart = float((after[name] - gradient).abs().max())
+            assert scale > 0 or not apart, name
+            parted[name] = max(parted.get(name, 0.0), apart / (scale or 1.0))
+    return parted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llm cp 2", "llm cp 4"])
+@pytest.mark.parametrize("model", [HYBRID, GPT], ids=["hybrid", "gpt"])
+def test_gradients_of_a_document_are_its_own(
+    model: dict[str, Any], name: str, run_ranks: Callable[..., list]
+) -> None:
+    chosen = LAYOUTS[name]
+    for parted in run_ranks(chosen.world_size, gradients_of_one, chosen, model):
+        # Products over other tokens are summed in another order.
+        assert max(parted.values()) < 1e-5, {k: v for k, v in parted.items() if v >= 1e-5}

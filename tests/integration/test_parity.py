@@ -248,7 +248,7 @@ def test_packed_documents(
     """
     one, many = tmp_path / "one", tmp_path / "many"
     run_ranks(1, packed, ONE_RANK, one, 1)
-    chosen = beside({"dp": 2}, {"tp": 2})
+    chosen = beside({"dp": 2}, {"tp": 2, "cp": 2})
     run_ranks(chosen.world_size, packed, chosen, many, -1)
     report = tmp_path / "report.json"
     code, out = parity(capsys, "--tensors", one, many, "--json", report)

@@ -11,6 +11,7 @@ from megatron_mimo.model.config import Frozen
 from megatron_mimo.topology import Layout
 from tests.harness.slices import slow_but
 from tests.integration.engines import (
+    SEQ_LENGTH,
     beside,
     layout,
     mock_data,
@@ -42,6 +43,7 @@ LAYOUTS = {
     "llm pp 2": beside({}, {"pp": 2}),
     "llm pp 2 ep 2": beside({}, {"pp": 2, "dp": 2, "ep": 2}),
     "encoder pp 2, llm cp 2": beside({"pp": 2}, {"cp": 2}),
+    "encoder cp 2": beside({"cp": 2}, {}),
     "colocated": layout({"dp": 2}, {"tp": 2}),
 }
 
@@ -61,8 +63,15 @@ def build(chosen: Layout, data: dict[str, Any], engine: dict[str, Any]) -> tuple
     )
 
 
-def energon_loader(chosen: Layout, path: str, num_workers: int) -> Any:
-    """Handwritten digits."""
+def energon_loader(
+    chosen: Layout,
+    path: str,
+    num_workers: int,
+    *,
+    packing: int | None = None,
+    seq_length: int = SEQ_LENGTH,
+) -> Any:
+    """Handwritten digits, several to a sequence if they are packed."""
     import torch.distributed as dist
 
     from megatron_mimo.config.presets import model_config
@@ -73,7 +82,8 @@ def energon_loader(chosen: Layout, path: str, num_workers: int) -> Any:
         provider="energon",
         path=path,
         seed=7,
-        seq_length=64,
+        seq_length=seq_length,
+        packing_buffer_size=packing,
         micro_batch_size=1,
         global_batch_size=GLOBAL_BATCH_SIZE,
         num_workers=num_workers,
@@ -289,10 +299,26 @@ def test_so_does_an_energon_dataset(
     check_exact(run_ranks, LAYOUTS[name], tmp_path, data, {}, {})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hybrid", "dense"])
+def test_so_do_packed_sequences_over_context_parallel_ranks(
+    kind: str, run_ranks: Callable[..., list], tmp_path: Path, digits: str
+) -> None:
+    data = {"path": digits, "num_workers": 2, "packing": 6, "seq_length": 128}
+    engine = {"seq_length": 128} | (DENSE if kind == "dense" else {})
+    chosen, root = LAYOUTS["encoder pp 2, llm cp 2"], str(tmp_path)
+    size = chosen.world_size
+    started = run_ranks(size, straight, chosen, data, engine, root, {}, timeout=120)
+    assert_exact(started, run_ranks(size, resumed, chosen, data, engine, root, {}, timeout=120))
+    # One rank, which has the whole sequence, goes on along the same curve.
+    alone = run_ranks(1, resumed, ONE_RANK, data, engine, root, {}, timeout=120)
+    assert_same_curve(started, alone)
+
+
 MOVES = {
     f"{before} -> {after}": (before, after)
     for before, layouts in {
-        "one rank": ["llm tp 2", "llm ep 2 tp 2"],
+        "one rank": ["llm tp 2", "llm ep 2 tp 2", "encoder cp 2"],
         "llm tp 2": ["one rank", "llm pp 2"],
         "llm dp 2": ["dp 2 each"],
         "dp 2 each": ["llm tp 2"],
@@ -300,6 +326,7 @@ MOVES = {
         "llm pp 2 ep 2": ["one rank", "llm ep 2 tp 2", "encoder pp 2, llm cp 2"],
         "encoder tp 2": ["encoder pp 2, llm cp 2"],
         "encoder pp 2, llm cp 2": ["encoder tp 2"],
+        "encoder cp 2": ["encoder tp 2"],
         "colocated": ["llm ep 2", "encoder tp 2"],
     }.items()
     for after in layouts

@@ -35,6 +35,15 @@ LAYOUTS = {
     "encoder dp 2, llm dp 3": beside({"dp": 2}, {"dp": 3}),
     "encoder dp 3, llm dp 2": beside({"dp": 3}, {"dp": 2}),
     "encoder tp 2, llm dp 2": beside({"tp": 2}, {"dp": 2}),
+    "encoder cp 2": beside({"cp": 2}, {}),
+    "encoder cp 2, llm dp 2 (fan-out)": beside({"cp": 2}, {"dp": 2}),
+    "encoder cp 2 dp 2, llm cp 2": beside({"cp": 2, "dp": 2}, {"cp": 2}),
+    "encoder cp 2 tp 2, llm tp 2": beside({"cp": 2, "tp": 2}, {"tp": 2}),
+    "encoder cp 2 pp 2": beside({"cp": 2, "pp": 2}, {}),
+    "encoder cp 3, llm pp 2": beside({"cp": 3}, {"pp": 2}),
+    "colocated, encoder cp 2, llm cp 2": layout({"cp": 2}, {"cp": 2}),
+    "colocated, encoder cp 2, llm dp 2": layout({"cp": 2}, {"dp": 2}),
+    "colocated, encoder cp 2 dp 2, llm pp 2 tp 2": layout({"cp": 2, "dp": 2}, {"pp": 2, "tp": 2}),
     "encoder pp 2": beside({"pp": 2}, {}),
     "encoder pp 2 dp 2, llm dp 2": beside({"pp": 2, "dp": 2}, {"dp": 2}),
     "llm tp 2": beside({}, {"tp": 2}),
@@ -119,6 +128,7 @@ def test_the_curve_is_that_of_one_rank(
         "encoder dp 3, llm dp 2",
         "llm tp 2 pp 2",
         "llm cp 2",
+        "encoder cp 3, llm pp 2",
         "colocated, encoder dp 2, llm pp 2",
     ],
 )
@@ -180,7 +190,13 @@ def uneven_one_rank(run_ranks: Callable[..., list]) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["encoder dp 2, llm dp 2", "llm tp 2, encoder tp 2", "llm cp 2 tp 2"]
+    "name",
+    [
+        "encoder dp 2, llm dp 2",
+        "llm tp 2, encoder tp 2",
+        "llm cp 2 tp 2",
+        "encoder cp 2, llm dp 2 (fan-out)",
+    ],
 )
 def test_no_rows_beside_five_hundred(
     name: str, run_ranks: Callable[..., list], uneven_one_rank: list[list[float]]

@@ -115,7 +115,7 @@ def test_a_run_over_pipeline_stages_logs_and_evaluates(tmp_path: Path) -> None:
         (["--llm-dp", "3"], 2, "needs ranks up to 3, but only 2"),
         (["--encoder-dp", "1", "--llm-dp", "1"], 3, r"ranks \[2, 3\) unused"),
         (["--dataset-provider", "energon", "--data-path", "/nonexistent"], None, "/nonexistent"),
-        (["--encoder-cp", "2"], 3, "--encoder-cp 2: context parallelism is not supported"),
+        (["--llm-ep", "2", "--llm-dp", "2"], 3, "--llm-ep 2: expert parallelism is not supported"),
         (["--global-batch-size", "3", "--llm-dp", "2"], 3, "--global-batch-size 3"),
         (["--freeze-vit", "--freeze-lm", "--freeze-projection"], None, "nothing is left to train"),
         (["--override", "language.num_layer=3"], None, "did you mean 'num_layers'"),

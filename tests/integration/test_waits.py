@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from tests.fused.packages import NEWEST, OLDEST
 from tests.harness.slices import slow_but
 from tests.integration.cover import Case, named
+from tests.integration.engines import shared_loader
 
 # Norms and loss are read back together: the host decides whether, and by how much, weights move.
 OPTIMIZER = "megatron_mimo/optim/mimo_optimizer.py _agree: cpu (copy to host)"
@@ -30,6 +30,7 @@ ON_HOST_LAYERS = (
     "llm tp 2, llm ep 2, llm pp 2, run ahead 3",
     "frozen vision, llm dp 2, recompute selective, packed",
     "frozen language, encoder dp 2, dense, packed",
+    "llm cp 2, packed",
 )
 FUSED = (
     "colocated, packed",
@@ -37,26 +38,14 @@ FUSED = (
     "colocated, encoder tp 2, llm tp 2, dense",
     "llm dp 2, llm ep 2, llm tp 2, packed",
     "encoder dp 2, llm pp 2, dense tied, recompute full",
+    "llm cp 2, llm tp 2, dense, packed, recompute full",
 )
-
-
-class Source:
-    """Steps of samples that cannot be continued."""
-
-    def __init__(self, loader: Any) -> None:
-        self.next_step = loader.next_step
-
-    def state(self) -> dict[int, Any]:
-        """No state."""
-        return {}
 
 
 def waits_of(case: Case) -> tuple[list[Counter[str]], int]:
     """What each step of this rank waits for, and how often it runs a layer of experts."""
     import torch.distributed as dist
 
-    from megatron_mimo.data import data_role
-    from megatron_mimo.data.loader.share import SharedLoader, build_reading_group
     from megatron_mimo.training.step import train_step
     from tests.integration.test_cover import (
         STEPS,
@@ -80,11 +69,12 @@ def waits_of(case: Case) -> tuple[list[Counter[str]], int]:
             nonlocal runs
             runs += 1
 
-        roles = [data_role(layout, rank) for rank in range(layout.world_size)]
-        readers = build_reading_group(roles, rank)
-        source: Any = Source(loader_of(case, layout, rank)) if readers.reads else None
-        loader = SharedLoader(source, readers, inputs=data_of(case, layout).inputs)
-        loader.prepare_ahead(runner.inputs.prepare)
+        loader = shared_loader(
+            layout,
+            data_of(case, layout),
+            runner,
+            lambda _, dispatcher: loader_of(case, layout, rank, dispatcher),
+        )
         found = []
         for step in range(STEPS):
             waits.clear()

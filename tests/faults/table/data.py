@@ -13,11 +13,9 @@ DATA = (
     Fault(
         "targets-of-text-only-microbatches",
         "data/loader/stream_loader.py",
-        "targets[lane] += sum(d.target_tokens for documents in drawn for d in documents)",
-        "targets[lane] += bool(microbatch.manifest) * sum(\n"
-        "                    d.target_tokens for documents in drawn for d in documents\n"
-        "                )",
-        "Targets of microbatches without an image do not count in the divisor: text-only samples.",
+        "lane: sum(document.target_tokens for document in of_lane)\n",
+        "lane: sum(document.target_tokens for document in of_lane if document.items)\n",
+        "Targets of samples without an image do not count in the divisor: text-only samples.",
     ),
     Fault(
         "mask-one-token-early",
@@ -44,9 +42,9 @@ DATA = (
     Fault(
         "images-out-of-order",
         "data/loader/stream_loader.py",
-        "packed = self._config.inputs[module].pack(mine, seeds)",
+        "packed = self._config.inputs[module].pack(items, seeds)",
         "packed = self._config.inputs[module].pack(\n"
-        "                sorted(mine, key=lambda item: item.rows), seeds\n"
+        "                sorted(items, key=lambda item: item.rows), seeds\n"
         "            )",
         "A rank's images are encoded in another order than their rows travel: several images a "
         "microbatch.",

@@ -80,6 +80,28 @@ GRADIENTS = (
         "parallelism.",
     ),
     Fault(
+        "balance-loss-of-own-tokens",
+        "kernels/router.py",
+        "tokens = sent.sum(dim=-1) / self.topk",
+        "tokens = routing_map.view(shape).sum(dim=(0, 2)) / self.topk",
+        "The experts' balance loss is divided by a rank's own tokens: experts with cp > 1 or "
+        "sequence parallelism.",
+    ),
+    Fault(
+        "padding-in-the-balance",
+        "model/inputs.py",
+        "padding=text.padding[:, held.embedded] if self._reads_padding else None",
+        "padding=None",
+        "Experts are balanced over positions without a token too: experts with padding.",
+    ),
+    Fault(
+        "padding-in-the-bias",
+        "kernels/router.py",
+        "routing_map = routing_map & ~padding_mask.unsqueeze(-1)",
+        "pass",
+        "Biases and loads of experts count positions without a token: experts with padding.",
+    ),
+    Fault(
         "tied-embedding-not-reduced",
         "modules/language/module.py",
         "self.share_embeddings_and_output_weights = model.share_embeddings_and_output_weights",
@@ -252,8 +274,8 @@ GRADIENTS = (
     Fault(
         "balance-loss-of-all-lanes",
         "watch/experts.py",
-        "found[:, -1] /= num_microbatches * groups.spec.dp",
-        "found[:, -1] /= num_microbatches",
+        "found[:, -1] *= experts.per_token",
+        "found[:, -1] *= groups.spec.dp * experts.per_token",
         "The reported balance loss is a sum over lanes: experts with LLM dp > 1.",
     ),
     Fault(

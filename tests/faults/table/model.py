@@ -126,7 +126,7 @@ MODEL = (
     Fault(
         "documents-share-attention",
         "model/inputs.py",
-        "return packed_documents(text.cu_seqlens, text.lengths)",
+        "return packed_documents(text.cu_seqlens, text.lengths, held.cut, held.cp_rank)",
         "return packed_documents(\n"
         "        text.cu_seqlens, (sum(text.lengths[:2]), *text.lengths[2:])\n"
         "    )",

@@ -12,6 +12,28 @@ MOVEMENT = (
         "cp > 1.",
     ),
     Fault(
+        "packed-sequence-in-chunks",
+        "bridge/plan.py",
+        "cut = self._sharding.of(documents[entry.lane] if documents else ())",
+        "cut = self._sharding.of(())",
+        "Rows of a packed sequence go to the ranks that would hold its chunks: packing, cp > 1.",
+    ),
+    Fault(
+        "positions-of-the-first-rank",
+        "kernels/packed.py",
+        "for piece in cut.pieces[cp_rank]]",
+        "for piece in cut.pieces[0]]",
+        "Every cp rank rotates queries and keys by the positions of the first: packing, cp > 1, a "
+        "model with rotary embeddings.",
+    ),
+    Fault(
+        "late-part-of-another-rank",
+        "kernels/cut.py",
+        "low, high = low + head, high - tail",
+        "low, high = low + head, high - count + head - 1",
+        "A token of a document that is split has two ranks or none: packing, cp > 1.",
+    ),
+    Fault(
         "sequence-shards-swapped",
         "topology/sequence.py",
         "tp_rank * size, (tp_rank + 1) * size)",
@@ -47,8 +69,8 @@ MOVEMENT = (
     Fault(
         "loss-mask-of-the-first-positions",
         "model/inputs.py",
-        "self._part(text.loss_mask)",
-        "text.loss_mask[:, : len(self._read)]",
+        "part(text.loss_mask)",
+        "text.loss_mask[:, : len(held.read)]",
         "Every cp rank masks its loss as the first positions of the sequence: cp > 1.",
     ),
     Fault(
@@ -158,8 +180,8 @@ MOVEMENT = (
     Fault(
         "packed-bounds-on-the-first-stage",
         "model/inputs.py",
-        "documents=_documents(text)",
-        "documents=_documents(text) if first else None",
+        "documents=_documents(text, held)",
+        "documents=_documents(text, held) if first else None",
         "Documents see each other after the first stage: packing with LLM pp > 1.",
     ),
     Fault(
@@ -178,5 +200,27 @@ MOVEMENT = (
         "return position * held.shape[0] + sample",
         "return sample * held.shape[1] + position",
         "Rows go to wrong positions where a microbatch holds several samples.",
+    ),
+    Fault(
+        "lanes-of-moved-items-unknown",
+        "data/loader/balanced.py",
+        "if read or (m, lane) in taking_part:",
+        "if read:",
+        "A rank runs items of lanes that it does not read, and does not know where their rows go: "
+        "balanced dispatch.",
+    ),
+    Fault(
+        "moved-items-without-their-seeds",
+        "data/loader/balanced.py",
+        "arrived[source, item.place] = Work(*decode(buffer, self._types))",
+        "arrived[source, item.place] = Work(decode(buffer, self._types)[0], 0)",
+        "Items that run elsewhere are augmented in another way: balanced dispatch with crops.",
+    ),
+    Fault(
+        "gradients-of-the-first-rows",
+        "modules/radio/rows.py",
+        "own: Tensor = gradient.index_select(0, ctx.own_rows)",
+        "own: Tensor = gradient[: len(ctx.own_rows)]",
+        "Every cp rank of the encoder takes the gradients of the first rows: encoder cp > 1.",
     ),
 )
